@@ -1,0 +1,342 @@
+//! One connection: every byte owed is delivered, or the connection is reset.
+//!
+//! A service writes with [`Connection::send`]; whoever runs it ends with [`Connection::finish`].
+//! A connection that is dropped without having been finished, whatever the reason (a deadline, a
+//! panic, the end of the process), is reset, so that a client never takes a part for the whole.
+//! Every connection leaves one line in the log when it is dropped.
+//!
+//! What services say, and who may connect, is not decided here.
+
+use std::fmt;
+use std::io;
+use std::mem::MaybeUninit;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::kernel;
+
+/// How much of what a client sends is read and dropped; beyond it the client waits.
+const MAX_DISCARDED: u64 = 16 << 20;
+
+/// How much is read and dropped at one time; it lives on the stack of a poll, so that a waiting
+/// connection holds no buffer.
+const DISCARD_BUFFER: usize = 16 << 10;
+
+/// How long a client that has everything may stay silent without closing its side. Closing ours
+/// earlier could turn something that it still sends into a reset, and cost it what it has not read.
+const LINGER_SILENCE: Duration = Duration::from_secs(5);
+
+/// How long a client that has everything may go on sending.
+const LINGER_TOTAL: Duration = Duration::from_secs(30);
+
+/// The shortest and the longest wait between two looks at what the client has acknowledged.
+const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+
+/// A stream socket, or what stands for one in a test.
+pub trait Stream: AsyncRead + AsyncWrite + Unpin + Send {
+    /// How many bytes written the peer has not acknowledged.
+    ///
+    /// # Errors
+    /// None is expected of an open socket.
+    fn unacknowledged(&self) -> io::Result<u64>;
+
+    /// Makes the coming close a reset, which throws away whatever is still queued.
+    fn reset_on_close(&self);
+}
+
+impl Stream for TcpStream {
+    fn unacknowledged(&self) -> io::Result<u64> {
+        kernel::unacknowledged(self.as_fd())
+    }
+
+    fn reset_on_close(&self) {
+        // If this fails the socket is gone already, and there is nothing to reset.
+        let _ = socket2::SockRef::from(self).set_linger(Some(Duration::ZERO));
+    }
+}
+
+impl Stream for UnixStream {
+    fn unacknowledged(&self) -> io::Result<u64> {
+        kernel::unacknowledged(self.as_fd())
+    }
+
+    /// Unix sockets know no reset: the client sees an end, and a document without its end.
+    fn reset_on_close(&self) {}
+}
+
+/// Who is at the other end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Peer {
+    /// An Internet address, with a v4-mapped IPv6 address unmapped.
+    Internet(SocketAddr),
+    /// The user who opened a Unix socket, if the kernel says.
+    Unix(Option<u32>),
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Peer::Internet(address) => address.fmt(f),
+            Peer::Unix(Some(uid)) => write!(f, "unix:uid={uid}"),
+            Peer::Unix(None) => f.write_str("unix"),
+        }
+    }
+}
+
+/// Why a connection could not be brought to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum Broken {
+    /// The client, or the way to it, ended the connection.
+    #[error("the client ended the connection")]
+    Client(#[source] io::Error),
+    /// The client took no byte for the idle time-out.
+    #[error("the client took nothing for too long")]
+    Idle,
+    /// The service could not go on.
+    #[error("the service could not go on")]
+    Service(#[source] io::Error),
+}
+
+/// How a connection ended, as the log says it.
+#[derive(Debug)]
+enum Outcome {
+    Complete,
+    Broken(Broken),
+    MaxDuration,
+    Shutdown,
+}
+
+impl Outcome {
+    fn name(&self) -> &'static str {
+        match self {
+            Outcome::Complete => "complete",
+            Outcome::Broken(Broken::Client(_)) => "reset",
+            Outcome::Broken(Broken::Idle) => "idle-timeout",
+            Outcome::Broken(Broken::Service(_)) => "failed",
+            Outcome::MaxDuration => "max-duration",
+            Outcome::Shutdown => "shutdown",
+        }
+    }
+}
+
+/// The deadlines of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Deadlines {
+    /// The longest time in which the client may take no byte.
+    pub idle: Duration,
+    /// The longest time for the whole connection.
+    pub total: Duration,
+}
+
+/// What a connection heeds of the daemon's end.
+#[derive(Debug, Clone, Default)]
+pub struct Shutdown {
+    /// Nothing new is begun, and nobody who has everything is waited for.
+    pub drain: CancellationToken,
+    /// What is still open is reset.
+    pub abort: CancellationToken,
+}
+
+/// A connection that a service answers on.
+#[derive(Debug)]
+pub struct Connection<S: Stream> {
+    stream: S,
+    service: Arc<str>,
+    peer: Peer,
+    deadlines: Deadlines,
+    shutdown: Shutdown,
+    started: Instant,
+    written: u64,
+    discarded: u64,
+    /// The client has ended its side.
+    input_ended: bool,
+    /// Everything was delivered: the close may be a clean one.
+    finished: bool,
+    outcome: Option<Outcome>,
+}
+
+impl<S: Stream> Connection<S> {
+    /// Takes over a stream that was just accepted.
+    pub fn new(
+        stream: S,
+        service: Arc<str>,
+        peer: Peer,
+        deadlines: Deadlines,
+        shutdown: Shutdown,
+    ) -> Self {
+        Self {
+            stream,
+            service,
+            peer,
+            deadlines,
+            shutdown,
+            started: Instant::now(),
+            written: 0,
+            discarded: 0,
+            input_ended: false,
+            finished: false,
+            outcome: None,
+        }
+    }
+
+    /// Lets `answer` talk to the client, then sees to it that everything arrives, within the
+    /// deadlines.
+    pub async fn run<F>(mut self, answer: F)
+    where
+        F: AsyncFnOnce(&mut Self) -> Result<(), Broken>,
+    {
+        let total = self.deadlines.total;
+        let abort = self.shutdown.abort.clone();
+        let outcome = tokio::select! {
+            // In this order, nothing is spent on timers for a connection that never waits.
+            biased;
+            ended = async {
+                answer(&mut self).await?;
+                self.finish().await
+            } => match ended {
+                Ok(()) => Outcome::Complete,
+                Err(broken) => Outcome::Broken(broken),
+            },
+            () = tokio::time::sleep(total) => Outcome::MaxDuration,
+            () = abort.cancelled() => Outcome::Shutdown,
+        };
+        self.outcome = Some(outcome);
+    }
+
+    /// Sends all of `bytes`. What the client sends meanwhile is read and dropped, so that a client
+    /// that sends before it reads does not wait for us while we wait for it.
+    ///
+    /// # Errors
+    /// If the client has gone, or takes no byte for the idle time-out.
+    pub async fn send(&mut self, mut bytes: &[u8]) -> Result<(), Broken> {
+        let idle = self.deadlines.idle;
+        while !bytes.is_empty() {
+            let step = std::future::poll_fn(|context| self.poll_send(context, bytes));
+            let sent = timeout(idle, step).await.map_err(|_| Broken::Idle)?;
+            let sent = sent.map_err(Broken::Client)?;
+            self.written += sent as u64;
+            bytes = bytes.get(sent..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    fn poll_send(&mut self, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match Pin::new(&mut self.stream).poll_write(context, bytes) {
+            Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+            Poll::Ready(result) => return Poll::Ready(result),
+            Poll::Pending => {}
+        }
+        while self.listens() {
+            match self.poll_discard(context) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => break,
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Whether what the client sends is still read: beyond the bound it waits, in its own memory.
+    fn listens(&self) -> bool {
+        !self.input_ended && self.discarded < MAX_DISCARDED
+    }
+
+    /// Reads something and drops it.
+    fn poll_discard(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut buffer = [MaybeUninit::uninit(); DISCARD_BUFFER];
+        let mut buffer = ReadBuf::uninit(&mut buffer);
+        ready!(Pin::new(&mut self.stream).poll_read(context, &mut buffer))?;
+        let read = buffer.filled().len();
+        self.discarded += read as u64;
+        self.input_ended |= read == 0;
+        Poll::Ready(Ok(()))
+    }
+
+    /// Reads and drops until the time is over or there is nothing more to read; true if the client
+    /// said something.
+    async fn discard_for(&mut self, time: Duration) -> Result<bool, Broken> {
+        if !self.listens() {
+            tokio::time::sleep(time).await;
+            return Ok(false);
+        }
+        let before = self.discarded;
+        let discard = async {
+            while self.listens() {
+                std::future::poll_fn(|context| self.poll_discard(context)).await?;
+            }
+            Ok(())
+        };
+        match timeout(time, discard).await {
+            Ok(Err(error)) => Err(Broken::Client(error)),
+            Ok(Ok(())) | Err(_) => Ok(self.discarded > before),
+        }
+    }
+
+    /// Says that nothing more comes, and waits until the client has everything.
+    ///
+    /// Closing at once could lose the end: a kernel that holds input which nobody read answers the
+    /// close with a reset and throws the send queue away. So the client's input is read and
+    /// dropped, within bounds, until it closes its side and the send queue is empty.
+    async fn finish(&mut self) -> Result<(), Broken> {
+        self.stream.shutdown().await.map_err(Broken::Client)?;
+
+        let began = Instant::now();
+        let (mut heard, mut progressed) = (began, began);
+        let mut queued = u64::MAX;
+        let mut pause = if self.listens() { LOOK_AGAIN.0 } else { Duration::ZERO };
+        loop {
+            if self.discard_for(pause).await? {
+                heard = Instant::now();
+            }
+            pause = (pause * 2).clamp(LOOK_AGAIN.0, LOOK_AGAIN.1);
+
+            let still_queued = self.stream.unacknowledged().map_err(Broken::Client)?;
+            if still_queued == 0 {
+                let waited_enough = !self.listens()
+                    || heard.elapsed() >= LINGER_SILENCE.min(self.deadlines.idle)
+                    || began.elapsed() >= LINGER_TOTAL
+                    || self.shutdown.drain.is_cancelled();
+                if waited_enough {
+                    self.finished = true;
+                    return Ok(());
+                }
+            } else if still_queued != queued {
+                (queued, progressed) = (still_queued, Instant::now());
+            } else if progressed.elapsed() >= self.deadlines.idle {
+                return Err(Broken::Idle);
+            }
+        }
+    }
+}
+
+impl<S: Stream> Drop for Connection<S> {
+    fn drop(&mut self) {
+        let mut bytes = self.written;
+        if !self.finished {
+            bytes = bytes.saturating_sub(self.stream.unacknowledged().unwrap_or(0));
+            self.stream.reset_on_close();
+        }
+        let duration = self.started.elapsed().as_secs_f64();
+        let (service, peer) = (&*self.service, self.peer);
+        let outcome = match &self.outcome {
+            Some(Outcome::Broken(Broken::Service(cause))) => {
+                let cause = cause.to_string();
+                tracing::warn!(service, %peer, bytes, duration, outcome = "failed", ?cause);
+                return;
+            }
+            Some(outcome) => outcome.name(),
+            None if std::thread::panicking() => "panic",
+            None => "shutdown",
+        };
+        tracing::info!(service, %peer, bytes, duration, outcome);
+    }
+}

@@ -1,0 +1,248 @@
+//! The supervisor: everything is bound and opened, then said to be ready, then served, until the
+//! order to stop; then what is under way may finish.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, interval, interval_at, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::config::{Config, Endpoint};
+use crate::connection::Shutdown;
+use crate::listener::{self, Family, Served};
+use crate::services::Service;
+use crate::services::file::OpenError;
+use crate::sockets::{self, BindError, Socket};
+use crate::systemd;
+
+/// How often what strangers can cause at will is summed up in the log.
+const SUM_UP_EVERY: Duration = Duration::from_secs(10);
+
+/// How long connections that are reset may take to go; they only have to be dropped.
+const RESET_TIME: Duration = Duration::from_secs(1);
+
+/// Why the daemon could not start, or could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An address could not be bound.
+    #[error("{service}")]
+    Bind {
+        /// The service that wanted it.
+        service: Arc<str>,
+        /// The endpoint and the cause.
+        source: BindError,
+    },
+    /// What is to be served could not be opened.
+    #[error("{service}")]
+    Open {
+        /// The service that wanted it.
+        service: Arc<str>,
+        /// The path and the cause.
+        source: OpenError,
+    },
+    /// A listener, or what a service does by itself, ended though nobody had asked it to.
+    #[error("a part of the daemon ended unasked")]
+    Ended(#[source] io::Error),
+}
+
+/// What the daemon is told from outside; by signals, as a rule.
+#[derive(Debug, Clone, Default)]
+pub struct Orders {
+    /// Stop: let the connections finish.
+    pub stop: CancellationToken,
+    /// Stop now.
+    pub stop_now: CancellationToken,
+}
+
+/// A daemon that has all it needs, and has not begun to serve.
+#[derive(Debug)]
+pub struct Daemon {
+    grace: Duration,
+    served: Vec<Arc<Served>>,
+    /// Each socket with the service that it is for.
+    sockets: Vec<(Socket, Arc<Served>)>,
+}
+
+impl Daemon {
+    /// Binds every address and opens every file.
+    ///
+    /// # Errors
+    /// The first that fails, with its service.
+    pub fn start(config: &Config) -> Result<Self, Error> {
+        let mut sockets = Vec::new();
+        let mut served = Vec::new();
+        for config in &config.services {
+            let service = || Arc::clone(&config.name);
+            let started = Service::start(&config.name, &config.settings)
+                .map_err(|source| Error::Open { service: service(), source })?;
+            let running = Arc::new(Served::new(service(), started, config.limits));
+            for endpoint in &config.listen {
+                let socket = sockets::bind(endpoint)
+                    .map_err(|source| Error::Bind { service: service(), source })?;
+                sockets.push((socket, Arc::clone(&running)));
+            }
+            served.push(running);
+        }
+        Ok(Self { grace: config.daemon.grace, served, sockets })
+    }
+
+    /// Serves until it is ordered to stop, and returns when the connections have finished or their
+    /// grace is over.
+    ///
+    /// # Errors
+    /// If a part of it ended unasked.
+    pub async fn run(self, orders: Orders) -> Result<(), Error> {
+        raise_descriptor_limit();
+        let Self { grace, served, sockets } = self;
+        let shutdown = Shutdown::default();
+        let connections = TaskTracker::new();
+        let status = status(&served, sockets.len());
+        let mut tasks = JoinSet::new();
+        listen(sockets, &shutdown, &connections, &mut tasks)?;
+        for served in &served {
+            let served = Arc::clone(served);
+            until(&shutdown.drain, &mut tasks, async move {
+                served.service.work().await;
+                Ok(())
+            });
+        }
+        let alive = tokio::spawn(keep_saying_alive());
+        tracing::info!(services = served.len(), "ready");
+        systemd::ready(&status);
+
+        let mut sums = interval_at(Instant::now() + SUM_UP_EVERY, SUM_UP_EVERY);
+        let ended = loop {
+            tokio::select! {
+                () = orders.stop.cancelled() => break Ok(()),
+                Some(ended) = tasks.join_next() => break Err(Error::Ended(why(ended))),
+                _ = sums.tick() => served.iter().for_each(|served| sum_up(served)),
+            }
+        };
+
+        systemd::stopping("finishing the connections that are under way");
+        tracing::info!(connections = connections.len(), "stopping");
+        shutdown.drain.cancel();
+        // The sockets are closed when their tasks have gone.
+        while tasks.join_next().await.is_some() {}
+        connections.close();
+        tokio::select! {
+            () = connections.wait() => {}
+            () = tokio::time::sleep(grace) => {}
+            () = orders.stop_now.cancelled() => {}
+        }
+        let reset = connections.len();
+        shutdown.abort.cancel();
+        // What does not go in time goes with the process.
+        let _ = timeout(RESET_TIME, connections.wait()).await;
+        served.iter().for_each(|served| sum_up(served));
+        tracing::info!(reset, "stopped");
+        alive.abort();
+        ended
+    }
+}
+
+/// Begins to serve on every socket.
+fn listen(
+    sockets: Vec<(Socket, Arc<Served>)>,
+    shutdown: &Shutdown,
+    connections: &TaskTracker,
+    tasks: &mut JoinSet<Option<io::Result<()>>>,
+) -> Result<(), Error> {
+    let mut listening = Vec::new();
+    for (socket, served) in sockets {
+        let endpoint = socket.endpoint().map_err(Error::Ended)?;
+        tracing::info!(service = &*served.name, address = %endpoint, "listening");
+        listening.push((endpoint, socket, served));
+    }
+    let own_ports: Arc<[u16]> = listening
+        .iter()
+        .filter_map(|(endpoint, _, _)| match endpoint {
+            Endpoint::Udp(address) => Some(address.port()),
+            Endpoint::Tcp(_) | Endpoint::Unix(_) => None,
+        })
+        .collect();
+    for (_, socket, served) in listening {
+        let (shut, track) = (shutdown.clone(), connections.clone());
+        match socket {
+            Socket::Tcp(socket) => until(
+                &shutdown.drain,
+                tasks,
+                listener::accept(socket, Family::Tcp, served, shut, track),
+            ),
+            Socket::Unix(socket, file) => until(&shutdown.drain, tasks, async move {
+                let ended = listener::accept(socket, Family::Unix, served, shut, track).await;
+                drop(file);
+                ended
+            }),
+            Socket::Udp(socket) => {
+                if let Some(time) = served.service.datagrams() {
+                    let answering =
+                        listener::answer_datagrams(socket, time, served, Arc::clone(&own_ports));
+                    until(&shutdown.drain, tasks, answering);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Spawns a part of the daemon, which goes on until the drain.
+fn until(
+    drain: &CancellationToken,
+    tasks: &mut JoinSet<Option<io::Result<()>>>,
+    part: impl Future<Output = io::Result<()>> + Send + 'static,
+) {
+    tasks.spawn(drain.clone().run_until_cancelled_owned(part));
+}
+
+/// Why a part of the daemon ended.
+fn why(ended: Result<Option<io::Result<()>>, tokio::task::JoinError>) -> io::Error {
+    match ended {
+        Ok(Some(Err(error))) => error,
+        Ok(Some(Ok(())) | None) => io::Error::other("it had nothing more to do"),
+        Err(panic) => io::Error::other(panic),
+    }
+}
+
+async fn keep_saying_alive() {
+    let Some(every) = systemd::alive_interval() else { return };
+    let mut beats = interval(every);
+    loop {
+        beats.tick().await;
+        systemd::alive();
+    }
+}
+
+/// The line that the service manager shows.
+fn status(served: &[Arc<Served>], addresses: usize) -> String {
+    let names: Vec<&str> = served.iter().map(|served| &*served.name).collect();
+    let plural = if addresses == 1 { "address" } else { "addresses" };
+    format!("serving {} on {addresses} {plural}", names.join(", "))
+}
+
+/// Logs what has been counted since the last time, if anything was.
+fn sum_up(served: &Served) {
+    let take = |count: &AtomicU64| count.swap(0, Ordering::Relaxed);
+    let (answered, dropped) = (take(&served.counts.answered), take(&served.counts.dropped));
+    let aborted = take(&served.counts.aborted);
+    let service = &*served.name;
+    if answered + dropped > 0 {
+        tracing::info!(service, answered, dropped, "datagrams");
+    }
+    if aborted > 0 {
+        tracing::info!(service, aborted, "connections given up before they were accepted");
+    }
+}
+
+/// Raises the soft limit of open files to the hard one: what is open is bounded by the
+/// configuration, and the soft limit is there for programs that use select(2).
+fn raise_descriptor_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    // If it fails, the limit is as it was, which the listeners live with.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+}

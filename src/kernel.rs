@@ -1,0 +1,109 @@
+//! What no safe function exists for: two questions to the kernel, and a registration with tokio.
+//! This is the only unsafe code.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+
+use tokio::io::Interest;
+use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
+
+/// A listening socket whose readiness can be waited for apart from accepting.
+#[derive(Debug)]
+pub struct ListeningSocket(AsyncFd<OwnedFd>);
+
+impl ListeningSocket {
+    /// Hands the socket to tokio's reactor, which must be running.
+    ///
+    /// # Errors
+    /// If it cannot be watched.
+    pub fn new(socket: OwnedFd) -> io::Result<Self> {
+        // SAFETY: an `OwnedFd` is open and the same until it is dropped, and it is not handed out
+        // in a way that would allow to exchange it.
+        let registered = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) };
+        Ok(Self(registered?))
+    }
+
+    /// Waits until a client is in the queue.
+    ///
+    /// # Errors
+    /// If the reactor has stopped.
+    pub async fn readable(&self) -> io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
+        self.0.readable().await
+    }
+}
+
+/// What the kernel knows of its clock (adjtimex(2)), unprocessed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timex {
+    /// The clock state: `TIME_OK`, `TIME_INS`, …, `TIME_ERROR`.
+    pub state: i32,
+    /// The status bits, `STA_*`.
+    pub status: i32,
+    /// The maximum error, in microseconds.
+    pub max_error: i64,
+}
+
+/// Reads the clock state, which needs no privilege.
+///
+/// # Errors
+/// The system call's own, as under a filter that forbids it (`ProtectClock=yes`).
+pub fn read_timex() -> io::Result<Timex> {
+    // SAFETY: `timex` is a plain structure of integers, for which all zeros is a valid value;
+    // with `modes` zero the call changes nothing and only fills it.
+    let (state, timex) = unsafe {
+        let mut timex: libc::timex = std::mem::zeroed();
+        (libc::adjtimex(&raw mut timex), timex)
+    };
+    if state < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // The fields' width differs between architectures.
+    #[allow(clippy::useless_conversion)]
+    Ok(Timex { state, status: timex.status, max_error: timex.maxerror.into() })
+}
+
+/// How many bytes written to `socket` its peer has not yet acknowledged (tcp(7), `SIOCOUTQ`); for
+/// a Unix socket, how much memory the unread bytes take.
+///
+/// # Errors
+/// The system call's own; none is expected of an open socket.
+pub fn unacknowledged(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: SIOCOUTQ (the same number as TIOCOUTQ) stores one int through the pointer, which is
+    // valid for the duration of the call.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(u64::try_from(bytes).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn bytes_count_until_they_are_acknowledged() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        assert_eq!(unacknowledged(server.as_fd()).unwrap(), 0);
+        server.set_nonblocking(true).unwrap();
+        while server.write(&[0; 65536]).is_ok() {}
+        assert!(unacknowledged(server.as_fd()).unwrap() > 0);
+        drop(server.shutdown(std::net::Shutdown::Write));
+        client.read_to_end(&mut Vec::new()).unwrap();
+        while unacknowledged(server.as_fd()).unwrap() > 0 {
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn the_clock_state_can_be_read() {
+        assert!(read_timex().unwrap().max_error >= 0);
+    }
+}

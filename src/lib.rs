@@ -1,0 +1,42 @@
+//! handout hands out the time and files over plain TCP, UDP and Unix sockets.
+//!
+//! # The map
+//!
+//! | file | subject |
+//! |---|---|
+//! | [`cli`] | the command line as types |
+//! | [`config`] | file and arguments to a checked [`config::Config`], every fault at once |
+//! | [`daemon`] | the supervisor: bind, ready, serve, drain |
+//! | [`sockets`] | sockets bound with the options that they need |
+//! | [`listener`] | the only accept loop, the only datagram loop |
+//! | [`connection`] | deliver every byte or reset; deadlines; the log line of a connection |
+//! | [`limits`] | what a service may take; the rates of datagrams |
+//! | [`datagram`] | which datagrams are answered |
+//! | [`services`] | one file for each service, and their registry |
+//! | [`document`] | the document that carries a file |
+//! | [`clock`] | the forms of the time, and the health of the kernel's clock |
+//! | [`kernel`] | the only unsafe code: what no safe function exists for |
+//! | [`logging`], [`systemd`] | what the operator and the service manager are told |
+//!
+//! A connection's way: [`sockets::bind`] → [`listener::accept`] → [`connection::Connection::run`]
+//! → [`services::Service::answer`] → [`connection::Connection::send`], until every byte has
+//! arrived.
+#![deny(unsafe_code, missing_docs)]
+#![warn(clippy::pedantic, clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+#![allow(clippy::module_name_repetitions, clippy::struct_excessive_bools)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing))]
+
+pub mod cli;
+pub mod clock;
+pub mod config;
+pub mod connection;
+pub mod daemon;
+pub mod datagram;
+pub mod document;
+pub mod kernel;
+pub mod limits;
+pub mod listener;
+pub mod logging;
+pub mod services;
+pub mod sockets;
+pub mod systemd;

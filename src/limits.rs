@@ -1,0 +1,181 @@
+//! What one service may take: connections at one time, their deadlines, datagrams per second.
+//!
+//! Here are the numbers and the arithmetic. Who waits for a permit is the listener's business, and
+//! the deadlines are kept by the connection.
+
+use std::hash::{BuildHasher, RandomState};
+use std::net::{IpAddr, Ipv6Addr};
+use std::num::NonZeroU32;
+use std::time::{Duration, Instant};
+
+use crate::connection::Deadlines;
+
+/// The limits of one service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections at one time; over it, clients wait in the kernel's queue.
+    pub max_connections: NonZeroU32,
+    /// How long a connection may last.
+    pub deadlines: Deadlines,
+    /// Datagrams answered per second.
+    pub datagrams: DatagramLimits,
+}
+
+/// How many datagrams a service answers per second.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DatagramLimits {
+    /// In all.
+    pub total: NonZeroU32,
+    /// To one IPv4 address or one IPv6 /64, beyond which one in [`LEAK`] is still answered.
+    pub per_client: NonZeroU32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        const fn number(value: u32) -> NonZeroU32 {
+            NonZeroU32::new(value).unwrap()
+        }
+        Self {
+            max_connections: const { number(4096) },
+            deadlines: Deadlines {
+                idle: Duration::from_secs(30),
+                total: Duration::from_secs(60 * 60),
+            },
+            datagrams: DatagramLimits {
+                total: const { number(10_000) },
+                per_client: const { number(50) },
+            },
+        }
+    }
+}
+
+/// What counts as one client: an IPv4 address, or an IPv6 /64, of which one customer of a
+/// provider has them all.
+pub fn client_of(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) => {
+            let network = v6.to_bits() >> 64 << 64;
+            IpAddr::V6(Ipv6Addr::from_bits(network))
+        }
+        v4 => v4,
+    }
+}
+
+/// Beyond its rate, a client is still answered once in so many datagrams: whoever forges a
+/// client's address can slow that client's answers down, but not silence it.
+const LEAK: u64 = 4;
+
+/// How many clients are told apart. The table never grows; clients that share a slot share a rate.
+const SLOTS: usize = 4096;
+
+/// Keeps the rates of datagrams: one for every client, one for all.
+///
+/// Each is the generic cell rate algorithm (ITU-T I.371): all that is kept is the time at which
+/// the next one would be due if they came evenly; a second's worth may come at once.
+#[derive(Debug)]
+pub struct DatagramRate {
+    limits: DatagramLimits,
+    /// Nanoseconds since `epoch` at which the next datagram is due.
+    clients: Box<[u64]>,
+    all: u64,
+    epoch: Instant,
+    /// Seeded at random, so that nobody can choose whom to share a slot with.
+    hasher: RandomState,
+    asked: u64,
+}
+
+impl DatagramRate {
+    /// Begins with every client's full rate.
+    pub fn new(limits: DatagramLimits, now: Instant) -> Self {
+        Self {
+            limits,
+            clients: vec![0; SLOTS].into_boxed_slice(),
+            all: 0,
+            epoch: now,
+            hasher: RandomState::new(),
+            asked: 0,
+        }
+    }
+
+    /// Whether a datagram from `client` may be answered at `now`.
+    pub fn admit(&mut self, client: IpAddr, now: Instant) -> bool {
+        self.asked = self.asked.wrapping_add(1);
+        let since = now.saturating_duration_since(self.epoch).as_nanos();
+        let now = u64::try_from(since).unwrap_or(u64::MAX);
+
+        let hash = self.hasher.hash_one(client_of(client));
+        #[expect(clippy::cast_possible_truncation, reason = "any part of the hash will do")]
+        let slot = hash as usize % SLOTS;
+        let Some(due) = self.clients.get_mut(slot) else { return false };
+        let within_rate = take(due, self.limits.per_client, now);
+        let leaked = || self.hasher.hash_one(self.asked).is_multiple_of(LEAK);
+        (within_rate || leaked()) && take(&mut self.all, self.limits.total, now)
+    }
+}
+
+/// Takes one from the rate whose next is due at `due`, if the rate allows.
+fn take(due: &mut u64, per_second: NonZeroU32, now: u64) -> bool {
+    const SECOND: u64 = 1_000_000_000;
+    let interval = SECOND / u64::from(per_second.get());
+    let next = (*due).max(now).saturating_add(interval);
+    let allowed = next <= now.saturating_add(SECOND);
+    if allowed {
+        *due = next;
+    }
+    allowed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn limits(total: u32, per_client: u32) -> DatagramLimits {
+        let number = |value| NonZeroU32::new(value).unwrap();
+        DatagramLimits { total: number(total), per_client: number(per_client) }
+    }
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn a_client_is_an_ipv4_address_or_an_ipv6_network() {
+        assert_eq!(client_of(ip("192.0.2.7")), ip("192.0.2.7"));
+        assert_eq!(client_of(ip("::ffff:192.0.2.7")), ip("192.0.2.7"));
+        assert_eq!(client_of(ip("2001:db8:1:2:3:4:5:6")), ip("2001:db8:1:2::"));
+    }
+
+    #[test]
+    fn beyond_its_rate_a_client_is_answered_one_time_in_a_few() {
+        let start = Instant::now();
+        let mut rate = DatagramRate::new(limits(1_000_000, 10), start);
+        let client = ip("192.0.2.7");
+        let at_once = (0..10).filter(|_| rate.admit(client, start)).count();
+        assert_eq!(at_once, 10);
+        let leaked = (0..10_000).filter(|_| rate.admit(client, start)).count();
+        assert!((2_000..3_000).contains(&leaked), "{leaked}");
+        assert!(rate.admit(client, start + Duration::from_secs(1)));
+    }
+
+    proptest! {
+        #[test]
+        fn the_total_rate_is_never_exceeded(
+            clients in prop::collection::vec(any::<u32>(), 1..2_000),
+            total in 1u32..200,
+            step_us in 0u64..20_000,
+        ) {
+            let start = Instant::now();
+            let mut rate = DatagramRate::new(limits(total, 5), start);
+            let mut now = start;
+            let mut admitted = 0_u128;
+            for client in clients {
+                admitted += u128::from(rate.admit(IpAddr::from(client.to_be_bytes()), now));
+                now += Duration::from_micros(step_us);
+            }
+            // One second's worth at once, then evenly.
+            let seconds = now.duration_since(start).as_secs_f64() + 1.0;
+            prop_assert!(admitted as f64 <= f64::from(total) * seconds + 1.0);
+        }
+    }
+}

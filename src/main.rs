@@ -1,0 +1,118 @@
+//! Flags to subcommand to exit code; and the signals.
+
+use std::error::Error;
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{CommandFactory, Parser};
+use handout::cli::{Cli, Command};
+use handout::config::{Config, Sources};
+use handout::daemon::{Daemon, Orders};
+use handout::logging;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Wrong configuration (sysexits(3), `EX_CONFIG`), which a restart does not mend.
+const WRONG_CONFIGURATION: u8 = 78;
+
+/// How long a reader that hangs in the file system may delay the exit.
+const EXIT_TIME: Duration = Duration::from_millis(100);
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Serve(arguments) => configured(&arguments.into(), serve),
+        Command::Check(file) => configured(&file.into(), check),
+        Command::Completions { shell } => {
+            let mut completions = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "handout", &mut completions);
+            print(&completions)
+        }
+    }
+}
+
+/// Goes on with the configuration, or says every fault of it.
+fn configured(sources: &Sources, go_on: fn(&Config) -> ExitCode) -> ExitCode {
+    match Config::load(sources) {
+        Ok(config) => go_on(&config),
+        Err(faults) => {
+            complain(&faults.to_string());
+            ExitCode::from(WRONG_CONFIGURATION)
+        }
+    }
+}
+
+fn check(config: &Config) -> ExitCode {
+    let lines = config.services.iter().map(|service| {
+        let listen: Vec<_> = service.listen.iter().map(ToString::to_string).collect();
+        format!("{} on {}\n", service.name, listen.join(", "))
+    });
+    print(lines.chain(["no fault found\n".to_owned()]).collect::<String>().as_bytes())
+}
+
+fn serve(config: &Config) -> ExitCode {
+    let served = || -> Result<(), Box<dyn Error>> {
+        logging::start(&config.log)?;
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+        let served = runtime.block_on(async {
+            let orders = orders()?;
+            Ok(Daemon::start(config)?.run(orders).await?)
+        });
+        runtime.shutdown_timeout(EXIT_TIME);
+        served
+    };
+    match served() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(&chain(&*error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Turns signals into orders: the first asks, the second insists.
+fn orders() -> io::Result<Orders> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let orders = Orders::default();
+    let tell = orders.clone();
+    tokio::spawn(async move {
+        for order in [tell.stop, tell.stop_now] {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            order.cancel();
+        }
+    });
+    Ok(orders)
+}
+
+/// An error with its causes.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+/// Prints a result. Who stops reading has what it wants.
+fn print(result: &[u8]) -> ExitCode {
+    match io::stdout().write_all(result) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            complain(&format!("cannot print: {error}"));
+            ExitCode::FAILURE
+        }
+        _ => ExitCode::SUCCESS,
+    }
+}
+
+/// Says what is wrong, line by line. If standard error is closed, the exit code has to do.
+fn complain(text: &str) {
+    for line in text.lines() {
+        let _ = writeln!(io::stderr(), "handout: {line}");
+    }
+}

@@ -1,0 +1,91 @@
+//! The time service: on connect, the time; to a datagram, the time in a datagram.
+
+use std::io;
+use std::time::SystemTime;
+
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+
+use crate::clock::{Format, ReplyShapes};
+use crate::config::{Noted, Table};
+use crate::connection::{Broken, Connection, Stream};
+
+/// The settings of one time service.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    /// How the time is told.
+    pub format: Format,
+    /// The zone in which it is told.
+    pub zone: TimeZone,
+    /// Whether text ends with a newline.
+    pub newline: bool,
+}
+
+impl Settings {
+    /// Reads the keys of `[time.NAME]` that are its own.
+    ///
+    /// # Errors
+    /// If a fault was noted.
+    pub fn read(table: &mut Table<'_>) -> Result<Self, Noted> {
+        let format = table.text_or("format", "python", str::parse);
+        let zone = table.text_or("timezone", "local", find_zone);
+        let newline = table.boolean_or("newline", true);
+        Ok(Self { format: format?, zone: zone?, newline: newline? })
+    }
+}
+
+/// Finds a time zone: the system's own, or one by its name in the system's database or, on a
+/// machine without one, in the copy that is built in.
+fn find_zone(name: &str) -> Result<TimeZone, String> {
+    match name {
+        "local" => TimeZone::try_system().map_err(|error| {
+            format!(
+                "the zone of this machine (TZ, /etc/localtime) cannot be read: {error}; \
+                 expected one that can, or timezone = \"UTC\""
+            )
+        }),
+        "UTC" => Ok(TimeZone::UTC),
+        name => TimeZone::get(name)
+            .map_err(|error| format!("expected \"local\", \"UTC\" or a zone by its name: {error}")),
+    }
+}
+
+/// A time service that is ready to answer.
+#[derive(Debug)]
+pub struct Time {
+    settings: Settings,
+    shapes: ReplyShapes,
+}
+
+impl Time {
+    /// Prepares what does not change from reply to reply.
+    pub fn new(settings: Settings) -> Self {
+        let shapes = ReplyShapes::new(&settings.format);
+        Self { settings, shapes }
+    }
+
+    /// Appends the reply of this moment.
+    ///
+    /// # Errors
+    /// If the clock is set to a year that cannot be told.
+    pub fn tell(&self, reply: &mut Vec<u8>) -> io::Result<()> {
+        let now = Timestamp::try_from(SystemTime::now()).map_err(io::Error::other)?;
+        let Settings { format, zone, newline } = &self.settings;
+        format.write(now, zone, *newline, reply)
+    }
+
+    /// Whether a datagram could be the reply of another time service.
+    pub fn resembles_reply(&self, datagram: &[u8]) -> bool {
+        self.shapes.match_datagram(datagram)
+    }
+
+    /// Sends the time.
+    ///
+    /// # Errors
+    /// If the client went away, or the time cannot be told.
+    pub async fn answer<S: Stream>(&self, connection: &mut Connection<S>) -> Result<(), Broken> {
+        let mut reply = Vec::with_capacity(64);
+        self.tell(&mut reply).map_err(Broken::Service)?;
+        connection.send(&reply).await
+    }
+}

@@ -1,0 +1,34 @@
+//! What the service manager is told: ready, stopping, a line of status, signs of life.
+//!
+//! Without a manager (`NOTIFY_SOCKET` is not set) all of this does nothing.
+
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+
+/// Everything is bound and opened.
+pub fn ready(status: &str) {
+    tell(&[NotifyState::Ready, NotifyState::Status(status)]);
+}
+
+/// The order to stop has come.
+pub fn stopping(status: &str) {
+    tell(&[NotifyState::Stopping, NotifyState::Status(status)]);
+}
+
+/// The event loop turns.
+pub fn alive() {
+    tell(&[NotifyState::Watchdog]);
+}
+
+/// How often the manager wants to hear [`alive`]: half of what it waits for, if it does.
+pub fn alive_interval() -> Option<Duration> {
+    sd_notify::watchdog_enabled().map(|limit| limit / 2).filter(|half| !half.is_zero())
+}
+
+fn tell(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        let error = error.to_string();
+        tracing::warn!(?error, "the service manager cannot be told (NOTIFY_SOCKET)");
+    }
+}
