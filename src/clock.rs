@@ -74,10 +74,10 @@ impl Format {
         reply: &mut Vec<u8>,
     ) -> io::Result<()> {
         match self {
-            Format::Python => self.write_pattern("%Y-%m-%d %H:%M:%S.%6f", now, zone, reply)?,
+            Format::Python => pattern("%Y-%m-%d %H:%M:%S.%6f", now, zone, reply)?,
             Format::Rfc3339 => rfc3339(now, zone, reply)?,
             Format::Daytime => {
-                self.write_pattern("%A, %B %-d, %Y %H:%M:%S-%Z\r\n", now, zone, reply)?;
+                pattern("%A, %B %-d, %Y %H:%M:%S-%Z\r\n", now, zone, reply)?;
             }
             Format::Nist => nist(now, Health::read().ok(), reply)?,
             Format::Time => {
@@ -88,7 +88,7 @@ impl Format {
             }
             Format::Unix => unix(now, reply)?,
             Format::Json => json(now, zone, Health::read().ok(), reply)?,
-            Format::Strftime(pattern) => self.write_pattern(pattern, now, zone, reply)?,
+            Format::Strftime(text) => pattern(text, now, zone, reply)?,
         }
         if newline && !self.has_its_own_end() {
             reply.push(b'\n');
@@ -99,19 +99,6 @@ impl Format {
     /// Whether the format's document says how it ends, so that `newline` does not apply.
     fn has_its_own_end(&self) -> bool {
         matches!(self, Format::Daytime | Format::Nist | Format::Time)
-    }
-
-    fn write_pattern(
-        &self,
-        pattern: &str,
-        now: Timestamp,
-        zone: &TimeZone,
-        reply: &mut Vec<u8>,
-    ) -> io::Result<()> {
-        let time = BrokenDownTime::from(&now.to_zoned(zone.clone()));
-        let text = time.to_string(pattern).map_err(io::Error::other)?;
-        reply.extend_from_slice(text.as_bytes());
-        Ok(())
     }
 }
 
@@ -202,6 +189,13 @@ impl From<kernel::Timex> for Health {
             leap,
         }
     }
+}
+
+fn pattern(text: &str, now: Timestamp, zone: &TimeZone, reply: &mut Vec<u8>) -> io::Result<()> {
+    let time = BrokenDownTime::from(&now.to_zoned(zone.clone()));
+    let told = time.to_string(text).map_err(io::Error::other)?;
+    reply.extend_from_slice(told.as_bytes());
+    Ok(())
 }
 
 fn rfc3339(now: Timestamp, zone: &TimeZone, reply: &mut Vec<u8>) -> io::Result<()> {

@@ -120,7 +120,7 @@ impl Daemon {
             tokio::select! {
                 () = orders.stop.cancelled() => break Ok(()),
                 Some(ended) = tasks.join_next() => break Err(Error::Ended(why(ended))),
-                _ = sums.tick() => served.iter().for_each(|served| sum_up(served)),
+                _ = sums.tick() => served.iter().for_each(sum_up),
             }
         };
 
@@ -139,7 +139,7 @@ impl Daemon {
         shutdown.abort.cancel();
         // What does not go in time goes with the process.
         let _ = timeout(RESET_TIME, connections.wait()).await;
-        served.iter().for_each(|served| sum_up(served));
+        served.iter().for_each(sum_up);
         tracing::info!(reset, "stopped");
         alive.abort();
         ended
@@ -226,7 +226,7 @@ fn status(served: &[Arc<Served>], addresses: usize) -> String {
 }
 
 /// Logs what has been counted since the last time, if anything was.
-fn sum_up(served: &Served) {
+fn sum_up(served: &Arc<Served>) {
     let take = |count: &AtomicU64| count.swap(0, Ordering::Relaxed);
     let (answered, dropped) = (take(&served.counts.answered), take(&served.counts.dropped));
     let aborted = take(&served.counts.aborted);

@@ -93,7 +93,7 @@ mod tests {
         let (mut server, _) = listener.accept().unwrap();
         assert_eq!(unacknowledged(server.as_fd()).unwrap(), 0);
         server.set_nonblocking(true).unwrap();
-        while server.write(&[0; 65536]).is_ok() {}
+        while server.write(&[0; 8192]).is_ok() {}
         assert!(unacknowledged(server.as_fd()).unwrap() > 0);
         drop(server.shutdown(std::net::Shutdown::Write));
         client.read_to_end(&mut Vec::new()).unwrap();

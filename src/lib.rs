@@ -23,7 +23,7 @@
 //! arrived.
 #![deny(unsafe_code, missing_docs)]
 #![warn(clippy::pedantic, clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
-#![allow(clippy::module_name_repetitions, clippy::struct_excessive_bools)]
+#![allow(clippy::must_use_candidate)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing))]
 
 pub mod cli;

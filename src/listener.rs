@@ -32,7 +32,7 @@ const DATAGRAM: usize = 2048;
 const PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 
 /// A fault that comes and goes is said so often at most.
-const SAY_AGAIN: Duration = Duration::from_secs(60);
+const SAY_AGAIN: Duration = Duration::from_mins(1);
 
 /// A running service with what its listeners share.
 #[derive(Debug)]

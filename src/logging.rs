@@ -21,7 +21,7 @@ pub fn check_filter(filter: &str) -> Result<(), String> {
     let expected =
         "expected error, warn, info, debug, trace, or a filter such as \"handout=debug\"";
     // A lone word that is no level would be taken for the name of a module, and silence the rest.
-    let level = filter.parse::<tracing_subscriber::filter::LevelFilter>().is_ok();
+    let level = ["error", "warn", "info", "debug", "trace"].contains(&filter);
     if (level || filter.contains('=')) && EnvFilter::try_new(filter).is_ok() {
         Ok(())
     } else {
@@ -74,10 +74,10 @@ mod tests {
 
     #[test]
     fn levels_and_filters_are_told_from_junk() {
-        for good in ["error", "info", "TRACE", "handout=debug", "warn,handout=trace"] {
+        for good in ["error", "info", "handout=debug", "warn,handout=trace"] {
             assert_eq!(check_filter(good), Ok(()), "{good}");
         }
-        for bad in ["", "loud", "handout", "handout=loud", "a=b=c"] {
+        for bad in ["", "loud", "3", "handout", "handout=loud", "a=b=c"] {
             assert!(check_filter(bad).unwrap_err().starts_with("expected error"), "{bad}");
         }
     }

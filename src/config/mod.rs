@@ -207,15 +207,15 @@ fn read_file(path: &Path) -> Result<(String, String), Fault> {
             MAX_FILE >> 10
         )));
     }
-    String::from_utf8(bytes).map(|text| (name.clone(), text)).map_err(|error| {
-        let valid = error.utf8_error().valid_up_to();
-        let line = 1 + error.as_bytes().iter().take(valid).filter(|byte| **byte == b'\n').count();
-        Fault {
-            place: Place::Line(name, line),
-            key: String::new(),
-            problem: "not UTF-8; expected a TOML file, which is UTF-8 throughout".to_owned(),
+    match str::from_utf8(&bytes) {
+        Ok(text) => Ok((name, text.to_owned())),
+        Err(error) => {
+            let valid = bytes.get(..error.valid_up_to()).unwrap_or_default();
+            let line = 1 + String::from_utf8_lossy(valid).matches('\n').count();
+            let problem = "not UTF-8; expected a TOML file, which is UTF-8 throughout".to_owned();
+            Err(Fault { place: Place::Line(name, line), key: String::new(), problem })
         }
-    })
+    }
 }
 
 impl Default for Log {

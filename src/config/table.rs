@@ -4,6 +4,8 @@
 //! by name, what is wrong with it is noted with its line, and at the end whatever nobody asked for
 //! is a fault too.
 
+#![allow(clippy::missing_errors_doc, reason = "`Noted` is always the same: a fault was noted")]
+
 use std::cell::RefCell;
 use std::fmt::Display;
 use std::num::NonZeroU32;
@@ -44,9 +46,8 @@ impl<'a> Source<'a> {
     pub fn fault(&self, offset: usize, key: String, problem: impl Display) -> Noted {
         let place = match &self.origin {
             Origin::File { name, text } => {
-                let before = text.as_bytes().get(..offset).unwrap_or(text.as_bytes());
-                let line = 1 + before.iter().filter(|byte| **byte == b'\n').count();
-                Place::Line(name.clone(), line)
+                let before = text.get(..offset).unwrap_or(text);
+                Place::Line(name.clone(), 1 + before.matches('\n').count())
             }
             Origin::Argument(argument) => Place::Argument(argument.clone()),
         };
@@ -145,7 +146,11 @@ impl<'a> Table<'a> {
     }
 
     fn key(&self, name: &str) -> String {
-        if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
+        let bare = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+        // Quoted as in the file, and so that no control character reaches a terminal.
+        let is_bare = !name.is_empty() && name.chars().all(bare);
+        let name = if is_bare { name.to_owned() } else { format!("{name:?}") };
+        if self.path.is_empty() { name } else { format!("{}.{name}", self.path) }
     }
 
     /// Notes a fault of one of its keys, or of the table if it does not have that key.

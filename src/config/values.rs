@@ -9,7 +9,7 @@ use bytesize::ByteSize;
 use jiff::SignedDuration;
 
 /// The longest duration that makes sense anywhere here; it also keeps deadlines computable.
-const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 60 * 60);
+const MAX_DURATION: Duration = Duration::from_hours(366 * 24);
 
 /// The longest path that the address of a Unix socket can hold (unix(7)), with its final NUL.
 const MAX_SOCKET_PATH: usize = 108;
@@ -128,8 +128,8 @@ mod tests {
     #[test]
     fn durations_have_units() {
         assert_eq!(duration("30s"), Ok(Duration::from_secs(30)));
-        assert_eq!(duration("10m"), Ok(Duration::from_secs(600)));
-        assert_eq!(duration("1h 30m"), Ok(Duration::from_secs(5400)));
+        assert_eq!(duration("10m"), Ok(Duration::from_mins(10)));
+        assert_eq!(duration("1h 30m"), Ok(Duration::from_mins(90)));
         assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
         for bad in ["", "30", "s", "-3s", "0s", "3 lightyears", "9000000000h", "30s garbage"] {
             assert!(duration(bad).unwrap_err().starts_with("expected a duration"), "{bad}");

@@ -186,6 +186,7 @@ impl Version {
         let Content::Open(file) = &self.content else {
             return Err(io::ErrorKind::Unsupported.into());
         };
+        #[expect(clippy::large_stack_arrays, reason = "the stack of a pool's thread has room")]
         let mut piece = [0; PIECE];
         let left = self.stamp.size.saturating_sub(offset);
         let wanted = usize::try_from(left).unwrap_or(PIECE).min(PIECE);

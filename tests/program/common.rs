@@ -1,0 +1,264 @@
+//! Starts the real program on free ports, reads its log, and ends it.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// How long anything may take before a test calls it a failure; far more than it needs, as the
+/// machine may be busy.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// The program itself.
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_handout");
+
+/// The program as it is run by every test: with nothing of the environment that it heeds.
+pub fn program() -> Command {
+    let mut command = Command::new(PROGRAM);
+    for variable in ["HANDOUT_CONFIG", "NOTIFY_SOCKET", "WATCHDOG_USEC", "JOURNAL_STREAM", "TZ"] {
+        command.env_remove(variable);
+    }
+    command.stdin(Stdio::null());
+    command
+}
+
+/// Runs a command to its end.
+pub fn run(command: &mut Command) -> Output {
+    command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"))
+}
+
+/// A running daemon, which is killed at the latest when it is dropped.
+pub struct Daemon {
+    pub child: Child,
+    pub folder: TempDir,
+    log: Arc<Log>,
+}
+
+#[derive(Default)]
+struct Log {
+    lines: Mutex<(Vec<Value>, bool)>,
+    changed: Condvar,
+}
+
+impl Daemon {
+    /// Starts it with this configuration and waits until it is ready.
+    pub fn start(config: &str) -> Self {
+        Self::start_with(config, &[], |_| {})
+    }
+
+    /// The same with files beside the configuration, and a last word on how it is run.
+    pub fn start_with(
+        config: &str,
+        files: &[(&str, &[u8])],
+        prepare: impl FnOnce(&mut Command),
+    ) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, content) in files {
+            fs::write(folder.path().join(name), content).unwrap();
+        }
+        Self::start_in(folder, config, prepare)
+    }
+
+    /// The same in a folder that is there already.
+    pub fn start_in(folder: TempDir, config: &str, prepare: impl FnOnce(&mut Command)) -> Self {
+        let path = folder.path().join("handout.toml");
+        let log = if config.contains("[log]") { "" } else { "[log]\nformat = \"json\"\n" };
+        fs::write(&path, format!("{log}{config}")).unwrap();
+        let mut command = program();
+        command.args(["serve", "--config"]).arg(path);
+        command.env("TZ", "UTC").stderr(Stdio::piped());
+        prepare(&mut command);
+        let mut child = command.spawn().unwrap();
+        let log = follow(child.stderr.take().unwrap());
+        let daemon = Self { child, folder, log };
+        daemon.wait_for("ready", |line| {
+            // In JSON or in text.
+            line["message"] == "ready" || line.as_str().is_some_and(|line| line.contains(" ready "))
+        });
+        daemon
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Every log line so far.
+    pub fn lines(&self) -> Vec<Value> {
+        self.log.lines.lock().unwrap().0.clone()
+    }
+
+    /// Waits for a log line.
+    pub fn wait_for(&self, what: &str, mut wanted: impl FnMut(&Value) -> bool) -> Value {
+        let start = Instant::now();
+        let mut log = self.log.lines.lock().unwrap();
+        loop {
+            if let Some(line) = log.0.iter().find(|line| wanted(line)) {
+                return line.clone();
+            }
+            assert!(!log.1 && start.elapsed() < DEADLINE, "no {what} in the log: {:#?}", log.0);
+            log = self.log.changed.wait_timeout(log, Duration::from_secs(1)).unwrap().0;
+        }
+    }
+
+    pub fn wait_for_message(&self, message: &str) -> Value {
+        self.wait_for(message, |line| line["message"] == message)
+    }
+
+    /// Waits for the log lines of so many connections.
+    pub fn wait_for_connections(&self, count: usize) -> Vec<Value> {
+        let mut found = Vec::new();
+        eventually("the lines of the connections", || {
+            found = self.lines().into_iter().filter(|line| line["outcome"].is_string()).collect();
+            found.len() >= count
+        });
+        found
+    }
+
+    /// What a service listens on, without the prefix of the protocol.
+    fn listening(&self, service: &str, prefix: &str) -> Vec<SocketAddr> {
+        let lines = self.lines();
+        let of_service = lines
+            .iter()
+            .filter(|line| line["message"] == "listening" && line["service"] == service)
+            .filter_map(|line| line["address"].as_str()?.strip_prefix(prefix)?.parse().ok());
+        of_service.collect()
+    }
+
+    pub fn tcp(&self, service: &str) -> SocketAddr {
+        self.listening(service, "")[0]
+    }
+
+    pub fn udp(&self, service: &str) -> SocketAddr {
+        self.listening(service, "udp:")[0]
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).unwrap();
+    }
+
+    /// Waits until it ends by itself.
+    pub fn wait(&mut self) -> ExitStatus {
+        wait_for_exit(&mut self.child)
+    }
+
+    /// Asks it to stop, and waits.
+    pub fn stop(&mut self) -> ExitStatus {
+        self.signal(Signal::TERM);
+        self.wait()
+    }
+
+    /// Resident memory in bytes, and how many descriptors are open.
+    pub fn usage(&self) -> (u64, usize) {
+        let proc = PathBuf::from(format!("/proc/{}", self.child.id()));
+        let status = fs::read_to_string(proc.join("status")).unwrap();
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        let kib: u64 = resident.trim().trim_end_matches(" kB").parse().unwrap();
+        (kib * 1024, fs::read_dir(proc.join("fd")).unwrap().count())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub fn wait_for_exit(child: &mut Child) -> ExitStatus {
+    let mut status = None;
+    eventually("the end of the process", || {
+        status = child.try_wait().unwrap();
+        status.is_some()
+    });
+    status.unwrap()
+}
+
+fn follow(stderr: impl Read + Send + 'static) -> Arc<Log> {
+    let log = Arc::<Log>::default();
+    let writer = Arc::clone(&log);
+    thread::spawn(move || {
+        for line in BufReader::new(stderr).lines() {
+            let Ok(line) = line else { break };
+            // What is not JSON is kept as it is.
+            let line = serde_json::from_str(&line).unwrap_or(Value::String(line));
+            writer.lines.lock().unwrap().0.push(line);
+            writer.changed.notify_all();
+        }
+        writer.lines.lock().unwrap().1 = true;
+        writer.changed.notify_all();
+    });
+    log
+}
+
+/// Waits until something holds, looking again and again.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < DEADLINE, "waited too long for {what}");
+        thread::park_timeout(Duration::from_millis(5));
+    }
+}
+
+pub fn connect(address: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    stream.set_write_timeout(Some(DEADLINE)).unwrap();
+    stream
+}
+
+/// Everything that a service sends.
+pub fn read_all(address: SocketAddr) -> Vec<u8> {
+    let mut reply = Vec::new();
+    connect(address).read_to_end(&mut reply).unwrap();
+    reply
+}
+
+/// The name and the bytes in a pushed document.
+pub fn decode(document: &[u8]) -> (String, Vec<u8>) {
+    let value: Value = serde_json::from_slice(document).unwrap();
+    let keys: Vec<_> = value.as_object().unwrap().keys().cloned().collect();
+    assert_eq!(keys, ["filedata", "filename"]);
+    let data = STANDARD.decode(value["filedata"].as_str().unwrap()).unwrap();
+    (value["filename"].as_str().unwrap().to_owned(), data)
+}
+
+/// Bytes that no two places of a file have alike, for a file of any size.
+pub fn sample(seed: u64, size: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut bytes = Vec::with_capacity(size + 8);
+    while bytes.len() < size {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(size);
+    bytes
+}
+
+/// Replaces a file as careful programs do.
+pub fn replace(path: &Path, content: &[u8]) {
+    let beside = path.with_extension("new");
+    fs::write(&beside, content).unwrap();
+    fs::rename(beside, path).unwrap();
+}
+
+/// Sends all, then half-closes.
+pub fn send_and_half_close(stream: &mut TcpStream, bytes: &[u8]) {
+    stream.write_all(bytes).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+}

@@ -1,0 +1,170 @@
+//! Every byte owed is delivered, or the connection is reset, whatever the client does.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use socket2::SockRef;
+
+use crate::common::{
+    DEADLINE, Daemon, connect, decode, eventually, read_all, sample, send_and_half_close,
+};
+
+fn picture_daemon(size: usize, limits: &str) -> (Daemon, Vec<u8>) {
+    let picture = sample(2, size);
+    let daemon = Daemon::start_with(
+        &format!(
+            "[limits]\n{limits}\n[time.clock]\nlisten = [\"127.0.0.1:0\"]\n\
+             [file.picture]\nlisten = [\"127.0.0.1:0\"]\npath = \"picture.jpg\""
+        ),
+        &[("picture.jpg", &picture)],
+        |_| {},
+    );
+    (daemon, picture)
+}
+
+fn outcome_of_one(daemon: &Daemon) -> String {
+    daemon.wait_for_connections(1)[0]["outcome"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_hundred_clients_that_send_before_they_read_get_every_byte_and_a_clean_end() {
+    let (daemon, picture) = picture_daemon(2_000_000, "");
+    let address = daemon.tcp("file.picture");
+    thread::scope(|scope| {
+        for _ in 0..100 {
+            scope.spawn(|| {
+                let mut stream = connect(address);
+                stream.write_all(&[b'x'; 300_000]).unwrap();
+                let mut document = Vec::new();
+                stream.read_to_end(&mut document).unwrap();
+                assert_eq!(decode(&document).1, picture);
+            });
+        }
+    });
+    let lines = daemon.wait_for_connections(100);
+    assert!(lines.iter().all(|line| line["outcome"] == "complete"), "{lines:#?}");
+}
+
+#[test]
+fn a_client_that_half_closes_first_gets_everything() {
+    let (daemon, picture) = picture_daemon(2_000_000, "");
+    let mut stream = connect(daemon.tcp("file.picture"));
+    send_and_half_close(&mut stream, b"\r\n");
+    let mut document = Vec::new();
+    stream.read_to_end(&mut document).unwrap();
+    assert_eq!(decode(&document).1, picture);
+    assert_eq!(outcome_of_one(&daemon), "complete");
+}
+
+#[test]
+fn a_client_that_half_closes_and_then_reads_slowly_gets_everything() {
+    let (daemon, picture) = picture_daemon(500_000, "");
+    let mut stream = connect(daemon.tcp("file.picture"));
+    SockRef::from(&stream).set_recv_buffer_size(4096).unwrap();
+    send_and_half_close(&mut stream, b"\r\n");
+    // Slowly at first: while nothing is read, the daemon must neither close nor give up.
+    for _ in 0..3 {
+        thread::park_timeout(Duration::from_millis(300));
+        stream.read_exact(&mut [0]).unwrap();
+    }
+    let mut document = b"{\"f".to_vec();
+    stream.read_to_end(&mut document).unwrap();
+    assert_eq!(decode(&document).1, picture);
+    assert_eq!(outcome_of_one(&daemon), "complete");
+}
+
+#[test]
+fn a_client_that_reads_one_byte_at_a_time_gets_the_time() {
+    let (daemon, _) = picture_daemon(1, "");
+    let mut stream = connect(daemon.tcp("time.clock"));
+    let mut reply = Vec::new();
+    let mut byte = [0];
+    while stream.read(&mut byte).unwrap() == 1 {
+        reply.push(byte[0]);
+        // Now and then a byte of its own, as somebody at a keyboard.
+        let _ = stream.write(b"?");
+    }
+    assert_eq!(reply.len(), 27);
+}
+
+#[test]
+fn a_client_that_sends_for_ever_gets_everything_and_is_let_go() {
+    let (daemon, picture) = picture_daemon(300_000, "");
+    let mut stream = connect(daemon.tcp("file.picture"));
+    let mut sender = stream.try_clone().unwrap();
+    let sending = thread::spawn(move || {
+        let start = Instant::now();
+        while sender.write_all(&[b'x'; 65536]).is_ok() {
+            assert!(start.elapsed() < DEADLINE, "nobody ended it");
+        }
+    });
+    let mut document = Vec::new();
+    // The end may be a reset, as what it sends is not read for ever; but not before everything.
+    if let Err(error) = stream.read_to_end(&mut document) {
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    }
+    assert_eq!(decode(&document).1, picture);
+    sending.join().unwrap();
+    assert_eq!(outcome_of_one(&daemon), "complete");
+}
+
+#[test]
+fn a_client_that_resets_is_noted_and_others_are_served() {
+    let (daemon, _) = picture_daemon(2_000_000, "");
+    let stream = connect(daemon.tcp("file.picture"));
+    stream.peek(&mut [0]).unwrap();
+    SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(stream);
+    assert_eq!(outcome_of_one(&daemon), "reset");
+    assert_eq!(read_all(daemon.tcp("time.clock")).len(), 27);
+}
+
+#[test]
+fn a_client_that_takes_nothing_is_reset_after_the_idle_time_out() {
+    let (daemon, _) = picture_daemon(20_000_000, "idle-timeout = \"300ms\"");
+    let mut stream = connect(daemon.tcp("file.picture"));
+    assert_eq!(outcome_of_one(&daemon), "idle-timeout");
+    let error = stream.read_to_end(&mut Vec::new()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    let line = &daemon.wait_for_connections(1)[0];
+    assert!(line["bytes"].as_u64().unwrap() < 20_000_000, "{line}");
+}
+
+#[test]
+fn a_connection_that_lasts_too_long_is_reset_however_busy_it_is() {
+    let (daemon, _) = picture_daemon(60_000_000, "max-duration = \"500ms\"");
+    let mut stream = connect(daemon.tcp("file.picture"));
+    let mut buffer = vec![0; 65536];
+    let error = loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => panic!("it took the whole document for granted"),
+            // At this rate, the document would last for a minute.
+            Ok(_) => thread::park_timeout(Duration::from_millis(50)),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    assert_eq!(outcome_of_one(&daemon), "max-duration");
+}
+
+#[test]
+fn clients_that_never_read_cost_little_memory_and_delay_nobody() {
+    let (daemon, _) = picture_daemon(2_000_000, "");
+    let address = daemon.tcp("file.picture");
+    read_all(address);
+    let (before, _) = daemon.usage();
+    let idle: Vec<TcpStream> = (0..1000).map(|_| connect(address)).collect();
+    eventually("everybody to be connected", || daemon.usage().1 >= 1000);
+    for stream in &idle {
+        stream.peek(&mut [0]).unwrap();
+    }
+    for _ in 0..50 {
+        assert_eq!(read_all(daemon.tcp("time.clock")).len(), 27);
+    }
+    let (after, _) = daemon.usage();
+    assert!(after < before + 64_000_000, "{before} {after}");
+    drop(idle);
+    eventually("their descriptors to be free again", || daemon.usage().1 < 100);
+}

@@ -1,0 +1,89 @@
+//! Limits are kept, and recover by themselves.
+
+use std::io::Read;
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use rustix::process::{Resource, Rlimit, prlimit};
+
+use crate::common::{Daemon, connect, eventually, read_all, sample};
+
+#[test]
+fn clients_over_the_limit_wait_in_the_queue_and_are_served_as_places_free_up() {
+    let daemon = Daemon::start_with(
+        "[file.picture]\nlisten = [\"127.0.0.1:0\", \"unix:picture.sock\"]\npath = \"picture.jpg\"\n\
+         max-connections = 2\n\
+         [time.clock]\nlisten = [\"127.0.0.1:0\"]",
+        &[("picture.jpg", &sample(7, 20_000_000))],
+        |_| {},
+    );
+    let address = daemon.tcp("file.picture");
+    let begin = || {
+        let mut stream = connect(address);
+        stream.read_exact(&mut [0; 100]).unwrap();
+        stream
+    };
+    let first = begin();
+    let second = begin();
+    // The third is connected by the kernel, and nobody speaks to it, by neither way in.
+    let mut third = connect(address);
+    third.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    assert!(third.read(&mut [0; 100]).is_err());
+    let mut by_unix = UnixStream::connect(daemon.path("picture.sock")).unwrap();
+    by_unix.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    assert!(by_unix.read(&mut [0; 100]).is_err());
+    // The other service has places of its own.
+    assert_eq!(read_all(daemon.tcp("time.clock")).len(), 27);
+
+    drop(first);
+    drop(second);
+    third.set_read_timeout(Some(crate::common::DEADLINE)).unwrap();
+    by_unix.set_read_timeout(Some(crate::common::DEADLINE)).unwrap();
+    third.read_exact(&mut [0; 100]).unwrap();
+    by_unix.read_exact(&mut [0; 100]).unwrap();
+}
+
+#[test]
+fn two_listeners_share_one_place_without_starving_each_other() {
+    let daemon = Daemon::start(
+        "[time.clock]\nlisten = [\"127.0.0.1:0\", \"unix:clock.sock\"]\nmax-connections = 1",
+    );
+    for _ in 0..5 {
+        assert_eq!(read_all(daemon.tcp("time.clock")).len(), 27);
+        let mut reply = Vec::new();
+        let mut stream = UnixStream::connect(daemon.path("clock.sock")).unwrap();
+        stream.read_to_end(&mut reply).unwrap();
+        assert_eq!(reply.len(), 27);
+    }
+}
+
+#[test]
+fn without_descriptors_it_says_the_remedy_once_and_recovers_by_itself() {
+    let daemon = Daemon::start("[time.clock]\nlisten = [\"127.0.0.1:0\"]");
+    let address = daemon.tcp("time.clock");
+    // As many as are open now, and two for clients.
+    let open = daemon.usage().1 as u64;
+    let limit = Rlimit { current: Some(open + 2), maximum: Some(open + 2) };
+    prlimit(Some(daemon.pid()), Resource::Nofile, limit).unwrap();
+    let clients: Vec<TcpStream> = (0..20).map(|_| connect(address)).collect();
+    let line = daemon.wait_for_message("cannot accept connections");
+    assert!(line["remedy"].as_str().unwrap().contains("LimitNOFILE"), "{line}");
+    for mut client in clients {
+        let mut reply = Vec::new();
+        client.read_to_end(&mut reply).unwrap();
+        assert_eq!(reply.len(), 27);
+    }
+    eventually("service as before", || read_all(address).len() == 27);
+    let said = |line: &serde_json::Value| line["message"] == "cannot accept connections";
+    assert_eq!(daemon.lines().into_iter().filter(said).count(), 1);
+}
+
+#[test]
+fn the_soft_limit_of_descriptors_is_raised_to_the_hard_one() {
+    let daemon = Daemon::start("[time.clock]\nlisten = [\"127.0.0.1:0\"]");
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", daemon.child.id())).unwrap();
+    let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    let columns: Vec<_> = line.split_whitespace().collect();
+    assert_eq!(columns[3], columns[4], "{line}");
+}

@@ -1,0 +1,92 @@
+//! The log: text and JSON, one line for each connection, nothing that a terminal would obey.
+
+use std::io::Read;
+use std::process::Stdio;
+
+use rustix::process::Signal;
+
+use crate::common::{Daemon, connect, read_all};
+
+#[test]
+fn a_connection_leaves_one_flat_line_with_its_five_fields() {
+    let daemon = Daemon::start("[time.clock]\nlisten = [\"127.0.0.1:0\"]");
+    let mut stream = connect(daemon.tcp("time.clock"));
+    let peer = stream.local_addr().unwrap().to_string();
+    stream.read_to_end(&mut Vec::new()).unwrap();
+    drop(stream);
+    let line = daemon.wait_for_connections(1).remove(0);
+    assert_eq!(line["level"], "INFO");
+    assert_eq!(line["service"], "time.clock");
+    assert_eq!(line["peer"], peer.as_str());
+    assert_eq!(line["bytes"], 27);
+    assert_eq!(line["outcome"], "complete");
+    assert!(line["duration"].as_f64().is_some_and(|seconds| (0.0..60.0).contains(&seconds)));
+    assert!(line["timestamp"].is_string());
+}
+
+#[test]
+fn an_ipv4_client_of_an_ipv6_socket_is_never_a_mapped_one() {
+    let daemon = Daemon::start("[time.clock]\nlisten = [\"0.0.0.0:0\"]");
+    let port = daemon.tcp("time.clock").port();
+    read_all(([127, 0, 0, 1], port).into());
+    let line = daemon.wait_for_connections(1).remove(0);
+    assert!(line["peer"].as_str().unwrap().starts_with("127.0.0.1:"), "{line}");
+}
+
+#[test]
+fn text_lines_escape_control_characters() {
+    let name = "pic\n\x1b[31mture\u{9b}.jpg";
+    let mut daemon = Daemon::start_with(
+        &format!(
+            "[log]\nformat = \"text\"\n[file.picture]\nlisten = [\"127.0.0.1:0\"]\npath = {}",
+            serde_json::Value::from(name)
+        ),
+        &[(name, b"x")],
+        |_| {},
+    );
+    std::fs::remove_file(daemon.path(name)).unwrap();
+    daemon.wait_for("line about the file", |line| {
+        line.as_str().is_some_and(|line| line.contains("cannot be read"))
+    });
+    assert!(daemon.stop().success());
+    for line in daemon.lines() {
+        let line = line.as_str().unwrap().to_owned();
+        assert!(!line.contains(|c: char| c.is_control()), "{line:?}");
+    }
+}
+
+#[test]
+fn text_is_for_people_and_without_colour_where_nobody_looks() {
+    let daemon = Daemon::start_with(
+        "[log]\nformat = \"auto\"\n[time.clock]\nlisten = [\"127.0.0.1:0\"]",
+        &[],
+        |_| {},
+    );
+    let line = daemon
+        .wait_for("listening", |line| line.as_str().is_some_and(|line| line.contains("listening")));
+    let line = line.as_str().unwrap();
+    assert!(line.contains(" INFO listening service=\"time.clock\" address=127.0.0.1:"), "{line}");
+}
+
+#[test]
+fn a_level_silences_what_is_below_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("handout.toml");
+    let socket = folder.path().join("clock.sock");
+    std::fs::write(
+        &config,
+        "[log]\nlevel = \"error\"\n[time.clock]\nlisten = [\"unix:clock.sock\"]",
+    )
+    .unwrap();
+    let mut command = crate::common::program();
+    command.args(["serve", "--config"]).arg(config).stderr(Stdio::piped());
+    let mut child = command.env("TZ", "UTC").spawn().unwrap();
+    crate::common::eventually("the socket", || {
+        std::os::unix::net::UnixStream::connect(&socket).is_ok()
+    });
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), Signal::TERM).unwrap();
+    assert!(crate::common::wait_for_exit(&mut child).success());
+    let mut log = String::new();
+    child.stderr.unwrap().read_to_string(&mut log).unwrap();
+    assert_eq!(log, "");
+}

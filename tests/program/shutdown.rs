@@ -1,0 +1,103 @@
+//! The end: what is under way may finish, the grace is kept, a second signal insists.
+
+use std::io::{ErrorKind, Read};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::process::ExitStatus;
+
+use rustix::process::Signal;
+
+use crate::common::{Daemon, connect, decode, eventually, sample};
+
+fn daemon(grace: &str) -> (Daemon, Vec<u8>) {
+    let content = sample(6, 20_000_000);
+    let daemon = Daemon::start_with(
+        &format!(
+            "[daemon]\ngrace = \"{grace}\"\n\
+             [time.clock]\nlisten = [\"127.0.0.1:0\", \"udp:127.0.0.1:0\"]\n\
+             [file.picture]\nlisten = [\"127.0.0.1:0\"]\npath = \"picture.jpg\""
+        ),
+        &[("picture.jpg", &content)],
+        |_| {},
+    );
+    (daemon, content)
+}
+
+/// A client in the middle of a transfer.
+fn begun(daemon: &Daemon) -> (TcpStream, Vec<u8>) {
+    let mut stream = connect(daemon.tcp("file.picture"));
+    let mut document = vec![0; 1000];
+    stream.read_exact(&mut document).unwrap();
+    (stream, document)
+}
+
+fn refused(address: SocketAddr) -> bool {
+    TcpStream::connect(address).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+}
+
+fn code(status: ExitStatus) -> Option<i32> {
+    status.code()
+}
+
+#[test]
+fn a_transfer_under_way_finishes_while_new_clients_are_refused() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let (mut daemon, content) = daemon("60s");
+        let (mut stream, mut document) = begun(&daemon);
+        daemon.signal(signal);
+        daemon.wait_for_message("stopping");
+        eventually("closed listeners", || refused(daemon.tcp("time.clock")));
+        stream.read_to_end(&mut document).unwrap();
+        assert!(decode(&document).1 == content);
+        drop(stream);
+        assert_eq!(code(daemon.wait()), Some(0));
+        assert_eq!(daemon.wait_for_message("stopped")["reset"], 0);
+    }
+}
+
+#[test]
+fn what_outlasts_the_grace_is_reset_and_counted() {
+    let (mut daemon, _) = daemon("200ms");
+    let (mut stream, mut document) = begun(&daemon);
+    assert_eq!(code(daemon.stop()), Some(0));
+    let error = stream.read_to_end(&mut document).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    assert_eq!(daemon.wait_for_message("stopped")["reset"], 1);
+    assert_eq!(daemon.wait_for_connections(1)[0]["outcome"], "shutdown");
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    let (mut daemon, _) = daemon("1h");
+    let (mut stream, mut document) = begun(&daemon);
+    daemon.signal(Signal::TERM);
+    daemon.wait_for_message("stopping");
+    daemon.signal(Signal::TERM);
+    assert_eq!(code(daemon.wait()), Some(0));
+    assert!(stream.read_to_end(&mut document).is_err());
+}
+
+#[test]
+fn a_client_that_has_everything_and_does_not_close_holds_nothing_up() {
+    let (mut daemon, _) = daemon("1h");
+    let mut stream = connect(daemon.tcp("time.clock"));
+    let mut reply = Vec::new();
+    stream.read_to_end(&mut reply).unwrap();
+    assert_eq!(reply.len(), 27);
+    assert_eq!(code(daemon.stop()), Some(0));
+    assert_eq!(daemon.wait_for_message("stopped")["reset"], 0);
+    drop(stream);
+}
+
+#[test]
+fn every_address_is_free_at_once_afterwards() {
+    let (mut daemon, _) = daemon("200ms");
+    let (_stream, _) = begun(&daemon);
+    let tcp = [daemon.tcp("time.clock"), daemon.tcp("file.picture")];
+    let udp = daemon.udp("time.clock");
+    crate::common::read_all(tcp[0]);
+    assert_eq!(code(daemon.stop()), Some(0));
+    for address in tcp {
+        TcpListener::bind(address).unwrap();
+    }
+    UdpSocket::bind(udp).unwrap();
+}

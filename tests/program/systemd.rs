@@ -1,0 +1,54 @@
+//! What the service manager is told.
+
+use std::os::unix::net::UnixDatagram;
+
+use crate::common::{DEADLINE, Daemon};
+
+fn next(socket: &UnixDatagram) -> String {
+    let mut buffer = [0; 4096];
+    let length = socket.recv(&mut buffer).unwrap();
+    String::from_utf8(buffer[..length].to_vec()).unwrap()
+}
+
+#[test]
+fn ready_status_watchdog_and_stopping_are_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("notify.sock");
+    let manager = UnixDatagram::bind(&path).unwrap();
+    manager.set_read_timeout(Some(DEADLINE)).unwrap();
+    let mut daemon = Daemon::start_with(
+        "[time.clock]\nlisten = [\"127.0.0.1:0\", \"udp:127.0.0.1:0\"]",
+        &[],
+        |command| {
+            command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "20000");
+        },
+    );
+    let mut told: Vec<String> = Vec::new();
+    while told.iter().filter(|state| *state == "WATCHDOG=1\n").count() < 3 {
+        told.push(next(&manager));
+    }
+    let ready = "READY=1\nSTATUS=serving time.clock on 2 addresses\n";
+    assert!(told.iter().any(|state| state == ready), "{told:?}");
+    assert!(daemon.stop().success());
+    loop {
+        let state = next(&manager);
+        if state.starts_with("STOPPING=1\nSTATUS=") {
+            break;
+        }
+        assert_eq!(state, "WATCHDOG=1\n");
+    }
+}
+
+#[test]
+fn ready_comes_after_every_address_is_bound() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("notify.sock");
+    let manager = UnixDatagram::bind(&path).unwrap();
+    manager.set_read_timeout(Some(DEADLINE)).unwrap();
+    let daemon =
+        Daemon::start_with("[time.clock]\nlisten = [\"unix:clock.sock\"]", &[], |command| {
+            command.env("NOTIFY_SOCKET", &path);
+        });
+    assert!(next(&manager).starts_with("READY=1\n"));
+    std::os::unix::net::UnixStream::connect(daemon.path("clock.sock")).unwrap();
+}
