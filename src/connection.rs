@@ -340,3 +340,195 @@ impl<S: Stream> Drop for Connection<S> {
         tracing::info!(service, %peer, bytes, duration, outcome);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use tokio::io::{AsyncReadExt, DuplexStream};
+
+    /// A stream with a tiny buffer, which finds what a big one hides.
+    struct Memory {
+        stream: DuplexStream,
+        reset: Arc<AtomicBool>,
+    }
+
+    impl Stream for Memory {
+        fn unacknowledged(&self) -> io::Result<u64> {
+            Ok(0)
+        }
+
+        fn reset_on_close(&self) {
+            self.reset.store(true, Ordering::Relaxed);
+        }
+    }
+
+    impl AsyncRead for Memory {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            context: &mut Context<'_>,
+            buffer: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.stream).poll_read(context, buffer)
+        }
+    }
+
+    impl AsyncWrite for Memory {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            context: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Pin::new(&mut self.stream).poll_write(context, bytes)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.stream).poll_flush(context)
+        }
+
+        fn poll_shutdown(
+            mut self: Pin<&mut Self>,
+            context: &mut Context<'_>,
+        ) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.stream).poll_shutdown(context)
+        }
+    }
+
+    struct Tried {
+        client: DuplexStream,
+        connection: Connection<Memory>,
+        reset: Arc<AtomicBool>,
+        shutdown: Shutdown,
+    }
+
+    fn connected(idle: u64, total: u64) -> Tried {
+        let (client, stream) = tokio::io::duplex(8);
+        let reset = Arc::new(AtomicBool::new(false));
+        let shutdown = Shutdown::default();
+        let deadlines =
+            Deadlines { idle: Duration::from_secs(idle), total: Duration::from_secs(total) };
+        let memory = Memory { stream, reset: Arc::clone(&reset) };
+        let peer = Peer::Unix(None);
+        let connection =
+            Connection::new(memory, "test.one".into(), peer, deadlines, shutdown.clone());
+        Tried { client, connection, reset, shutdown }
+    }
+
+    const DOCUMENT: &[u8] = &[b'd'; 1000];
+
+    async fn push(connection: &mut Connection<Memory>) -> Result<(), Broken> {
+        connection.send(DOCUMENT).await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_sends_before_it_reads_gets_everything() {
+        let Tried { mut client, connection, reset, .. } = connected(30, 3600);
+        let serving = tokio::spawn(connection.run(push));
+        client.write_all(&[b'x'; 5000]).await.unwrap();
+        let mut received = Vec::new();
+        client.read_to_end(&mut received).await.unwrap();
+        drop(client);
+        serving.await.unwrap();
+        assert_eq!(received, DOCUMENT);
+        assert!(!reset.load(Ordering::Relaxed));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_takes_nothing_is_reset_after_the_idle_time_out() {
+        let Tried { client, connection, reset, .. } = connected(30, 3600);
+        let start = Instant::now();
+        connection.run(push).await;
+        assert_eq!(start.elapsed().as_secs(), 30);
+        assert!(reset.load(Ordering::Relaxed));
+        drop(client);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_takes_a_little_now_and_then_is_reset_after_the_total_time() {
+        let Tried { mut client, connection, reset, .. } = connected(30, 100);
+        let start = Instant::now();
+        let serving = tokio::spawn(connection.run(push));
+        let mut byte = [0];
+        while client.read(&mut byte).await.unwrap() == 1 {
+            tokio::time::sleep(Duration::from_secs(20)).await;
+        }
+        serving.await.unwrap();
+        // The rest of the tiny buffer is still there to be read; the server left at 100.
+        assert!(start.elapsed().as_secs() >= 100);
+        assert!(reset.load(Ordering::Relaxed));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_has_everything_and_stays_silent_is_let_go_cleanly() {
+        let Tried { mut client, connection, reset, .. } = connected(30, 3600);
+        let serving = tokio::spawn(connection.run(push));
+        let start = Instant::now();
+        client.read_to_end(&mut Vec::new()).await.unwrap();
+        serving.await.unwrap();
+        assert!(start.elapsed() >= LINGER_SILENCE && start.elapsed() < LINGER_SILENCE * 2);
+        assert!(!reset.load(Ordering::Relaxed));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_never_stops_sending_is_let_go_within_the_bounds() {
+        let Tried { client, connection, reset, .. } = connected(30, 3600);
+        let serving = tokio::spawn(connection.run(push));
+        let (mut reader, mut writer) = tokio::io::split(client);
+        let sending = tokio::spawn(async move {
+            while writer.write_all(b"x").await.is_ok() {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        });
+        let start = Instant::now();
+        let mut received = Vec::new();
+        reader.read_to_end(&mut received).await.unwrap();
+        serving.await.unwrap();
+        assert_eq!(received, DOCUMENT);
+        assert!(start.elapsed() >= LINGER_TOTAL && start.elapsed() < LINGER_TOTAL * 2);
+        assert!(!reset.load(Ordering::Relaxed));
+        sending.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_drain_waits_for_nobody_who_has_everything() {
+        let Tried { mut client, connection, shutdown, reset } = connected(30, 3600);
+        let serving = tokio::spawn(connection.run(push));
+        client.read_to_end(&mut Vec::new()).await.unwrap();
+        shutdown.drain.cancel();
+        let start = Instant::now();
+        serving.await.unwrap();
+        assert!(start.elapsed() <= LOOK_AGAIN.1);
+        assert!(!reset.load(Ordering::Relaxed));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_abort_resets_what_is_under_way() {
+        let Tried { client, connection, shutdown, reset } = connected(30, 3600);
+        let serving = tokio::spawn(connection.run(push));
+        shutdown.abort.cancel();
+        serving.await.unwrap();
+        assert!(reset.load(Ordering::Relaxed));
+        drop(client);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_panic_resets_its_own_connection() {
+        let Tried { client, connection, reset, .. } = connected(30, 3600);
+        let serving = tokio::spawn(connection.run(async |_: &mut Connection<Memory>| panic!("x")));
+        assert!(serving.await.unwrap_err().is_panic());
+        assert!(reset.load(Ordering::Relaxed));
+        drop(client);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_service_that_cannot_finish_ends_in_a_reset() {
+        let Tried { client, connection, reset, .. } = connected(30, 3600);
+        let failing = async |connection: &mut Connection<Memory>| {
+            connection.send(b"{").await?;
+            Err(Broken::Service(io::Error::other("the file shrank")))
+        };
+        connection.run(failing).await;
+        assert!(reset.load(Ordering::Relaxed));
+        drop(client);
+    }
+}
