@@ -1,18 +1,11 @@
-//! The document that carries a file: `{"filename":"…","filedata":"…base64…"}`.
-//!
-//! Exactly these two keys, in this order; base64 in the standard alphabet, padded (RFC 4648,
-//! section 4). This file knows the bytes of the document and nothing of files or sockets.
-
-use std::sync::LazyLock;
+//! The document as the server writes it: its opening, the file's data piece by piece, its closing.
 
 use base64::Engine as _;
-use base64::engine::Simd;
-use base64::engine::general_purpose::PAD;
 
-/// The encoder of the whole program: it picks the widest vector instructions of this processor.
-static BASE64: LazyLock<Simd> = LazyLock::new(|| Simd::standard(PAD));
+use super::BASE64;
 
 /// What stands before the file's data.
+#[must_use]
 pub fn opening(filename: &str) -> String {
     // A `Value` is the one thing that serde_json prints without any way to fail.
     let name = serde_json::Value::from(filename);
@@ -20,11 +13,13 @@ pub fn opening(filename: &str) -> String {
 }
 
 /// What stands behind the file's data.
+#[must_use]
 pub fn closing(newline: bool) -> &'static str {
     if newline { "\"}\n" } else { "\"}" }
 }
 
 /// The length of `size` bytes in base64, or `None` if that is more than memory could hold.
+#[must_use]
 pub fn encoded_len(size: usize) -> Option<usize> {
     base64::encoded_len(size, true)
 }
