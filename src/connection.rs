@@ -17,7 +17,8 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use bytes::BytesMut;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
@@ -30,6 +31,9 @@ const MAX_DISCARDED: u64 = 16 << 20;
 /// How much is read and dropped at one time; it lives on the stack of a poll, so that a waiting
 /// connection holds no buffer.
 const DISCARD_BUFFER: usize = 16 << 10;
+
+/// How much is received at one time, as requests are short.
+const RECEIVE_BUFFER: usize = 512;
 
 /// How long a client that has everything may stay silent without closing its side. Closing ours
 /// earlier could turn something that it still sends into a reset, and cost it what it has not read.
@@ -157,6 +161,8 @@ pub struct Connection<S: Stream> {
     started: Instant,
     written: u64,
     discarded: u64,
+    /// What the client sends is for the service; else it is read and dropped.
+    input_wanted: bool,
     /// The client has ended its side.
     input_ended: bool,
     /// Everything was delivered: the close may be a clean one.
@@ -182,6 +188,7 @@ impl<S: Stream> Connection<S> {
             started: Instant::now(),
             written: 0,
             discarded: 0,
+            input_wanted: false,
             input_ended: false,
             finished: false,
             outcome: None,
@@ -212,8 +219,23 @@ impl<S: Stream> Connection<S> {
         self.outcome = Some(outcome);
     }
 
-    /// Sends all of `bytes`. What the client sends meanwhile is read and dropped, so that a client
-    /// that sends before it reads does not wait for us while we wait for it.
+    /// Appends something that the client sent to `input`; 0 is the end of its side. From then on,
+    /// what it sends is left for the next call, and it has to read what it is sent meanwhile.
+    ///
+    /// # Errors
+    /// If the client has gone, or sends no byte for the idle time-out.
+    pub async fn receive(&mut self, input: &mut BytesMut) -> Result<usize, Broken> {
+        self.input_wanted = true;
+        input.reserve(RECEIVE_BUFFER);
+        let receiving = timeout(self.deadlines.idle, self.stream.read_buf(input));
+        let received = receiving.await.map_err(|_| Broken::Idle)?.map_err(Broken::Client)?;
+        self.input_ended |= received == 0;
+        Ok(received)
+    }
+
+    /// Sends all of `bytes`. What the client sends meanwhile is read and dropped (unless the
+    /// service asks for it), so that a client that sends before it reads does not wait for us while
+    /// we wait for it.
     ///
     /// # Errors
     /// If the client has gone, or takes no byte for the idle time-out.
@@ -235,7 +257,7 @@ impl<S: Stream> Connection<S> {
             Poll::Ready(result) => return Poll::Ready(result),
             Poll::Pending => {}
         }
-        while self.listens() {
+        while self.listens() && !self.input_wanted {
             match self.poll_discard(context) {
                 Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
@@ -329,15 +351,18 @@ impl<S: Stream> Drop for Connection<S> {
         let (service, peer) = (&*self.service, self.peer);
         let outcome = match &self.outcome {
             Some(Outcome::Broken(Broken::Service(cause))) => {
-                let cause = cause.to_string();
-                tracing::warn!(service, %peer, bytes, duration, outcome = "failed", ?cause);
+                let outcome = "failed";
+                let message = format_args!("{service}: {peer} {outcome}: {cause}");
+                tracing::warn!(service, %peer, bytes, duration, outcome, %cause, "{message}");
                 return;
             }
             Some(outcome) => outcome.name(),
             None if std::thread::panicking() => "panic",
             None => "shutdown",
         };
-        tracing::info!(service, %peer, bytes, duration, outcome);
+        // The message alone is what `journalctl` shows.
+        let message = format_args!("{service}: {peer} {outcome}");
+        tracing::info!(service, %peer, bytes, duration, outcome, "{message}");
     }
 }
 
@@ -345,7 +370,7 @@ impl<S: Stream> Drop for Connection<S> {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicBool, Ordering};
-    use tokio::io::{AsyncReadExt, DuplexStream};
+    use tokio::io::DuplexStream;
 
     /// A stream with a tiny buffer, which finds what a big one hides.
     struct Memory {

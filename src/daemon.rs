@@ -16,7 +16,6 @@ use crate::config::{Config, Endpoint};
 use crate::connection::Shutdown;
 use crate::listener::{self, Family, Served};
 use crate::services::Service;
-use crate::services::file::OpenError;
 use crate::sockets::{self, BindError, Socket};
 use crate::systemd;
 
@@ -43,7 +42,7 @@ pub enum Error {
         /// The service that wanted it.
         service: Arc<str>,
         /// The path and the cause.
-        source: OpenError,
+        source: io::Error,
     },
     /// A listener, or what a service does by itself, ended though nobody had asked it to.
     #[error("a part of the daemon ended unasked")]
@@ -112,7 +111,7 @@ impl Daemon {
             });
         }
         let alive = tokio::spawn(keep_saying_alive());
-        tracing::info!(services = served.len(), "ready");
+        tracing::info!(services = served.len(), "ready: {status}");
         systemd::ready(&status);
 
         let mut sums = interval_at(Instant::now() + SUM_UP_EVERY, SUM_UP_EVERY);
@@ -125,7 +124,8 @@ impl Daemon {
         };
 
         systemd::stopping("finishing the connections that are under way");
-        tracing::info!(connections = connections.len(), "stopping");
+        let under_way = connections.len();
+        tracing::info!(connections = under_way, "stopping: {under_way} connections may finish");
         shutdown.drain.cancel();
         // The sockets are closed when their tasks have gone.
         while tasks.join_next().await.is_some() {}
@@ -140,7 +140,7 @@ impl Daemon {
         // What does not go in time goes with the process.
         let _ = timeout(RESET_TIME, connections.wait()).await;
         served.iter().for_each(sum_up);
-        tracing::info!(reset, "stopped");
+        tracing::info!(reset, "stopped: {reset} connections reset");
         alive.abort();
         ended
     }
@@ -156,7 +156,8 @@ fn listen(
     let mut listening = Vec::new();
     for (socket, served) in sockets {
         let endpoint = socket.endpoint().map_err(Error::Ended)?;
-        tracing::info!(service = &*served.name, address = %endpoint, "listening");
+        let service = &*served.name;
+        tracing::info!(service, address = %endpoint, "{service}: listening on {endpoint}");
         listening.push((endpoint, socket, served));
     }
     let own_ports: Arc<[u16]> = listening
@@ -232,10 +233,12 @@ fn sum_up(served: &Arc<Served>) {
     let aborted = take(&served.counts.aborted);
     let service = &*served.name;
     if answered + dropped > 0 {
-        tracing::info!(service, answered, dropped, "datagrams");
+        let message = format_args!("{service}: {answered} datagrams answered, {dropped} dropped");
+        tracing::info!(service, answered, dropped, "{message}");
     }
     if aborted > 0 {
-        tracing::info!(service, aborted, "connections given up before they were accepted");
+        let message = format_args!("{service}: {aborted} connections given up in the queue");
+        tracing::info!(service, aborted, "{message}");
     }
 }
 

@@ -13,7 +13,8 @@
 //! | [`limits`] | what a service may take; the rates of datagrams |
 //! | [`datagram`] | which datagrams are answered |
 //! | [`services`] | one file for each service, and their registry |
-//! | [`document`] | the document that carries a file |
+//! | [`document`] | the document that carries a file: written here, read by the client |
+//! | [`files`] | regular files, and folders that no name leads out of |
 //! | [`clock`] | the forms of the time, and the health of the kernel's clock |
 //! | [`kernel`] | the only unsafe code: what no safe function exists for |
 //! | [`logging`], [`systemd`] | what the operator and the service manager are told |
@@ -33,6 +34,7 @@ pub mod connection;
 pub mod daemon;
 pub mod datagram;
 pub mod document;
+pub mod files;
 pub mod kernel;
 pub mod limits;
 pub mod listener;

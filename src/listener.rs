@@ -23,7 +23,7 @@ use crate::datagram::may_be_answered;
 use crate::kernel::ListeningSocket;
 use crate::limits::{DatagramRate, Limits};
 use crate::services::Service;
-use crate::services::time::Time;
+use crate::services::time::TimeService;
 
 /// How much of a datagram is looked at: more than any reply of ours is long.
 const DATAGRAM: usize = 2048;
@@ -199,7 +199,6 @@ impl Pause {
     async fn after(&mut self, service: &str, act: &'static str, error: &io::Error) {
         if self.said.is_none_or(|said| said.elapsed() >= SAY_AGAIN) {
             self.said = Some(Instant::now());
-            let cause = error.to_string();
             let remedy = match Errno::from_io_error(error) {
                 Some(Errno::MFILE) => "raise LimitNOFILE= (ulimit -n) or lower max-connections",
                 Some(Errno::NFILE) => "raise the sysctl fs.file-max",
@@ -208,7 +207,8 @@ impl Pause {
                 }
                 _ => "it is tried again",
             };
-            tracing::error!(service, cause, remedy, "{act}");
+            let message = format_args!("{service}: {act}: {error}: {remedy}");
+            tracing::error!(service, cause = %error, remedy, "{message}");
         }
         let pause = self.next.unwrap_or(PAUSE.0);
         self.next = Some((pause * 2).min(PAUSE.1));
@@ -225,7 +225,7 @@ impl Pause {
 /// received.
 pub async fn answer_datagrams(
     socket: std::net::UdpSocket,
-    time: Arc<Time>,
+    time: Arc<TimeService>,
     served: Arc<Served>,
     own_ports: Arc<[u16]>,
 ) -> io::Result<()> {

@@ -1,12 +1,14 @@
 //! Where log lines go and what they look like.
 //!
-//! Text and JSON go to standard error. Whatever comes from outside is logged as a number, an
-//! address or with its `Debug` form, which escapes control characters.
+//! Text and JSON go to standard error. A message alone says what happened, as `journalctl` shows
+//! nothing else; the fields beside it are for programs. Whatever comes from outside is logged as a
+//! number, as an address or escaped, so that no terminal obeys it.
 
 use std::env;
 use std::io::{self, IsTerminal};
 use std::os::unix::fs::MetadataExt;
 
+use tracing_journald::{Priority, PriorityMappings};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -45,7 +47,13 @@ pub fn start(log: &Log) -> io::Result<()> {
     let started = match format {
         LogFormat::Journald => {
             // Without the library's prefix, so that `journalctl SERVICE=time.clock` finds them.
-            let journal = tracing_journald::layer()?.with_field_prefix(None);
+            let journal = tracing_journald::layer()?
+                .with_field_prefix(None)
+                .with_priority_mappings(PriorityMappings {
+                    info: Priority::Informational,
+                    debug: Priority::Debug,
+                    ..PriorityMappings::new()
+                });
             registry.with(journal).try_init()
         }
         LogFormat::Json => {
@@ -62,7 +70,7 @@ pub fn start(log: &Log) -> io::Result<()> {
 }
 
 /// Whether standard error is the journal's stream (systemd.exec(5), `JOURNAL_STREAM`).
-fn stderr_is_the_journal() -> bool {
+pub fn stderr_is_the_journal() -> bool {
     let Ok(stream) = env::var("JOURNAL_STREAM") else { return false };
     let Ok(stderr) = std::fs::metadata("/proc/self/fd/2") else { return false };
     stream == format!("{}:{}", stderr.dev(), stderr.ino())

@@ -73,6 +73,8 @@ fn serve(config: &Config) -> ExitCode {
 fn orders() -> io::Result<Orders> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    // Once it is caught, a terminal that closes no longer ends the daemon.
+    let _ = signal(SignalKind::hangup())?;
     let orders = Orders::default();
     let tell = orders.clone();
     tokio::spawn(async move {
@@ -112,7 +114,9 @@ fn print(result: &[u8]) -> ExitCode {
 
 /// Says what is wrong, line by line. If standard error is closed, the exit code has to do.
 fn complain(text: &str) {
+    // The journal takes the priority of an error from this prefix (sd-daemon(3)).
+    let prefix = if logging::stderr_is_the_journal() { "<3>" } else { "" };
     for line in text.lines() {
-        let _ = writeln!(io::stderr(), "handout: {line}");
+        let _ = writeln!(io::stderr(), "{prefix}handout: {line}");
     }
 }

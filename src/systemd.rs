@@ -28,7 +28,6 @@ pub fn alive_interval() -> Option<Duration> {
 
 fn tell(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
-        let error = error.to_string();
-        tracing::warn!(?error, "the service manager cannot be told (NOTIFY_SOCKET)");
+        tracing::warn!(cause = %error, "the service manager cannot be told (NOTIFY_SOCKET): {error}");
     }
 }

@@ -166,7 +166,9 @@ impl<'a> Table<'a> {
     }
 
     fn ask(&mut self, name: &'static str) -> Option<Located<'a, &'a DeValue<'a>>> {
-        self.asked.push(name);
+        if !self.asked.contains(&name) {
+            self.asked.push(name);
+        }
         let value = self.entries.get(name)?;
         Some(Located {
             value: value.get_ref(),

@@ -11,7 +11,9 @@ use std::sync::LazyLock;
 use base64::engine::Simd;
 use base64::engine::general_purpose::PAD;
 
-pub use writer::{WHOLE_GROUP, append_encoded, closing, encoded_len, opening};
+pub use writer::{
+    WHOLE_GROUP, append_encoded, closing, encoded_len, file_closing, file_opening, opening, refusal,
+};
 
 /// Base64 for writing and reading: it picks the widest vector instructions of this processor, and
 /// refuses what no encoder writes (missing padding, stray bits).

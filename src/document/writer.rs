@@ -1,6 +1,10 @@
 //! The document as the server writes it: its opening, the file's data piece by piece, its closing.
 
+use std::fmt::Write as _;
+
 use base64::Engine as _;
+use jiff::Timestamp;
+use serde_json::Value;
 
 use super::BASE64;
 
@@ -8,7 +12,7 @@ use super::BASE64;
 #[must_use]
 pub fn opening(filename: &str) -> String {
     // A `Value` is the one thing that serde_json prints without any way to fail.
-    let name = serde_json::Value::from(filename);
+    let name = Value::from(filename);
     format!("{{\"filename\":{name},\"filedata\":\"")
 }
 
@@ -16,6 +20,33 @@ pub fn opening(filename: &str) -> String {
 #[must_use]
 pub fn closing(newline: bool) -> &'static str {
     if newline { "\"}\n" } else { "\"}" }
+}
+
+/// What stands before the data of a file out of a folder: with it go its size in bytes and the time
+/// of its last change.
+pub fn file_opening(filename: &str, size: u64, modified: Timestamp) -> String {
+    let name = Value::from(filename);
+    format!("{{\"filename\":{name},\"size\":{size},\"modified\":\"{modified}\",\"filedata\":\"")
+}
+
+/// What stands behind the data of a file out of a folder: the digest of what was sent.
+pub fn file_closing(sha256: &[u8; 32]) -> String {
+    let mut closing = String::from("\",\"sha256\":\"");
+    for byte in sha256 {
+        // Writing to a string does not fail.
+        let _ = write!(closing, "{byte:02x}");
+    }
+    closing.push_str("\"}\n");
+    closing
+}
+
+/// What is sent instead of a document, with the name that was asked for, if there was one.
+pub fn refusal(problem: &str, filename: Option<&str>) -> String {
+    let problem = Value::from(problem);
+    match filename.map(Value::from) {
+        Some(name) => format!("{{\"error\":{problem},\"filename\":{name}}}\n"),
+        None => format!("{{\"error\":{problem}}}\n"),
+    }
 }
 
 /// The length of `size` bytes in base64, or `None` if that is more than memory could hold.

@@ -4,20 +4,28 @@
 //! socket came from, of limits, of signals. A new service is a file and a row in each table here.
 
 pub mod file;
+pub mod folder;
+mod stream;
 pub mod time;
 
+use std::fs;
+use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
-use crate::config::{Context, Noted, Table};
+use crate::config::{self, Context, Noted, Table};
 use crate::connection::{Broken, Connection, Stream};
+use crate::files::{Folder, OpenFile};
 
 /// The checked settings of a service.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Settings {
     /// `[time.NAME]`
     Time(time::Settings),
-    /// `[file.NAME]`
+    /// `[file.NAME]` whose path is a file.
     File(file::Settings),
+    /// `[file.NAME]` whose path is a folder.
+    Folder(folder::Settings),
 }
 
 /// A kind of service as the configuration knows it.
@@ -45,19 +53,56 @@ pub static FILE: Kind = Kind {
     name: "file",
     default_listen: "127.0.0.1:5566",
     datagrams: false,
-    read: |table, context| file::Settings::read(table, context).map(Settings::File),
+    read: read_file_or_folder,
 };
 
 /// Every kind of service.
 pub static KINDS: [&Kind; 2] = [&TIME, &FILE];
 
+fn read_file_or_folder(table: &mut Table<'_>, context: &Context<'_>) -> Result<Settings, Noted> {
+    let read = table.required("path", "the file or the folder to hand out", |text| {
+        open_path(&context.folder.join(text))
+    });
+    let newline = table.boolean_or("newline", true);
+    let cache_limit = table.text_or("cache-limit", "64MiB", config::size);
+    let max_files = table.number_or("max-files", folder::DEFAULT_MAX_FILES);
+    let (newline, cache_limit, max_files) = (newline?, cache_limit?, max_files?);
+    Ok(match read? {
+        Opened::File { path, filename } => {
+            Settings::File(file::Settings { path, filename, newline, cache_limit })
+        }
+        Opened::Folder(folder) => {
+            Settings::Folder(folder::Settings { folder, cache_limit, max_files })
+        }
+    })
+}
+
+enum Opened {
+    File { path: std::path::PathBuf, filename: String },
+    Folder(Folder),
+}
+
+/// Looks whether what is at `path` can be handed out.
+fn open_path(path: &Path) -> Result<Opened, String> {
+    let cannot = |error: io::Error| format!("cannot be opened: {error}");
+    if fs::metadata(path).map_err(cannot)?.is_dir() {
+        return Folder::open(path).map(Opened::Folder).map_err(cannot);
+    }
+    let filename = path.file_name().and_then(|name| name.to_str());
+    let filename = filename.ok_or("expected a path that ends with a file's name")?.to_owned();
+    OpenFile::open(path).map_err(cannot)?;
+    Ok(Opened::File { path: path.to_owned(), filename })
+}
+
 /// A service that is ready to answer.
 #[derive(Debug, Clone)]
 pub enum Service {
     /// Tells the time.
-    Time(Arc<time::Time>),
-    /// Hands out a file.
-    File(Arc<file::File>),
+    Time(Arc<time::TimeService>),
+    /// Hands out one file.
+    File(Arc<file::FileService>),
+    /// Hands out the files of a folder.
+    Folder(Arc<folder::FolderService>),
 }
 
 impl Service {
@@ -65,11 +110,15 @@ impl Service {
     ///
     /// # Errors
     /// If what it serves cannot be opened.
-    pub fn start(name: &Arc<str>, settings: &Settings) -> Result<Self, file::OpenError> {
-        Ok(match settings {
-            Settings::Time(settings) => Self::Time(Arc::new(time::Time::new(settings.clone()))),
+    pub fn start(name: &Arc<str>, settings: &Settings) -> io::Result<Self> {
+        let name = Arc::clone(name);
+        Ok(match settings.clone() {
+            Settings::Time(settings) => Self::Time(Arc::new(time::TimeService::new(settings))),
             Settings::File(settings) => {
-                Self::File(Arc::new(file::File::open(Arc::clone(name), settings.clone())?))
+                Self::File(Arc::new(file::FileService::open(name, settings)?))
+            }
+            Settings::Folder(settings) => {
+                Self::Folder(Arc::new(folder::FolderService::new(name, settings)))
             }
         })
     }
@@ -82,21 +131,23 @@ impl Service {
         match self {
             Self::Time(time) => time.answer(connection).await,
             Self::File(file) => file.answer(connection).await,
+            // Apart, so that the others' connections are not as large as its.
+            Self::Folder(folder) => Box::pin(folder.answer(connection)).await,
         }
     }
 
     /// What answers datagrams, if this service does.
-    pub fn datagrams(&self) -> Option<Arc<time::Time>> {
+    pub fn datagrams(&self) -> Option<Arc<time::TimeService>> {
         match self {
             Self::Time(time) => Some(Arc::clone(time)),
-            Self::File(_) => None,
+            Self::File(_) | Self::Folder(_) => None,
         }
     }
 
     /// What the service does by itself while it runs; it does not end.
     pub async fn work(&self) {
         match self {
-            Self::Time(_) => std::future::pending().await,
+            Self::Time(_) | Self::Folder(_) => std::future::pending().await,
             Self::File(file) => file.follow().await,
         }
     }

@@ -52,12 +52,12 @@ fn find_zone(name: &str) -> Result<TimeZone, String> {
 
 /// A time service that is ready to answer.
 #[derive(Debug)]
-pub struct Time {
+pub struct TimeService {
     settings: Settings,
     shapes: ReplyShapes,
 }
 
-impl Time {
+impl TimeService {
     /// Prepares what does not change from reply to reply.
     pub fn new(settings: Settings) -> Self {
         let shapes = ReplyShapes::new(&settings.format);

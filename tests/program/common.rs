@@ -83,7 +83,7 @@ impl Daemon {
         let daemon = Self { child, folder, log };
         daemon.wait_for("ready", |line| {
             // In JSON or in text.
-            line["message"] == "ready" || line.as_str().is_some_and(|line| line.contains(" ready "))
+            says(line, "ready: ") || line.as_str().is_some_and(|line| line.contains(" ready: "))
         });
         daemon
     }
@@ -115,7 +115,7 @@ impl Daemon {
     }
 
     pub fn wait_for_message(&self, message: &str) -> Value {
-        self.wait_for(message, |line| line["message"] == message)
+        self.wait_for(message, |line| says(line, message))
     }
 
     /// Waits for the log lines of so many connections.
@@ -133,7 +133,7 @@ impl Daemon {
         let lines = self.lines();
         let of_service = lines
             .iter()
-            .filter(|line| line["message"] == "listening" && line["service"] == service)
+            .filter(|line| says(line, ": listening on ") && line["service"] == service)
             .filter_map(|line| line["address"].as_str()?.strip_prefix(prefix)?.parse().ok());
         of_service.collect()
     }
@@ -202,6 +202,11 @@ fn follow(stderr: impl Read + Send + 'static) -> Arc<Log> {
         writer.changed.notify_all();
     });
     log
+}
+
+/// Whether these words are in the message of a log line.
+pub fn says(line: &Value, words: &str) -> bool {
+    line["message"].as_str().is_some_and(|message| message.contains(words))
 }
 
 /// Waits until something holds, looking again and again.

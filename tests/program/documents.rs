@@ -154,7 +154,7 @@ fn arguments_alone_serve_the_time_and_a_file() {
         if let Some((_, address)) = line.split_once("address=") {
             addresses.push(address.parse().unwrap());
         }
-        if line.contains("ready") {
+        if line.contains("ready: ") {
             break;
         }
     }

@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{ErrorKind, Read};
 use std::os::unix::fs::symlink;
 
-use crate::common::{Daemon, connect, decode, eventually, read_all, replace, sample};
+use crate::common::{Daemon, connect, decode, eventually, read_all, replace, sample, says};
 
 fn daemon(keys: &str, content: &[u8]) -> Daemon {
     Daemon::start_with(
@@ -75,9 +75,7 @@ fn a_link_that_is_swapped_is_picked_up() {
 fn a_file_that_disappears_goes_on_being_served_and_the_log_says_so_once() {
     let daemon = daemon("", b"first");
     fs::remove_file(daemon.path("picture.jpg")).unwrap();
-    let gone = |line: &serde_json::Value| {
-        line["message"].as_str().is_some_and(|message| message.contains("cannot be read"))
-    };
+    let gone = |line: &serde_json::Value| says(line, "cannot be read");
     daemon.wait_for("line about the missing file", gone);
     assert_eq!(served(&daemon), b"first");
     // Several looks later there is still one line, and a file that is back is served.
@@ -85,7 +83,7 @@ fn a_file_that_disappears_goes_on_being_served_and_the_log_says_so_once() {
     trouble.unwrap();
     fs::rename(daemon.path("picture.jpg.new"), daemon.path("picture.jpg")).unwrap();
     eventually("the file that is back", || served(&daemon) == b"back");
-    daemon.wait_for_message("the file is back");
+    daemon.wait_for_message("picture.jpg is back");
     assert_eq!(daemon.lines().iter().filter(|line| gone(line)).count(), 1);
 }
 

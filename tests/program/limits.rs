@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, prlimit};
 
-use crate::common::{Daemon, connect, eventually, read_all, sample};
+use crate::common::{Daemon, connect, eventually, read_all, sample, says};
 
 #[test]
 fn clients_over_the_limit_wait_in_the_queue_and_are_served_as_places_free_up() {
@@ -75,7 +75,7 @@ fn without_descriptors_it_says_the_remedy_once_and_recovers_by_itself() {
         assert_eq!(reply.len(), 27);
     }
     eventually("service as before", || read_all(address).len() == 27);
-    let said = |line: &serde_json::Value| line["message"] == "cannot accept connections";
+    let said = |line: &serde_json::Value| says(line, "cannot accept connections");
     assert_eq!(daemon.lines().into_iter().filter(said).count(), 1);
 }
 

@@ -65,7 +65,7 @@ fn text_is_for_people_and_without_colour_where_nobody_looks() {
     let line = daemon
         .wait_for("listening", |line| line.as_str().is_some_and(|line| line.contains("listening")));
     let line = line.as_str().unwrap();
-    assert!(line.contains(" INFO listening service=\"time.clock\" address=127.0.0.1:"), "{line}");
+    assert!(line.contains(" INFO time.clock: listening on 127.0.0.1:"), "{line}");
 }
 
 #[test]

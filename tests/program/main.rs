@@ -8,6 +8,7 @@ mod common;
 mod delivery;
 mod documents;
 mod file;
+mod folder;
 mod limits;
 mod logs;
 mod shutdown;

@@ -44,13 +44,13 @@ fn a_transfer_under_way_finishes_while_new_clients_are_refused() {
         let (mut daemon, content) = daemon("60s");
         let (mut stream, mut document) = begun(&daemon);
         daemon.signal(signal);
-        daemon.wait_for_message("stopping");
+        daemon.wait_for_message("stopping: ");
         eventually("closed listeners", || refused(daemon.tcp("time.clock")));
         stream.read_to_end(&mut document).unwrap();
         assert!(decode(&document).1 == content);
         drop(stream);
         assert_eq!(code(daemon.wait()), Some(0));
-        assert_eq!(daemon.wait_for_message("stopped")["reset"], 0);
+        assert_eq!(daemon.wait_for_message("stopped: ")["reset"], 0);
     }
 }
 
@@ -61,7 +61,7 @@ fn what_outlasts_the_grace_is_reset_and_counted() {
     assert_eq!(code(daemon.stop()), Some(0));
     let error = stream.read_to_end(&mut document).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
-    assert_eq!(daemon.wait_for_message("stopped")["reset"], 1);
+    assert_eq!(daemon.wait_for_message("stopped: ")["reset"], 1);
     assert_eq!(daemon.wait_for_connections(1)[0]["outcome"], "shutdown");
 }
 
@@ -70,7 +70,7 @@ fn a_second_signal_ends_it_at_once() {
     let (mut daemon, _) = daemon("1h");
     let (mut stream, mut document) = begun(&daemon);
     daemon.signal(Signal::TERM);
-    daemon.wait_for_message("stopping");
+    daemon.wait_for_message("stopping: ");
     daemon.signal(Signal::TERM);
     assert_eq!(code(daemon.wait()), Some(0));
     assert!(stream.read_to_end(&mut document).is_err());
@@ -84,7 +84,7 @@ fn a_client_that_has_everything_and_does_not_close_holds_nothing_up() {
     stream.read_to_end(&mut reply).unwrap();
     assert_eq!(reply.len(), 27);
     assert_eq!(code(daemon.stop()), Some(0));
-    assert_eq!(daemon.wait_for_message("stopped")["reset"], 0);
+    assert_eq!(daemon.wait_for_message("stopped: ")["reset"], 0);
     drop(stream);
 }
 

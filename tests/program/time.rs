@@ -205,7 +205,7 @@ fn a_datagram_that_could_be_part_of_a_loop_is_not_answered() {
 /// Stops the daemon, which then sums up what it has counted.
 fn daemon_stopped_with_counts(mut daemon: Daemon, answered: u64, dropped: u64) -> Daemon {
     assert!(daemon.stop().success());
-    let line = daemon.wait_for_message("datagrams");
+    let line = daemon.wait_for_message("datagrams answered");
     assert_eq!(
         (line["answered"].as_u64(), line["dropped"].as_u64()),
         (Some(answered), Some(dropped))
@@ -228,7 +228,7 @@ fn a_client_that_asks_too_often_is_answered_less() {
     let mut daemon = daemon;
     // Datagrams that wait in its queue when it stops are not counted.
     assert!(daemon.stop().success());
-    let line = daemon.wait_for_message("datagrams");
+    let line = daemon.wait_for_message("datagrams answered");
     let counted = |name: &str| line[name].as_u64().unwrap();
     assert!(counted("dropped") > counted("answered"), "{line}");
 }

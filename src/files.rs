@@ -1,0 +1,268 @@
+//! Regular files, opened without waiting, and folders that no name leads out of.
+//!
+//! This file knows files and their states; what is made of them is not its business.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use rustix::fs::{
+    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, openat, openat2, statat,
+};
+use rustix::io::Errno;
+
+/// The longest name of a file in a folder, in bytes, with its sub-folders.
+pub const MAX_NAME: usize = 4096;
+
+/// A race with a rename makes the kernel ask us to try again; so often, before it is an error.
+const ATTEMPTS: usize = 16;
+
+/// What tells one state of a file from another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Stamp {
+    device: u64,
+    inode: u64,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Seconds and nanoseconds.
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    /// The state that `metadata` tells of.
+    pub fn of(metadata: &fs::Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.size(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+
+    /// Whether both are states of one file.
+    pub fn same_file(&self, other: &Self) -> bool {
+        (self.device, self.inode) == (other.device, other.inode)
+    }
+
+    /// Unlike equality, this holds when a file got another name, or lost its only one.
+    fn same_content(&self, other: &Self) -> bool {
+        (self.size, self.modified) == (other.size, other.modified)
+    }
+
+    /// When the content was last changed, to the second.
+    pub fn modified(&self) -> Timestamp {
+        second(self.modified.0)
+    }
+}
+
+/// A time of a file; one that cannot be told, as a broken file system has it, is the nearest.
+fn second(seconds: i64) -> Timestamp {
+    let nearest = if seconds < 0 { Timestamp::MIN } else { Timestamp::MAX };
+    Timestamp::from_second(seconds).unwrap_or(nearest)
+}
+
+/// A regular file, open for reading, with its state when it was opened.
+#[derive(Debug)]
+pub struct OpenFile {
+    file: fs::File,
+    /// The state that is read.
+    pub stamp: Stamp,
+}
+
+impl OpenFile {
+    /// Opens a file without waiting, whatever it is, and only if it is a regular one.
+    ///
+    /// # Errors
+    /// If it cannot be opened or is of another kind.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        // Looked at first, as opening alone can do something to a device.
+        regular(&fs::metadata(path)?)?;
+        let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
+        Self::new(fs::OpenOptions::new().read(true).custom_flags(flags).open(path)?)
+    }
+
+    fn new(file: fs::File) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        regular(&metadata)?;
+        Ok(Self { file, stamp: Stamp::of(&metadata) })
+    }
+
+    /// Fills `piece` with what is at `offset`, as it was when the file was opened.
+    ///
+    /// # Errors
+    /// If it cannot be read, or has changed meanwhile.
+    pub fn read_at(&self, piece: &mut [u8], offset: u64) -> io::Result<()> {
+        let changed = || io::Error::other("the file changed while it was read");
+        self.file.read_exact_at(piece, offset).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => changed(),
+            _ => error,
+        })?;
+        // Asked after the reading, so that what was read is of the state that was promised.
+        if Stamp::of(&self.file.metadata()?).same_content(&self.stamp) {
+            Ok(())
+        } else {
+            Err(changed())
+        }
+    }
+}
+
+fn regular(metadata: &fs::Metadata) -> io::Result<()> {
+    if metadata.is_file() { Ok(()) } else { Err(io::Error::other("not a regular file")) }
+}
+
+/// A folder of which files are asked for by name.
+///
+/// It is opened anew for every request, so that a folder that took its name is seen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Folder {
+    path: PathBuf,
+}
+
+/// A file in a folder.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Entry {
+    /// Its name, with `/` between sub-folders.
+    pub name: String,
+    /// Its size in bytes.
+    pub size: u64,
+    /// When its content was last changed, to the second.
+    pub modified: Timestamp,
+}
+
+impl Folder {
+    /// Takes a folder that can be opened, on a kernel that can keep names inside it.
+    ///
+    /// # Errors
+    /// If the folder cannot be read, or if the kernel lacks openat2(2) (Linux 5.6), for which
+    /// there is no safe substitute.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let folder = Self { path: path.to_owned() };
+        match beneath(&folder.root()?, Path::new("."), OFlags::RDONLY | OFlags::DIRECTORY) {
+            Err(Errno::NOSYS | Errno::PERM) => Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "the kernel lacks openat2 (Linux 5.6), or a filter forbids it; \
+                 without it no folder can be handed out safely",
+            )),
+            result => result.map(|_| folder).map_err(io::Error::from),
+        }
+    }
+
+    fn root(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(openat(CWD, &self.path, flags, Mode::empty())?)
+    }
+
+    /// Opens the file of that name.
+    ///
+    /// Hidden files do not exist, nor does what lies outside, whatever links say. A link that
+    /// stays inside works, also one that leads through hidden names, as Kubernetes makes them.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::NotFound`] if there is no such file, else why it cannot be read.
+    pub fn file(&self, name: &str) -> io::Result<OpenFile> {
+        if !is_visible(name) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let root = self.root()?;
+        // Looked at first, as opening alone can do something to a device.
+        let look = open_beneath(&root, name, OFlags::PATH)?;
+        if !fs::File::from(look).metadata()?.is_file() {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
+        OpenFile::new(open_beneath(&root, name, flags)?.into())
+    }
+
+    /// Every file that can be asked for, by name, in order; not through links to folders. `None`
+    /// if there are more than `max`.
+    ///
+    /// # Errors
+    /// If the folder cannot be read. Sub-folders that cannot be are left out.
+    pub fn list(&self, max: usize) -> io::Result<Option<Vec<Entry>>> {
+        let root = self.root()?;
+        let mut entries = Vec::new();
+        let mut folders = VecDeque::from([String::new()]);
+        while let Some(folder) = folders.pop_front() {
+            let path = if folder.is_empty() { "." } else { &folder };
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW;
+            let opened = match beneath(&root, Path::new(path), flags) {
+                Ok(opened) => opened,
+                Err(error) if folder.is_empty() => return Err(error.into()),
+                Err(_) => continue,
+            };
+            for entry in Dir::read_from(&opened)? {
+                let entry = entry?;
+                let Ok(last) = entry.file_name().to_str() else { continue };
+                let separator = if folder.is_empty() { "" } else { "/" };
+                let name = format!("{folder}{separator}{last}");
+                if !is_visible(&name) || !can_be_requested(&name) {
+                    continue;
+                }
+                // Some file systems do not tell the kind.
+                let kind = match entry.file_type() {
+                    FileType::Unknown => statat(&opened, last, AtFlags::SYMLINK_NOFOLLOW)
+                        .map_or(FileType::Unknown, |stat| FileType::from_raw_mode(stat.st_mode)),
+                    known => known,
+                };
+                match kind {
+                    FileType::Directory => folders.push_back(name),
+                    FileType::RegularFile | FileType::Symlink => {
+                        let Ok(look) = open_beneath(&root, &name, OFlags::PATH) else { continue };
+                        let metadata = fs::File::from(look).metadata()?;
+                        if metadata.is_file() {
+                            let (size, modified) = (metadata.size(), second(metadata.mtime()));
+                            entries.push(Entry { name, size, modified });
+                        }
+                    }
+                    _ => {}
+                }
+                if entries.len() > max || folders.len() > max {
+                    return Ok(None);
+                }
+            }
+        }
+        entries.sort();
+        Ok(Some(entries))
+    }
+}
+
+/// Whether a name can be that of a file that is handed out: it is relative, and nothing in it is
+/// hidden or leads upwards.
+fn is_visible(name: &str) -> bool {
+    name.len() <= MAX_NAME
+        && !name.contains('\0')
+        && name.split('/').all(|part| !part.is_empty() && !part.starts_with('.'))
+}
+
+/// Whether a name arrives as it is when it is sent as a line.
+fn can_be_requested(name: &str) -> bool {
+    !name.contains('\n') && !name.ends_with('\r')
+}
+
+fn open_beneath(root: &OwnedFd, name: &str, flags: OFlags) -> io::Result<OwnedFd> {
+    beneath(root, Path::new(name), flags).map_err(|error| match error {
+        // Where it leads is nobody's business.
+        Errno::NOENT | Errno::NOTDIR | Errno::XDEV | Errno::LOOP | Errno::NAMETOOLONG => {
+            io::ErrorKind::NotFound.into()
+        }
+        other => other.into(),
+    })
+}
+
+fn beneath(root: &OwnedFd, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+    let mut attempts = 0;
+    loop {
+        let opened = openat2(root, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve);
+        attempts += 1;
+        if !matches!(opened, Err(Errno::AGAIN)) || attempts == ATTEMPTS {
+            return opened;
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! The folder service: one line asks for a file, one line of JSON answers, in order, until the
+//! client has asked for all it wants. An empty line asks for the list.
+//!
+//! What was digested and encoded once is kept, within `cache-limit`, for as long as the file stays
+//! as it is. What is not kept is encoded as it is sent.
+
+use std::io;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+use quick_cache::Weighter;
+use quick_cache::sync::Cache;
+use sha2::{Digest, Sha256};
+use tokio::sync::Mutex;
+use tokio_util::codec::{AnyDelimiterCodec, Decoder};
+
+use crate::connection::{Broken, Connection, Stream};
+use crate::document;
+use crate::files::{Entry, Folder, MAX_NAME, OpenFile, Stamp};
+
+use super::stream;
+
+/// How many digests of files that are not kept themselves are remembered.
+const DIGESTS: usize = 4096;
+
+/// Only files up to this part of the cache limit are kept, so that one does not drive out all.
+const KEPT_PART: u64 = 4;
+
+/// Documents that are being sent, or kept, may take so many times the cache limit; beyond it,
+/// files are encoded as they are sent.
+const IN_MEMORY: u64 = 2;
+
+/// The longest list, in files, unless configured.
+pub const DEFAULT_MAX_FILES: NonZeroU32 = NonZeroU32::new(10_000).unwrap();
+
+/// How long a list is handed out before the folder is looked at again.
+const LIST_AGE: Duration = Duration::from_millis(500);
+
+/// A list that is longer is not made: a client would not take it either.
+const MAX_LIST: usize = 16 << 20;
+
+/// A fault that clients can cause again and again is said so often at most.
+const SAY_AGAIN: Duration = Duration::from_mins(1);
+
+/// The settings of one folder service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// The folder.
+    pub folder: Folder,
+    /// How much memory may keep documents, in bytes.
+    pub cache_limit: u64,
+    /// The longest list, in files.
+    pub max_files: NonZeroU32,
+}
+
+/// A folder service that is ready to answer.
+#[derive(Debug)]
+pub struct FolderService {
+    name: Arc<str>,
+    settings: Settings,
+    documents: Cache<(String, Stamp), Arc<Document>, DocumentWeight>,
+    digests: Cache<Stamp, [u8; 32]>,
+    /// The bytes of every document that lives, kept or being sent.
+    in_memory: Arc<AtomicU64>,
+    list: Mutex<Option<(Instant, Arc<str>)>>,
+    complained: std::sync::Mutex<Option<Instant>>,
+}
+
+/// A whole document in memory.
+#[derive(Debug)]
+struct Document {
+    bytes: Vec<u8>,
+    in_memory: Arc<AtomicU64>,
+}
+
+impl Document {
+    fn new(bytes: Vec<u8>, in_memory: &Arc<AtomicU64>) -> Self {
+        in_memory.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        Self { bytes, in_memory: Arc::clone(in_memory) }
+    }
+}
+
+impl Drop for Document {
+    fn drop(&mut self) {
+        self.in_memory.fetch_sub(self.bytes.len() as u64, Ordering::Relaxed);
+    }
+}
+
+#[derive(Debug, Clone)]
+struct DocumentWeight;
+
+impl Weighter<(String, Stamp), Arc<Document>> for DocumentWeight {
+    fn weight(&self, (name, _): &(String, Stamp), document: &Arc<Document>) -> u64 {
+        (document.bytes.len() + name.len()) as u64
+    }
+}
+
+/// What is there to be sent for a name.
+enum Found {
+    Document(Arc<Document>),
+    /// A file, to be encoded as it is sent, with its digest if that is known.
+    File(Arc<OpenFile>, Option<[u8; 32]>),
+}
+
+impl FolderService {
+    /// Prepares to answer. `name` is the service's in the log.
+    pub fn new(name: Arc<str>, settings: Settings) -> Self {
+        // A guess that only sizes the cache's tables.
+        let items = usize::try_from(settings.cache_limit >> 16).unwrap_or(0).clamp(16, DIGESTS);
+        Self {
+            name,
+            documents: Cache::with_weighter(items, settings.cache_limit, DocumentWeight),
+            settings,
+            digests: Cache::new(DIGESTS),
+            in_memory: Arc::default(),
+            list: Mutex::default(),
+            complained: std::sync::Mutex::default(),
+        }
+    }
+
+    /// Answers every line until the client half-closes.
+    ///
+    /// # Errors
+    /// If the client went away or asked for nothing for too long, or a file cannot be sent to its
+    /// end as it was at the beginning.
+    pub async fn answer<S: Stream>(
+        self: &Arc<Self>,
+        connection: &mut Connection<S>,
+    ) -> Result<(), Broken> {
+        let mut lines =
+            AnyDelimiterCodec::new_with_max_length(b"\n".to_vec(), Vec::new(), MAX_NAME);
+        let mut input = BytesMut::new();
+        let mut ended = false;
+        loop {
+            let line = if ended { lines.decode_eof(&mut input) } else { lines.decode(&mut input) };
+            match line {
+                Ok(Some(line)) => {
+                    let line = line.strip_suffix(b"\r").unwrap_or(&line);
+                    self.reply(line, connection).await?;
+                }
+                Ok(None) if ended => return Ok(()),
+                Ok(None) => ended = connection.receive(&mut input).await? == 0,
+                // What comes next may be anything: nothing more is answered.
+                Err(_) => {
+                    let problem = format!("a request is longer than {MAX_NAME} bytes");
+                    return refuse(connection, &problem, None).await;
+                }
+            }
+        }
+    }
+
+    async fn reply<S: Stream>(
+        self: &Arc<Self>,
+        line: &[u8],
+        connection: &mut Connection<S>,
+    ) -> Result<(), Broken> {
+        if line.is_empty() {
+            return match self.list().await {
+                Ok(list) => connection.send(list.as_bytes()).await,
+                Err(problem) => refuse(connection, &problem, None).await,
+            };
+        }
+        let Ok(name) = str::from_utf8(line) else {
+            let name = String::from_utf8_lossy(line);
+            return refuse(connection, "the name is not UTF-8", Some(&name)).await;
+        };
+        match self.find(name).await {
+            Ok(Found::Document(document)) => connection.send(&document.bytes).await,
+            Ok(Found::File(file, digest)) => self.send_file(name, &file, digest, connection).await,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                refuse(connection, "no such file", Some(name)).await
+            }
+            Err(error) => {
+                self.complain("a file cannot be read", &error);
+                refuse(connection, "the file cannot be read", Some(name)).await
+            }
+        }
+    }
+
+    async fn find(self: &Arc<Self>, name: &str) -> io::Result<Found> {
+        let (service, name) = (Arc::clone(self), name.to_owned());
+        tokio::task::spawn_blocking(move || service.find_now(name)).await?
+    }
+
+    /// Opens the file and, if it may be kept, makes its document or takes the one that is kept.
+    fn find_now(&self, name: String) -> io::Result<Found> {
+        let file = self.settings.folder.file(&name)?;
+        let stamp = file.stamp;
+        let key = (name, stamp);
+        if let Some(document) = self.documents.get(&key) {
+            return Ok(Found::Document(document));
+        }
+        if !self.may_keep(stamp.size) {
+            return Ok(Found::File(Arc::new(file), self.digests.get(&stamp)));
+        }
+        let mut bytes = document::file_opening(&key.0, stamp.size, stamp.modified()).into_bytes();
+        let mut digest = Sha256::new();
+        stream::append_whole(&file, Some(&mut digest), &mut bytes)?;
+        bytes.extend_from_slice(document::file_closing(&digest.finalize().into()).as_bytes());
+        let document = Arc::new(Document::new(bytes, &self.in_memory));
+        self.documents.insert(key, Arc::clone(&document));
+        Ok(Found::Document(document))
+    }
+
+    fn may_keep(&self, size: u64) -> bool {
+        let limit = self.settings.cache_limit;
+        let in_memory = self.in_memory.load(Ordering::Relaxed);
+        size <= limit / KEPT_PART
+            && in_memory.saturating_add(size * 2) <= limit.saturating_mul(IN_MEMORY)
+    }
+
+    async fn send_file<S: Stream>(
+        &self,
+        name: &str,
+        file: &Arc<OpenFile>,
+        digest: Option<[u8; 32]>,
+        connection: &mut Connection<S>,
+    ) -> Result<(), Broken> {
+        let stamp = file.stamp;
+        let opening = document::file_opening(name, stamp.size, stamp.modified());
+        connection.send(opening.as_bytes()).await?;
+        let unknown = digest.is_none().then(Sha256::new);
+        let made = stream::send_encoded(file, unknown, connection).await?;
+        let digest = match (digest, made) {
+            (Some(known), _) => known,
+            (None, made) => {
+                let made = made.unwrap_or_default().finalize().into();
+                self.digests.insert(stamp, made);
+                made
+            }
+        };
+        connection.send(document::file_closing(&digest).as_bytes()).await
+    }
+
+    /// The list as one line, or why there is none. Everybody who asks at one time gets the same.
+    async fn list(self: &Arc<Self>) -> Result<Arc<str>, String> {
+        let mut last = self.list.lock().await;
+        if let Some((made, list)) = &*last
+            && made.elapsed() < LIST_AGE
+        {
+            return Ok(Arc::clone(list));
+        }
+        let service = Arc::clone(self);
+        let max = usize::try_from(self.settings.max_files.get()).unwrap_or(usize::MAX);
+        let made = tokio::task::spawn_blocking(move || {
+            let entries = service.settings.folder.list(max)?;
+            Ok::<_, io::Error>(entries.map(|entries| list_line(&entries)))
+        });
+        let made = made.await.map_err(io::Error::other).and_then(|made| made);
+        match made {
+            Ok(Some(line)) if line.len() <= MAX_LIST => {
+                let line = Arc::from(line);
+                *last = Some((Instant::now(), Arc::clone(&line)));
+                Ok(line)
+            }
+            Ok(_) => {
+                let error = io::Error::other(format!("more than {max} files (max-files)"));
+                self.complain("the list is too long and is not sent", &error);
+                Err("the list is too long".to_owned())
+            }
+            Err(error) => {
+                self.complain("the folder cannot be listed", &error);
+                Err("the folder cannot be read".to_owned())
+            }
+        }
+    }
+
+    /// Says a fault that clients run into, not too often.
+    fn complain(&self, fault: &'static str, error: &io::Error) {
+        let mut complained =
+            self.complained.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if complained.is_none_or(|last| last.elapsed() >= SAY_AGAIN) {
+            *complained = Some(Instant::now());
+            let service = &*self.name;
+            tracing::warn!(service, cause = %error, "{service}: {fault}: {error}");
+        }
+    }
+}
+
+fn list_line(entries: &[Entry]) -> String {
+    let entries = entries.iter().map(|entry| {
+        serde_json::json!({
+            "filename": entry.name,
+            "size": entry.size,
+            "modified": entry.modified.to_string(),
+        })
+    });
+    let mut line = String::from("{\"files\":[");
+    for (number, entry) in entries.enumerate() {
+        if number > 0 {
+            line.push(',');
+        }
+        line.push_str(&entry.to_string());
+    }
+    line.push_str("]}\n");
+    line
+}
+
+/// Sends why a request is not answered; the connection goes on.
+async fn refuse<S: Stream>(
+    connection: &mut Connection<S>,
+    problem: &str,
+    name: Option<&str>,
+) -> Result<(), Broken> {
+    connection.send(document::refusal(problem, name).as_bytes()).await
+}
