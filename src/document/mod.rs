@@ -1,9 +1,28 @@
 //! The document that carries a file: `{"filename":"…","filedata":"…base64…"}`.
 //!
 //! The server writes exactly these two keys, in this order; base64 in the standard alphabet, padded
-//! (RFC 4648, section 4). This folder knows the bytes of the document and nothing of files or
-//! sockets.
+//! (RFC 4648, section 4). Out of a folder, `size`, `modified` and `sha256` come with them, or
+//! `{"error":"…","filename":"…"}` comes instead. The client reads all of these, in any order, and
+//! whatever a stranger's server adds. This folder knows the bytes of the document and nothing of
+//! files or sockets.
+//!
+//! | file | subject |
+//! |---|---|
+//! | `writer` | what the server sends |
+//! | `reader` | what the client reads, piece by piece |
+//! | `head` | the keys, their limits, and what they make together |
+//! | `json`, `string` | JSON as it arrives; what stands between its quotes |
+//! | `data` | base64 as it arrives |
+//! | `error` | why a document is refused |
 
+mod data;
+mod error;
+mod head;
+mod json;
+#[cfg(test)]
+mod properties;
+mod reader;
+mod string;
 mod writer;
 
 use std::sync::LazyLock;
@@ -11,6 +30,9 @@ use std::sync::LazyLock;
 use base64::engine::Simd;
 use base64::engine::general_purpose::PAD;
 
+pub use error::ReadError;
+pub use head::{File, Head, Refusal};
+pub use reader::{Reader, Tail};
 pub use writer::{
     WHOLE_GROUP, append_encoded, closing, encoded_len, file_closing, file_opening, opening, refusal,
 };
