@@ -1,11 +1,18 @@
 //! The command line as types: the source of `--help` and of the shell completions.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
+use jiff::tz::TimeZone;
 
-use crate::config::Sources;
+use crate::client::Server;
+use crate::client::fetch::{Order, Output, Wanted};
+use crate::client::time::Question;
+use crate::clock::find_zone;
+use crate::config::{self, Sources};
 
 /// The configuration file if nobody names one.
 const DEFAULT_CONFIG: &str = "/etc/handout/handout.toml";
@@ -43,6 +50,27 @@ Examples:
 
 Exit codes: 0 no fault, 2 wrong usage, 78 wrong configuration.")]
     Check(ConfigFile),
+    /// Ask a time service and print what it says
+    #[command(after_help = "\
+Examples:
+  handout time 192.0.2.1
+  handout time --offset clock.example.org:6789
+  handout time --rfc868 --udp --offset time.example.org:37
+
+Exit codes: 0 done, 1 it failed, 2 wrong usage.")]
+    Time(Time),
+    /// Save what a file service hands out
+    #[command(after_help = "\
+Examples:
+  handout fetch 192.0.2.1                       the file that it pushes, under its own name
+  handout fetch 192.0.2.1 -o picture.jpg        the same under a name of yours
+  handout fetch 192.0.2.1 --list                the files that it has
+  handout fetch 192.0.2.1 a.txt sub/b.txt       some of them
+  handout fetch 192.0.2.1 --all -o mirror/      all of them, with sub-folders
+
+Nothing is overwritten without --force, and a file appears only when it is whole.
+Exit codes: 0 everything was saved, 1 something was not, 2 wrong usage.")]
+    Fetch(Fetch),
     /// Print the completions of a shell
     #[command(after_help = "\
 Examples:
@@ -75,6 +103,110 @@ pub struct Serve {
     file: Vec<(String, String)>,
 }
 
+/// How to ask for the time.
+#[derive(Debug, Args)]
+pub struct Time {
+    /// The service; an IPv6 address with a port stands in brackets [default port: 6789]
+    #[arg(value_name = "HOST[:PORT]")]
+    server: Server,
+    /// Also print by how much its clock is ahead of this machine's, and the round trip
+    #[arg(long)]
+    pub offset: bool,
+    /// Ask for the four bytes of RFC 868
+    #[arg(long)]
+    rfc868: bool,
+    /// Ask by datagram
+    #[arg(long)]
+    udp: bool,
+    /// The zone of a reply that does not say it: local, UTC or a name such as Asia/Shanghai
+    #[arg(long, value_name = "ZONE", default_value = "local", value_parser = find_zone)]
+    pub timezone: TimeZone,
+    /// How long all may take
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = config::duration)]
+    timeout: Duration,
+}
+
+impl Time {
+    /// What to ask.
+    pub fn question(&self) -> Question {
+        let Self { server, udp, rfc868, timeout, .. } = self;
+        Question { server: server.clone(), udp: *udp, rfc868: *rfc868, timeout: *timeout }
+    }
+}
+
+/// What to fetch.
+#[derive(Debug, Args)]
+pub struct Fetch {
+    /// The service; an IPv6 address with a port stands in brackets [default port: 5566]
+    #[arg(value_name = "HOST[:PORT]")]
+    server: Server,
+    /// Files of a folder service; without any, what the service pushes
+    #[arg(value_name = "NAME", conflicts_with = "all")]
+    names: Vec<String>,
+    /// Every file of a folder service, with its sub-folders
+    #[arg(long)]
+    all: bool,
+    /// Print which files a folder service has: size, time of change, name
+    #[arg(long, conflicts_with_all = ["names", "all", "output", "force"])]
+    pub list: bool,
+    /// Save to this file, into this folder, or to standard output (-)
+    #[arg(short, long, value_name = "PATH")]
+    output: Option<PathBuf>,
+    /// Replace files that are there
+    #[arg(long)]
+    force: bool,
+    /// The largest file that is taken
+    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = config::size)]
+    max_size: u64,
+    /// How long all may take
+    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = config::duration)]
+    timeout: Duration,
+    /// How long the service may be silent
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = config::duration)]
+    idle_timeout: Duration,
+    /// Say only what failed
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+impl Fetch {
+    /// What to fetch.
+    ///
+    /// # Errors
+    /// If more than one file is to go to one place.
+    pub fn order(&self) -> Result<Order, clap::Error> {
+        let wanted = match (self.all, self.names.as_slice()) {
+            (true, _) => Wanted::All,
+            (false, []) => Wanted::Pushed,
+            (false, names) => Wanted::Names(names.to_vec()),
+        };
+        let output = match &self.output {
+            None => Output::Folder(PathBuf::from(".")),
+            Some(path) if path == Path::new("-") => Output::Stdout,
+            Some(path) if wanted == Wanted::All || is_folder(path) => Output::Folder(path.clone()),
+            Some(path) => Output::File(path.clone()),
+        };
+        let several = self.all || self.names.len() > 1;
+        if several && !matches!(output, Output::Folder(_)) {
+            let problem = "several files need -o with a folder that is there, or that ends with /";
+            return Err(Cli::command().error(ErrorKind::ArgumentConflict, problem));
+        }
+        Ok(Order {
+            server: self.server.clone(),
+            wanted,
+            output,
+            force: self.force,
+            max_size: self.max_size,
+            timeout: self.timeout,
+            idle_timeout: self.idle_timeout,
+        })
+    }
+}
+
+fn is_folder(path: &Path) -> bool {
+    path.as_os_str().as_encoded_bytes().ends_with(b"/") || path.is_dir()
+}
+
 fn address_and_path(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((address, path)) if !address.is_empty() && !path.is_empty() => {
@@ -105,7 +237,6 @@ impl From<Serve> for Sources {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {

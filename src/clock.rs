@@ -141,6 +141,25 @@ impl fmt::Display for Format {
     }
 }
 
+/// Finds a time zone: the system's own, or one by its name in the system's database or, on a
+/// machine without one, in the copy that is built in.
+///
+/// # Errors
+/// Says what was expected.
+pub fn find_zone(name: &str) -> Result<TimeZone, String> {
+    match name {
+        "local" => TimeZone::try_system().map_err(|error| {
+            format!(
+                "the zone of this machine (TZ, /etc/localtime) cannot be read: {error}; \
+                 expected one that can, or \"UTC\" instead"
+            )
+        }),
+        "UTC" => Ok(TimeZone::UTC),
+        name => TimeZone::get(name)
+            .map_err(|error| format!("expected \"local\", \"UTC\" or a zone by its name: {error}")),
+    }
+}
+
 /// How well the kernel's clock is kept, from adjtimex(2): whoever disciplines the clock (chrony,
 /// ntpd, systemd-timesyncd) tells the kernel, and the kernel tells us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

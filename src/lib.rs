@@ -5,6 +5,7 @@
 //! | file | subject |
 //! |---|---|
 //! | [`cli`] | the command line as types |
+//! | [`client`] | the clients: ask the time, fetch files, trust no server |
 //! | [`config`] | file and arguments to a checked [`config::Config`], every fault at once |
 //! | [`daemon`] | the supervisor: bind, ready, serve, drain |
 //! | [`sockets`] | sockets bound with the options that they need |
@@ -28,6 +29,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing))]
 
 pub mod cli;
+pub mod client;
 pub mod clock;
 pub mod config;
 pub mod connection;

@@ -6,7 +6,11 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
-use handout::cli::{Cli, Command};
+use handout::cli::{self, Cli, Command};
+use handout::client;
+use handout::client::fetch::Order;
+use handout::client::names::escape;
+use handout::client::progress::Progress;
 use handout::config::{Config, Sources};
 use handout::daemon::{Daemon, Orders};
 use handout::logging;
@@ -22,6 +26,11 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Serve(arguments) => configured(&arguments.into(), serve),
         Command::Check(file) => configured(&file.into(), check),
+        Command::Time(arguments) => in_client(time(&arguments)),
+        Command::Fetch(arguments) => match arguments.order() {
+            Ok(order) => in_client(fetch(&arguments, &order)),
+            Err(error) => error.exit(),
+        },
         Command::Completions { shell } => {
             let mut completions = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "handout", &mut completions);
@@ -38,6 +47,65 @@ fn configured(sources: &Sources, go_on: fn(&Config) -> ExitCode) -> ExitCode {
             complain(&faults.to_string());
             ExitCode::from(WRONG_CONFIGURATION)
         }
+    }
+}
+
+/// Runs a client, which needs one thread, until it has done or a signal ends it.
+fn in_client(client: impl Future<Output = ExitCode>) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&error),
+    };
+    let code = runtime.block_on(async {
+        let orders = match orders() {
+            Ok(orders) => orders,
+            Err(error) => return fail(&error),
+        };
+        // Dropped, the client removes what is not whole.
+        tokio::select! {
+            code = client => code,
+            () = orders.stop.cancelled() => {
+                complain("interrupted");
+                ExitCode::FAILURE
+            }
+        }
+    });
+    runtime.shutdown_timeout(EXIT_TIME);
+    code
+}
+
+async fn time(arguments: &cli::Time) -> ExitCode {
+    let told = async {
+        let answer = client::time::ask(arguments.question()).await?;
+        let mut lines = answer.line()? + "\n";
+        if arguments.offset {
+            let (offset, round_trip) = answer.offset(&arguments.timezone)?;
+            let (offset, round_trip) = (offset.as_secs_f64(), round_trip.as_secs_f64());
+            lines += &format!("offset {offset:+.6} s, round trip {round_trip:.6} s\n");
+        }
+        Ok::<_, client::time::Error>(lines)
+    };
+    match told.await {
+        Ok(lines) => print(lines.as_bytes()),
+        Err(error) => fail(&error),
+    }
+}
+
+async fn fetch(arguments: &cli::Fetch, order: &Order) -> ExitCode {
+    if !arguments.list {
+        let mut progress = Progress::new(arguments.quiet);
+        let saved = client::fetch::fetch(order, &mut progress).await;
+        return if saved { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    match client::fetch::list(order).await {
+        Ok(files) => {
+            let lines = files.iter().map(|file| {
+                let modified = escape(file.modified.as_deref().unwrap_or("-"));
+                format!("{:>12} {modified} {}\n", file.size, escape(&file.filename))
+            });
+            print(lines.collect::<String>().as_bytes())
+        }
+        Err(error) => fail(&error),
     }
 }
 
@@ -60,13 +128,7 @@ fn serve(config: &Config) -> ExitCode {
         runtime.shutdown_timeout(EXIT_TIME);
         served
     };
-    match served() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            complain(&chain(&*error));
-            ExitCode::FAILURE
-        }
-    }
+    served().map_or_else(|error| fail(&*error), |()| ExitCode::SUCCESS)
 }
 
 /// Turns signals into orders: the first asks, the second insists.
@@ -87,6 +149,11 @@ fn orders() -> io::Result<Orders> {
         }
     });
     Ok(orders)
+}
+
+fn fail(error: &dyn Error) -> ExitCode {
+    complain(&chain(error));
+    ExitCode::FAILURE
 }
 
 /// An error with its causes.

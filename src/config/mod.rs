@@ -25,7 +25,7 @@ use crate::services::{self, KINDS, Kind, Settings};
 
 pub use fault::{Fault, Faults, Place};
 pub use table::{Located, Noted, Source, Table};
-pub use values::{Endpoint, size};
+pub use values::{Endpoint, duration, size};
 
 /// The largest file that is taken for a configuration.
 const MAX_FILE: u64 = 1 << 20;

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
-use crate::clock::{Format, ReplyShapes};
+use crate::clock::{Format, ReplyShapes, find_zone};
 use crate::config::{Noted, Table};
 use crate::connection::{Broken, Connection, Stream};
 
@@ -31,22 +31,6 @@ impl Settings {
         let zone = table.text_or("timezone", "local", find_zone);
         let newline = table.boolean_or("newline", true);
         Ok(Self { format: format?, zone: zone?, newline: newline? })
-    }
-}
-
-/// Finds a time zone: the system's own, or one by its name in the system's database or, on a
-/// machine without one, in the copy that is built in.
-fn find_zone(name: &str) -> Result<TimeZone, String> {
-    match name {
-        "local" => TimeZone::try_system().map_err(|error| {
-            format!(
-                "the zone of this machine (TZ, /etc/localtime) cannot be read: {error}; \
-                 expected one that can, or timezone = \"UTC\""
-            )
-        }),
-        "UTC" => Ok(TimeZone::UTC),
-        name => TimeZone::get(name)
-            .map_err(|error| format!("expected \"local\", \"UTC\" or a zone by its name: {error}")),
     }
 }
 

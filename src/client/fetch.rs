@@ -1,0 +1,580 @@
+//! Asks a file service, and saves what it hands out.
+//!
+//! The document is read, decoded and digested as it arrives, into a file that gets its name when
+//! everything holds. Nothing that the server says is believed: not the name, not the size, not
+//! that there is an end.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::names::{self, NameError, escape};
+use super::save::{Growing, Replace, folder_of};
+use super::{ConnectError, Server};
+use crate::document::{File, Head, ReadError, Reader, Tail};
+
+/// The port of file services, by custom.
+pub const PORT: u16 = 5566;
+
+/// How much is received at one time.
+const BUFFER: usize = 256 << 10;
+
+/// How many requests may be on their way before the first is answered.
+const AHEAD: usize = 16;
+
+/// The longest list that is taken, in bytes.
+const MAX_LIST: usize = 16 << 20;
+
+/// How long the end of a connection is waited for when the document is there.
+const WAIT_FOR_END: Duration = Duration::from_secs(1);
+
+/// What to fetch, and where to.
+#[derive(Debug, Clone)]
+pub struct Order {
+    /// Whom to ask.
+    pub server: Server,
+    /// What is wanted.
+    pub wanted: Wanted,
+    /// Where it goes.
+    pub output: Output,
+    /// Whether files that are there are replaced.
+    pub force: bool,
+    /// The largest file that is taken, in bytes.
+    pub max_size: u64,
+    /// How long all may take.
+    pub timeout: Duration,
+    /// How long the server may be silent.
+    pub idle_timeout: Duration,
+}
+
+/// What is wanted of a file service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Wanted {
+    /// The one document that it pushes.
+    Pushed,
+    /// Files by name, out of a folder.
+    Names(Vec<String>),
+    /// Every file of a folder.
+    All,
+}
+
+/// Where files go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Output {
+    /// To standard output.
+    Stdout,
+    /// To this file.
+    File(PathBuf),
+    /// Into this folder, under the names that they have.
+    Folder(PathBuf),
+}
+
+/// Why something was not fetched.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The server could not be reached.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The connection failed.
+    #[error("the connection failed: {0}")]
+    Network(#[source] io::Error),
+    /// The server was silent for too long.
+    #[error("the server sent nothing for {0:?} (--idle-timeout)")]
+    Silent(Duration),
+    /// The time for all is over.
+    #[error("it took longer than {0:?} (--timeout)")]
+    Timeout(Duration),
+    /// The document is wrong.
+    #[error("the document is wrong: {0}")]
+    Document(#[from] ReadError),
+    /// The server refused.
+    #[error("the server says: {0}")]
+    Refused(String),
+    /// The server sent another file than the one that was asked for.
+    #[error("the server sent {0:?} instead; it may hand out one file only, without a name")]
+    WrongName(String),
+    /// The name that the server chose is not taken.
+    #[error(
+        "the server calls it {name:?}, which is not taken: {cause}; choose a name with -o FILE"
+    )]
+    Name {
+        /// The name, escaped.
+        name: String,
+        /// Why.
+        cause: NameError,
+    },
+    /// The document is shorter or longer than it said.
+    #[error("the server promised {promised} bytes and sent {sent}")]
+    Size {
+        /// What it said.
+        promised: u64,
+        /// What it was.
+        sent: u64,
+    },
+    /// The data is not what the server said it was.
+    #[error("the digest does not hold: what arrived is not what was sent")]
+    Digest,
+    /// There is a file already.
+    #[error("{} is there already; --force replaces it, -o FILE saves elsewhere", .0.display())]
+    Exists(PathBuf),
+    /// It could not be written.
+    #[error("cannot write {}: {source}", .path.display())]
+    Write {
+        /// What.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The server did not send a list.
+    #[error("the server sent no list; it may hand out one file only: ask without a name")]
+    NotAList,
+}
+
+/// What became of a file that was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Saved {
+    /// Where it is; nowhere for standard output.
+    pub place: Option<PathBuf>,
+    /// How long it is, in bytes.
+    pub length: u64,
+    /// It was there already, and stays as it was.
+    pub unchanged: bool,
+}
+
+/// Is told how the fetching goes.
+pub trait Report {
+    /// A file is begun; `name` is known if it was asked for by name.
+    fn begin(&mut self, name: Option<&str>);
+    /// So much of it has arrived, of so much, if that is known.
+    fn advance(&mut self, length: u64, size: Option<u64>);
+    /// It was saved.
+    fn saved(&mut self, saved: &Saved);
+    /// It was not; `name` is what was asked for.
+    fn failed(&mut self, name: Option<&str>, error: &Error);
+}
+
+/// A file in a list.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Listed {
+    /// The server's name for it: any text at all.
+    pub filename: String,
+    /// Its size in bytes.
+    pub size: u64,
+    /// When it was last changed: any text at all.
+    pub modified: Option<String>,
+}
+
+/// Fetches the list of a folder.
+///
+/// # Errors
+/// If the server does not send one.
+pub async fn list(order: &Order) -> Result<Vec<Listed>, Error> {
+    let deadline = Instant::now() + order.timeout;
+    read_list(&mut Session::connect(order, deadline).await?).await
+}
+
+/// Fetches what is wanted, and reports; true if everything was saved.
+pub async fn fetch(order: &Order, report: &mut impl Report) -> bool {
+    let deadline = Instant::now() + order.timeout;
+    let names = match &order.wanted {
+        Wanted::Pushed => {
+            report.begin(None);
+            let fetched = async {
+                let mut session = Session::connect(order, deadline).await?;
+                receive(&mut session, None, order, report).await
+            };
+            return told(fetched.await, None, report);
+        }
+        Wanted::Names(names) => names.clone(),
+        Wanted::All => {
+            let listed = async { read_list(&mut Session::connect(order, deadline).await?).await };
+            match listed.await {
+                Ok(files) => files.into_iter().map(|file| file.filename).collect(),
+                Err(error) => {
+                    report.failed(None, &error);
+                    return false;
+                }
+            }
+        }
+    };
+    fetch_names(&names, order, deadline, report).await
+}
+
+fn told(fetched: Result<Saved, Error>, name: Option<&str>, report: &mut impl Report) -> bool {
+    match fetched {
+        Ok(saved) => {
+            report.saved(&saved);
+            true
+        }
+        Err(error) => {
+            report.failed(name, &error);
+            false
+        }
+    }
+}
+
+/// Fetches files by name over one connection, or over a new one after a failure.
+async fn fetch_names(
+    names: &[String],
+    order: &Order,
+    deadline: Instant,
+    report: &mut impl Report,
+) -> bool {
+    let mut all_saved = true;
+    // What cannot be saved is not asked for.
+    let mut wanted = VecDeque::new();
+    for name in names {
+        match place_for(name, order) {
+            Ok(place) => wanted.push_back(Named { name, place }),
+            Err(error) => all_saved = told(Err(error), Some(name), report),
+        }
+    }
+    let mut session: Option<Session> = None;
+    while let Some(named) = wanted.front() {
+        report.begin(Some(named.name));
+        let fetched = async {
+            let open = match session.take() {
+                Some(open) => open,
+                None => Session::connect(order, deadline).await?,
+            };
+            let session = session.insert(open);
+            session.request_ahead(&wanted).await?;
+            receive(session, Some(named), order, report).await
+        };
+        let fetched = fetched.await;
+        if let Some(session) = &mut session {
+            session.requested = session.requested.saturating_sub(1);
+        }
+        // After a refusal the next reply follows; after anything else, nothing is certain.
+        if !matches!(fetched, Ok(_) | Err(Error::Refused(_))) {
+            session = None;
+        }
+        let hopeless = matches!(fetched, Err(Error::Connect(_) | Error::Timeout(_)));
+        all_saved &= told(fetched, Some(named.name), report);
+        wanted.pop_front();
+        if hopeless {
+            for named in &wanted {
+                let error = io::Error::other("given up after the failure before");
+                all_saved = told(Err(Error::Network(error)), Some(named.name), report);
+            }
+            break;
+        }
+    }
+    all_saved
+}
+
+/// A file that is asked for by name.
+struct Named<'a> {
+    name: &'a str,
+    /// Where it goes, unless to standard output.
+    place: Option<PathBuf>,
+}
+
+/// Where a file that is asked for by name goes.
+fn place_for(name: &str, order: &Order) -> Result<Option<PathBuf>, Error> {
+    let not_taken = |cause| Error::Name { name: escape(name), cause };
+    // A line cannot ask for it.
+    if name.is_empty() || name.contains(['\n', '\r']) {
+        return Err(not_taken(if name.is_empty() { NameError::Empty } else { NameError::Control }));
+    }
+    let place = match &order.output {
+        Output::Stdout => return Ok(None),
+        Output::File(path) => path.clone(),
+        Output::Folder(folder) if order.wanted == Wanted::All => {
+            folder.join(names::relative_path(name).map_err(not_taken)?)
+        }
+        Output::Folder(folder) => folder.join(names::last_component(name).map_err(not_taken)?),
+    };
+    // A file of the list that is there already may be the same.
+    if order.wanted != Wanted::All {
+        refuse_taken(&place, order)?;
+    }
+    Ok(Some(place))
+}
+
+fn refuse_taken(place: &Path, order: &Order) -> Result<(), Error> {
+    if !order.force && place.symlink_metadata().is_ok() {
+        return Err(Error::Exists(place.to_owned()));
+    }
+    Ok(())
+}
+
+/// Where a file goes that the server pushed under a name of its own choice.
+fn place_for_pushed(name: &str, order: &Order) -> Result<Option<PathBuf>, Error> {
+    let place = match &order.output {
+        Output::Stdout => return Ok(None),
+        Output::File(path) => path.clone(),
+        Output::Folder(folder) => {
+            let not_taken = |cause| Error::Name { name: escape(name), cause };
+            folder.join(names::file_name(name).map_err(not_taken)?)
+        }
+    };
+    refuse_taken(&place, order)?;
+    Ok(Some(place))
+}
+
+/// Receives one document and saves its file.
+async fn receive(
+    session: &mut Session,
+    named: Option<&Named<'_>>,
+    order: &Order,
+    report: &mut impl Report,
+) -> Result<Saved, Error> {
+    let place = |name: &str| match named {
+        Some(named) if named.name != name => Err(Error::WrongName(escape(name))),
+        Some(named) => Ok(named.place.clone()),
+        None => place_for_pushed(name, order),
+    };
+    let mut sink = Sink::begin(named, order)?;
+    let mut reader = Reader::new(order.max_size);
+    let mut digest = Sha256::new();
+    let mut data = Vec::with_capacity(BUFFER);
+    let (mut length, mut name_checked) = (0, false);
+    while !reader.is_complete() && (!session.received().is_empty() || session.receive().await?) {
+        let taken = reader.feed(session.received(), &mut data)?;
+        session.take(taken);
+        digest.update(&data);
+        sink.append(&data)?;
+        length += data.len() as u64;
+        data.clear();
+        report.advance(length, reader.size());
+        // As soon as the name is known: what cannot be saved need not be received.
+        if !name_checked && let Some(name) = reader.filename() {
+            place(name)?;
+            name_checked = true;
+        }
+    }
+    let file = match reader.finish()? {
+        Head::Refusal(refusal) => return Err(Error::Refused(escape(&refusal.error))),
+        Head::File(file) => file,
+    };
+    if named.is_none() {
+        session.expect_end().await?;
+    }
+    let digest = digest.finalize().into();
+    check(&file, &digest)?;
+    sink.finish(place(&file.filename)?, length, &digest, order)
+}
+
+/// Checks what the document said of its data.
+fn check(file: &File, digest: &[u8; 32]) -> Result<(), Error> {
+    match file {
+        File { size: Some(promised), length, .. } if promised != length => {
+            Err(Error::Size { promised: *promised, sent: *length })
+        }
+        File { sha256: Some(said), .. } if said != digest => Err(Error::Digest),
+        _ => Ok(()),
+    }
+}
+
+/// Where the data goes.
+enum Sink {
+    Stdout,
+    File { growing: Growing, folder: PathBuf },
+}
+
+impl Sink {
+    fn begin(named: Option<&Named<'_>>, order: &Order) -> Result<Self, Error> {
+        let folder = match (&order.output, named.and_then(|named| named.place.as_deref())) {
+            (Output::Stdout, _) => return Ok(Self::Stdout),
+            (_, Some(place)) => folder_of(place),
+            (Output::File(file), None) => folder_of(file),
+            (Output::Folder(folder), None) => folder.clone(),
+        };
+        let begun = match order.wanted {
+            // Its sub-folders come with it.
+            Wanted::All => fs::create_dir_all(&folder).and_then(|()| Growing::begin(&folder)),
+            Wanted::Pushed | Wanted::Names(_) => Growing::begin(&folder),
+        };
+        match begun {
+            Ok(growing) => Ok(Self::File { growing, folder }),
+            Err(source) => Err(Error::Write { path: folder, source }),
+        }
+    }
+
+    fn append(&mut self, data: &[u8]) -> Result<(), Error> {
+        match self {
+            Self::Stdout => io::stdout().write_all(data).map_err(to_stdout),
+            Self::File { growing, folder } => {
+                growing.append(data).map_err(|source| Error::Write { path: folder.clone(), source })
+            }
+        }
+    }
+
+    fn finish(
+        self,
+        place: Option<PathBuf>,
+        length: u64,
+        digest: &[u8; 32],
+        order: &Order,
+    ) -> Result<Saved, Error> {
+        let (Self::File { growing, .. }, Some(place)) = (self, place) else {
+            io::stdout().flush().map_err(to_stdout)?;
+            return Ok(Saved { place: None, length, unchanged: false });
+        };
+        if order.wanted == Wanted::All && is_same(&place, length, digest) {
+            return Ok(Saved { place: Some(place), length, unchanged: true });
+        }
+        let replace = if order.force { Replace::Always } else { Replace::Never };
+        match growing.finish(&place, replace) {
+            Ok(()) => Ok(Saved { place: Some(place), length, unchanged: false }),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(Error::Exists(place)),
+            Err(source) => Err(Error::Write { path: place, source }),
+        }
+    }
+}
+
+fn to_stdout(source: io::Error) -> Error {
+    Error::Write { path: "standard output".into(), source }
+}
+
+/// Whether a file is there with this content. What cannot be read is not the same.
+fn is_same(place: &Path, length: u64, digest: &[u8; 32]) -> bool {
+    let same = || -> io::Result<bool> {
+        let mut file = fs::File::open(place)?;
+        if file.metadata()?.len() != length {
+            return Ok(false);
+        }
+        let mut own = Sha256::new();
+        let mut buffer = vec![0; BUFFER];
+        loop {
+            match file.read(&mut buffer)? {
+                0 => return Ok(<[u8; 32]>::from(own.finalize()) == *digest),
+                read => own.update(buffer.get(..read).unwrap_or_default()),
+            }
+        }
+    };
+    same().unwrap_or(false)
+}
+
+/// Receives a list.
+async fn read_list(session: &mut Session) -> Result<Vec<Listed>, Error> {
+    #[derive(Deserialize)]
+    struct Reply {
+        files: Option<Vec<Listed>>,
+        error: Option<String>,
+    }
+    session.send(b"\n").await?;
+    let mut line = Vec::new();
+    loop {
+        let received = session.received();
+        let end = received.iter().position(|byte| *byte == b'\n');
+        let taken = end.unwrap_or(received.len());
+        line.extend_from_slice(received.get(..taken).unwrap_or_default());
+        session.take(taken);
+        if line.len() > MAX_LIST {
+            return Err(Error::NotAList);
+        }
+        if end.is_some() || !session.receive().await? {
+            break;
+        }
+    }
+    match serde_json::from_slice(&line) {
+        Ok(Reply { files: Some(files), .. }) => Ok(files),
+        Ok(Reply { error: Some(error), .. }) => Err(Error::Refused(escape(&error))),
+        Ok(Reply { .. }) | Err(_) => Err(Error::NotAList),
+    }
+}
+
+/// A connection to a file service, with what has been received and not been taken.
+struct Session {
+    stream: TcpStream,
+    buffer: Vec<u8>,
+    /// What is between has been received and not been taken.
+    start: usize,
+    end: usize,
+    /// Requests that have not been answered.
+    requested: usize,
+    deadline: Instant,
+    timeout: Duration,
+    idle_timeout: Duration,
+}
+
+impl Session {
+    async fn connect(order: &Order, deadline: Instant) -> Result<Self, Error> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let connecting = order.server.connect(PORT, left.min(order.idle_timeout));
+        let stream = timeout_at(deadline, connecting);
+        let stream = stream.await.map_err(|_| Error::Timeout(order.timeout))??;
+        Ok(Self {
+            stream,
+            buffer: vec![0; BUFFER],
+            start: 0,
+            end: 0,
+            requested: 0,
+            deadline,
+            timeout: order.timeout,
+            idle_timeout: order.idle_timeout,
+        })
+    }
+
+    fn received(&self) -> &[u8] {
+        self.buffer.get(self.start..self.end).unwrap_or_default()
+    }
+
+    fn take(&mut self, length: usize) {
+        self.start += length;
+    }
+
+    /// Receives more, when all was taken; false at the end.
+    async fn receive(&mut self) -> Result<bool, Error> {
+        let until = self.deadline.min(Instant::now() + self.idle_timeout);
+        let reading = timeout_at(until, self.stream.read(&mut self.buffer));
+        let read = reading.await.map_err(|_| self.too_late())?.map_err(Error::Network)?;
+        (self.start, self.end) = (0, read);
+        Ok(read > 0)
+    }
+
+    async fn send(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        let until = self.deadline.min(Instant::now() + self.idle_timeout);
+        let sent = timeout_at(until, self.stream.write_all(bytes));
+        sent.await.map_err(|_| self.too_late())?.map_err(Error::Network)
+    }
+
+    fn too_late(&self) -> Error {
+        if Instant::now() >= self.deadline {
+            Error::Timeout(self.timeout)
+        } else {
+            Error::Silent(self.idle_timeout)
+        }
+    }
+
+    /// Asks for the next files before their turn, so that the way there and back is not waited
+    /// for with every file.
+    async fn request_ahead(&mut self, wanted: &VecDeque<Named<'_>>) -> Result<(), Error> {
+        if self.requested > AHEAD / 2 {
+            return Ok(());
+        }
+        let mut lines = String::new();
+        for named in wanted.iter().take(AHEAD).skip(self.requested) {
+            lines.push_str(named.name);
+            lines.push('\n');
+            self.requested += 1;
+        }
+        self.send(lines.as_bytes()).await
+    }
+
+    /// Behind a document that was pushed comes a newline at most. A server that forgets to close
+    /// the connection is not waited for long.
+    async fn expect_end(&mut self) -> Result<(), Error> {
+        let mut tail = Tail::default();
+        loop {
+            tail.feed(self.received())?;
+            self.take(self.received().len());
+            match timeout(WAIT_FOR_END, self.receive()).await {
+                Ok(Ok(true)) => {}
+                Ok(Ok(false)) => return Ok(tail.finish()?),
+                // The document was whole; how the connection ends does not matter any more.
+                Ok(Err(_)) | Err(_) => return Ok(()),
+            }
+        }
+    }
+}

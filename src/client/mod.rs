@@ -1,0 +1,164 @@
+//! The clients: they ask any server of this kind, and trust none.
+//!
+//! | file | subject |
+//! |---|---|
+//! | `time` | asks a time service |
+//! | `reply` | the time in what it says |
+//! | `fetch` | asks a file service |
+//! | `progress` | how the fetching goes, for a person |
+//! | `save` | a file that appears only when it is whole |
+//! | `names` | which names of a server's choice are taken, and how they are printed |
+
+pub mod fetch;
+pub mod names;
+pub mod progress;
+mod reply;
+mod save;
+pub mod time;
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::str::FromStr;
+use std::time::Duration;
+
+use tokio::net::{TcpStream, lookup_host};
+use tokio::time::{Instant, timeout};
+
+/// A server to ask: a host, by name or by address, and a port if one is named.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Server {
+    host: String,
+    port: Option<u16>,
+}
+
+impl FromStr for Server {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let expected = || "expected HOST, HOST:PORT, or [ADDRESS]:PORT for IPv6".to_owned();
+        let server = |host: &str, port| {
+            if host.is_empty() || host.contains(['[', ']', '/', ' ']) {
+                return Err(expected());
+            }
+            Ok(Self { host: host.to_owned(), port })
+        };
+        let port = |text: &str| {
+            let port = text.parse().ok().filter(|port| *port != 0);
+            port.map(Some).ok_or_else(|| "expected a port from 1 to 65535".to_owned())
+        };
+        if let Some(rest) = text.strip_prefix('[') {
+            let (host, rest) = rest.split_once(']').ok_or_else(expected)?;
+            return match rest.strip_prefix(':') {
+                Some(number) => server(host, port(number)?),
+                None if rest.is_empty() => server(host, None),
+                None => Err(expected()),
+            };
+        }
+        match text.split_once(':') {
+            None => server(text, None),
+            // More than one colon is an IPv6 address without a port.
+            Some((_, rest)) if rest.contains(':') => server(text, None),
+            Some((host, number)) => server(host, port(number)?),
+        }
+    }
+}
+
+impl fmt::Display for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.host.contains(':'), self.port) {
+            (true, Some(port)) => write!(f, "[{}]:{port}", self.host),
+            (false, Some(port)) => write!(f, "{}:{port}", self.host),
+            (_, None) => f.write_str(&self.host),
+        }
+    }
+}
+
+/// A server that could not be reached.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// Its name stands for no address.
+    #[error("cannot look up {host}: {source}")]
+    Lookup {
+        /// The name.
+        host: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// No address could be connected to; each with its cause.
+    #[error("cannot connect to {0}")]
+    Connect(String),
+}
+
+impl Server {
+    /// Looks up its addresses.
+    async fn addresses(&self, default_port: u16) -> Result<Vec<SocketAddr>, ConnectError> {
+        let port = self.port.unwrap_or(default_port);
+        let lookup_error = |source| ConnectError::Lookup { host: self.to_string(), source };
+        let found = lookup_host((self.host.as_str(), port)).await.map_err(lookup_error)?;
+        let mut addresses = Vec::new();
+        for address in found {
+            if !addresses.contains(&address) {
+                addresses.push(address);
+            }
+        }
+        if addresses.is_empty() {
+            return Err(lookup_error(io::Error::other("it has no address")));
+        }
+        Ok(addresses)
+    }
+
+    /// Connects to the first of its addresses that answers, within `time` over all.
+    async fn connect(&self, default_port: u16, time: Duration) -> Result<TcpStream, ConnectError> {
+        let deadline = Instant::now() + time;
+        let addresses = self.addresses(default_port).await?;
+        let mut causes = Vec::new();
+        for (tried, address) in addresses.iter().enumerate() {
+            // One that does not answer leaves time for those behind it.
+            let left = deadline.saturating_duration_since(Instant::now());
+            let untried = u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
+            match timeout(left / untried, TcpStream::connect(address)).await {
+                Ok(Ok(stream)) => return Ok(stream),
+                Ok(Err(error)) => causes.push(format!("{address}: {error}")),
+                Err(_) => causes.push(format!("{address}: no answer in time")),
+            }
+        }
+        Err(ConnectError::Connect(causes.join("; ")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(text: &str) -> Result<(String, Option<u16>), String> {
+        text.parse::<Server>().map(|server| (server.host, server.port))
+    }
+
+    #[test]
+    fn a_server_is_a_host_with_or_without_a_port() {
+        let is = |text, host: &str, port| assert_eq!(parsed(text), Ok((host.to_owned(), port)));
+        is("example.org", "example.org", None);
+        is("example.org:37", "example.org", Some(37));
+        is("192.0.2.1:6789", "192.0.2.1", Some(6789));
+        is("::1", "::1", None);
+        is("[::1]", "::1", None);
+        is("[::1]:6789", "::1", Some(6789));
+        is("[fe80::1%lo]:6789", "fe80::1%lo", Some(6789));
+    }
+
+    #[test]
+    fn what_is_no_server_is_refused_with_what_was_expected() {
+        for bad in ["", ":80", "a:", "a:b", "a:0", "a:65536", "[::1", "[::1]80", "http://a", "a b"]
+        {
+            assert!(parsed(bad).unwrap_err().starts_with("expected"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_server_prints_as_it_is_read() {
+        for text in ["example.org", "example.org:37", "::1", "[::1]:6789"] {
+            assert_eq!(text.parse::<Server>().unwrap().to_string(), text);
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! Names that a server chose: which of them become names of files here, and how they are printed.
+//!
+//! A name must not leave the folder, hide, or look like something else on a terminal.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+/// The longest name of a file, in bytes, on the file systems that people have.
+const MAX_NAME: usize = 255;
+
+/// Why a name is not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NameError {
+    /// There is none.
+    #[error("it is empty")]
+    Empty,
+    /// `.` or `..`.
+    #[error("it is a folder's own name for itself or for the one above")]
+    Dots,
+    /// It begins with a dot.
+    #[error("it would be hidden")]
+    Hidden,
+    /// It has `/` or `\` in it.
+    #[error("it has a separator of folders in it")]
+    Separator,
+    /// It has a control character in it, NUL and line ends among them.
+    #[error("it has a control character in it")]
+    Control,
+    /// It has a character in it that changes the direction of the text or cannot be seen.
+    #[error("it has an invisible character in it")]
+    Invisible,
+    /// It is longer than a file's name can be.
+    #[error("it is longer than {MAX_NAME} bytes")]
+    Long,
+}
+
+/// Takes a name for that of a file in a folder.
+///
+/// # Errors
+/// Why it is not taken.
+pub fn file_name(name: &str) -> Result<&str, NameError> {
+    match name {
+        "" => return Err(NameError::Empty),
+        "." | ".." => return Err(NameError::Dots),
+        _ if name.len() > MAX_NAME => return Err(NameError::Long),
+        _ if name.starts_with('.') => return Err(NameError::Hidden),
+        _ => {}
+    }
+    for character in name.chars() {
+        match character {
+            '/' | '\\' => return Err(NameError::Separator),
+            _ if character.is_control() => return Err(NameError::Control),
+            _ if is_invisible(character) => return Err(NameError::Invisible),
+            _ => {}
+        }
+    }
+    Ok(name)
+}
+
+/// Takes a name with `/` between sub-folders for a path below a folder.
+///
+/// # Errors
+/// Why it, or a part of it, is not taken.
+pub fn relative_path(name: &str) -> Result<PathBuf, NameError> {
+    name.split('/').map(file_name).collect()
+}
+
+/// Takes the last part of a name with `/` between sub-folders.
+///
+/// # Errors
+/// Why it is not taken.
+pub fn last_component(name: &str) -> Result<&str, NameError> {
+    file_name(name.rsplit('/').next().unwrap_or(name))
+}
+
+/// A text that came from elsewhere, as one line that no terminal obeys.
+pub fn escape(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character.is_control() || is_invisible(character) {
+            escaped.extend(character.escape_default());
+        } else {
+            escaped.push(character);
+        }
+    }
+    escaped
+}
+
+/// The same for bytes that may be no text.
+pub fn escape_bytes(bytes: &[u8]) -> String {
+    let mut escaped = String::with_capacity(bytes.len());
+    for chunk in bytes.utf8_chunks() {
+        escaped.push_str(&escape(chunk.valid()));
+        for byte in chunk.invalid() {
+            // Writing to a string does not fail.
+            let _ = write!(escaped, "\\x{byte:02x}");
+        }
+    }
+    escaped
+}
+
+/// Characters that change the direction of the text (UAX #9), end a line of it, or have no width.
+fn is_invisible(character: char) -> bool {
+    matches!(character,
+        '\u{00ad}' | '\u{061c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+        | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::path::Component;
+
+    #[test]
+    fn ordinary_names_are_taken_in_every_script() {
+        for name in ["guido.jpg", "a b", "-rf", "汇总数据.xlsx", "résumé.pdf", "a..b", "COM1", "x."]
+        {
+            assert_eq!(file_name(name), Ok(name));
+        }
+    }
+
+    #[test]
+    fn names_that_leave_hide_or_deceive_are_refused() {
+        for (name, why) in [
+            ("", NameError::Empty),
+            (".", NameError::Dots),
+            ("..", NameError::Dots),
+            (".bashrc", NameError::Hidden),
+            ("a/b", NameError::Separator),
+            ("/etc/passwd", NameError::Separator),
+            ("..\\x", NameError::Hidden),
+            ("C:\\x", NameError::Separator),
+            ("a\0b", NameError::Control),
+            ("a\nb", NameError::Control),
+            ("\x1b[31m", NameError::Control),
+            ("a\u{9b}b", NameError::Control),
+            ("gpj.\u{202e}exe", NameError::Invisible),
+            ("\u{2066}x", NameError::Invisible),
+            ("a\u{200b}b", NameError::Invisible),
+        ] {
+            assert_eq!(file_name(name), Err(why), "{name:?}");
+        }
+        assert_eq!(file_name(&"x".repeat(256)), Err(NameError::Long));
+        assert!(file_name(&"x".repeat(255)).is_ok());
+    }
+
+    #[test]
+    fn a_path_is_refused_for_any_of_its_parts() {
+        assert_eq!(relative_path("a/b/c.txt"), Ok(PathBuf::from("a/b/c.txt")));
+        for bad in ["/a", "a/", "a//b", "a/../b", "a/.b", "..", "", "a/b\\c"] {
+            assert!(relative_path(bad).is_err(), "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_name_that_is_taken_leaves_the_folder_or_hides(name in ".{0,20}|[./\\\\a\0]{0,8}") {
+            if let Ok(path) = relative_path(&name) {
+                for component in path.components() {
+                    let Component::Normal(part) = component else {
+                        return Err(TestCaseError::fail(format!("{name:?}")));
+                    };
+                    prop_assert!(!part.as_encoded_bytes().starts_with(b"."));
+                }
+            }
+            if file_name(&name).is_ok() {
+                prop_assert_eq!(PathBuf::from(&name).components().count(), 1);
+            }
+        }
+
+        #[test]
+        fn what_is_escaped_is_one_line_without_control_characters(bytes: Vec<u8>) {
+            let escaped = escape_bytes(&bytes);
+            prop_assert!(!escaped.chars().any(|c| c.is_control() || is_invisible(c)));
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! The time in what a time service says, whatever of the common forms it has.
+
+use jiff::civil::DateTime;
+use jiff::tz::{Offset, TimeZone};
+use jiff::{SignedDuration, Timestamp};
+
+/// Seconds from 1900, where RFC 868 begins to count, to 1970.
+const SECONDS_1900_TO_1970: u32 = 2_208_988_800;
+
+/// A time that was told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Told {
+    /// The instant; of a form that tells whole seconds, the beginning of the second.
+    pub instant: Timestamp,
+    /// Whether the form tells parts of a second.
+    pub fraction: bool,
+}
+
+impl Told {
+    /// The best guess of the instant: a form that drops the fraction is half a second late on
+    /// average.
+    pub fn estimate(&self) -> Timestamp {
+        if self.fraction {
+            return self.instant;
+        }
+        let half = SignedDuration::from_millis(500);
+        self.instant.checked_add(half).unwrap_or(self.instant)
+    }
+}
+
+/// Reads the time in a text; a form that does not say its zone is taken to be in `zone`.
+pub fn read_text(text: &str, zone: &TimeZone) -> Option<Told> {
+    let text = text.trim();
+    // The forms differ in their first characters, or else have only one reading.
+    json(text)
+        .or_else(|| rfc3339(text))
+        .or_else(|| civil(text, zone))
+        .or_else(|| unix(text))
+        .or_else(|| daytime(text, zone))
+        .or_else(|| nist(text))
+}
+
+/// Reads the four bytes of RFC 868. The count began anew in 2036: what would be before 1970 is
+/// after that.
+pub fn read_rfc868(reply: &[u8]) -> Option<Told> {
+    let seconds = u32::from_be_bytes(reply.try_into().ok()?);
+    let since_1970 = i64::from(seconds) - i64::from(SECONDS_1900_TO_1970);
+    let since_1970 = if since_1970 < 0 { since_1970 + (1 << 32) } else { since_1970 };
+    Some(Told { instant: Timestamp::from_second(since_1970).ok()?, fraction: false })
+}
+
+fn json(text: &str) -> Option<Told> {
+    let value: serde_json::Value = serde_json::from_str(text).ok()?;
+    rfc3339(value.as_object()?.get("time")?.as_str()?)
+}
+
+fn rfc3339(text: &str) -> Option<Told> {
+    Some(Told { instant: text.parse().ok()?, fraction: text.contains('.') })
+}
+
+/// Python's `str(datetime.now())`, which drops the fraction when it is zero: what has none is
+/// taken for a whole number of seconds, which it is, from Python.
+fn civil(text: &str, zone: &TimeZone) -> Option<Told> {
+    let time: DateTime = text.parse().ok()?;
+    let instant = zone.to_timestamp(time).ok()?;
+    Some(Told { instant, fraction: true })
+}
+
+fn unix(text: &str) -> Option<Told> {
+    let (seconds, fraction) = text.split_once('.').unwrap_or((text, ""));
+    let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+    let magnitude = seconds.strip_prefix('-').unwrap_or(seconds);
+    if magnitude.is_empty() || !digits(magnitude) || !digits(fraction) || fraction.len() > 9 {
+        return None;
+    }
+    let nanoseconds: i32 = format!("{fraction:0<9}").parse().ok()?;
+    let sign = if seconds.starts_with('-') { -1 } else { 1 };
+    let instant = Timestamp::new(seconds.parse().ok()?, nanoseconds * sign).ok()?;
+    Some(Told { instant, fraction: !fraction.is_empty() })
+}
+
+/// The example of RFC 867, `Tuesday, February 22, 1982 17:37:43-PST`. Letters stand for different
+/// zones in different countries; only UTC's and numbers are taken at their word.
+fn daytime(text: &str, zone: &TimeZone) -> Option<Told> {
+    let (head, seconds_and_zone) = text.rsplit_once(':')?;
+    let (seconds, abbreviation) = seconds_and_zone.split_once('-')?;
+    let time = DateTime::strptime("%A, %B %d, %Y %H:%M:%S", format!("{head}:{seconds}")).ok()?;
+    let zone = match abbreviation {
+        "UTC" | "GMT" | "Z" => TimeZone::UTC,
+        _ => numeric_offset(abbreviation).map_or_else(|| zone.clone(), TimeZone::fixed),
+    };
+    Some(Told { instant: zone.to_timestamp(time).ok()?, fraction: false })
+}
+
+/// An offset such as `+08` or `-0330`, which is what zones without letters are called.
+fn numeric_offset(text: &str) -> Option<Offset> {
+    let sign = match text.get(..1)? {
+        "+" => 1,
+        "-" => -1,
+        _ => return None,
+    };
+    let digits = text.get(1..)?;
+    let (hours, minutes) = match digits.len() {
+        2 => (digits, "0"),
+        4 => digits.split_at_checked(2)?,
+        _ => return None,
+    };
+    let seconds = hours.parse::<i32>().ok()? * 3600 + minutes.parse::<i32>().ok()? * 60;
+    Offset::from_seconds(seconds * sign).ok()
+}
+
+/// `JJJJJ YR-MO-DA HH:MM:SS …`: the two digits of the year are told by the day's number.
+fn nist(text: &str) -> Option<Told> {
+    let mut fields = text.split_ascii_whitespace();
+    let (day, date, time) = (fields.next()?, fields.next()?, fields.next()?);
+    let _: u32 = day.parse().ok()?;
+    let instant = format!("20{date}T{time}Z").parse().ok()?;
+    Some(Told { instant, fraction: false })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Format;
+    use proptest::prelude::*;
+
+    fn told(text: &str) -> Option<(String, bool)> {
+        let zone = TimeZone::get("Asia/Shanghai").unwrap();
+        read_text(text, &zone).map(|told| (told.instant.to_string(), told.fraction))
+    }
+
+    #[test]
+    fn python_s_form_is_read_with_and_without_fraction() {
+        let with = Some(("2026-11-22T05:46:01.123456Z".to_owned(), true));
+        assert_eq!(told("2026-11-22 13:46:01.123456\n"), with);
+        assert_eq!(told("2026-11-22 13:46:01"), Some(("2026-11-22T05:46:01Z".to_owned(), true)));
+    }
+
+    #[test]
+    fn what_tells_no_time_is_not_read() {
+        for text in
+            ["", "hello", "13:46", "2026-13-01 00:00:00", "{}", "{\"time\":3}", "1.2.3", "-"]
+        {
+            assert_eq!(told(text), None, "{text}");
+        }
+        assert_eq!(read_rfc868(b"abc"), None);
+        assert_eq!(read_rfc868(b"abcde"), None);
+    }
+
+    #[test]
+    fn rfc868_after_2036_is_not_before_1970() {
+        let read = |seconds: u32| read_rfc868(&seconds.to_be_bytes()).unwrap().instant.to_string();
+        assert_eq!(read(2_208_988_800), "1970-01-01T00:00:00Z");
+        assert_eq!(read(u32::MAX), "2036-02-07T06:28:15Z");
+        assert_eq!(read(0), "2036-02-07T06:28:16Z");
+    }
+
+    proptest! {
+        #[test]
+        fn every_format_of_ours_is_read_back(
+            seconds in 946_684_800i64..4_102_444_800,
+            micros in 0i32..1_000_000,
+            zone in prop::sample::select(vec!["UTC", "Asia/Shanghai", "America/Sao_Paulo"]),
+        ) {
+            let zone = TimeZone::get(zone).unwrap();
+            let now = Timestamp::new(seconds, micros * 1000).unwrap();
+            for name in ["python", "rfc3339", "daytime", "nist", "unix", "json"] {
+                let mut reply = Vec::new();
+                let format: Format = name.parse().unwrap();
+                format.write(now, &zone, true, &mut reply).unwrap();
+                let text = String::from_utf8(reply).unwrap();
+                let told = read_text(&text, &zone).unwrap();
+                let whole = Timestamp::from_second(seconds).unwrap();
+                let expected = if told.fraction { now } else { whole };
+                // A local time that comes twice, when clocks go back, has two readings.
+                let twice = told.instant.duration_since(expected).abs()
+                    == SignedDuration::from_hours(1);
+                prop_assert!(told.instant == expected || twice, "{name} {text}");
+            }
+        }
+    }
+}

@@ -1,0 +1,204 @@
+//! Asks a time service, and compares its time with this machine's.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::{Duration, SystemTime};
+
+use jiff::tz::TimeZone;
+use jiff::{SignedDuration, Timestamp};
+use tokio::io::AsyncReadExt;
+use tokio::net::UdpSocket;
+use tokio::time::{Instant, timeout};
+
+use super::names::escape_bytes;
+use super::reply::{Told, read_rfc868, read_text};
+use super::{ConnectError, Server};
+
+/// The port of time services, by custom.
+pub const PORT: u16 = 6789;
+
+/// The longest reply that is taken for a time.
+const MAX_REPLY: usize = 4096;
+
+/// How long a datagram's answer is waited for before it is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+
+/// How to ask.
+#[derive(Debug, Clone)]
+pub struct Question {
+    /// Whom.
+    pub server: Server,
+    /// By datagram.
+    pub udp: bool,
+    /// For the four bytes of RFC 868.
+    pub rfc868: bool,
+    /// How long all may take.
+    pub timeout: Duration,
+}
+
+/// A service that did not tell the time.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It could not be reached.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The network failed.
+    #[error("{server}: {source}")]
+    Network {
+        /// Whom.
+        server: Server,
+        /// Why.
+        source: io::Error,
+    },
+    /// The time-out is over.
+    #[error("{0}: no answer in time")]
+    Timeout(Server),
+    /// It closed without a word.
+    #[error("{0}: it closed the connection without telling the time")]
+    Empty(Server),
+    /// It said more than a time service says.
+    #[error("{0}: it sent more than {MAX_REPLY} bytes; a time service says less")]
+    Long(Server),
+    /// It said something that is no time.
+    #[error("{server}: {reply:?} is no time that is understood")]
+    NotUnderstood {
+        /// Whom.
+        server: Server,
+        /// What it said.
+        reply: String,
+    },
+}
+
+/// What a service answered, and when.
+#[derive(Debug)]
+pub struct Answer {
+    question: Question,
+    reply: Vec<u8>,
+    /// This machine's time in the middle between the question and the answer.
+    middle: Timestamp,
+    round_trip: Duration,
+}
+
+impl Answer {
+    /// What the service said, as one line.
+    ///
+    /// # Errors
+    /// If it was asked for RFC 868 and said something else.
+    pub fn line(&self) -> Result<String, Error> {
+        if self.question.rfc868 {
+            return Ok(self.told(&TimeZone::UTC)?.instant.to_string());
+        }
+        Ok(escape_bytes(self.reply.trim_ascii()))
+    }
+
+    /// By how much the service's clock is ahead of this machine's, and how long the question and
+    /// the answer were under way. A form that does not say its zone is taken to be in `zone`.
+    ///
+    /// # Errors
+    /// If the reply tells no time that is understood.
+    pub fn offset(&self, zone: &TimeZone) -> Result<(SignedDuration, Duration), Error> {
+        let told = self.told(zone)?.estimate();
+        Ok((told.duration_since(self.middle), self.round_trip))
+    }
+
+    fn told(&self, zone: &TimeZone) -> Result<Told, Error> {
+        let told = if self.question.rfc868 {
+            read_rfc868(&self.reply)
+        } else {
+            str::from_utf8(&self.reply).ok().and_then(|text| read_text(text, zone))
+        };
+        told.ok_or_else(|| Error::NotUnderstood {
+            server: self.question.server.clone(),
+            reply: escape_bytes(&self.reply),
+        })
+    }
+}
+
+/// A reply, with when it came and how long question and answer were under way.
+struct Received {
+    reply: Vec<u8>,
+    at: SystemTime,
+    round_trip: Duration,
+}
+
+/// Asks a time service.
+///
+/// # Errors
+/// If it cannot be reached, or does not answer in time or at all.
+pub async fn ask(question: Question) -> Result<Answer, Error> {
+    let asking = async {
+        if question.udp { ask_by_datagram(&question).await } else { ask_by_tcp(&question).await }
+    };
+    let asked = timeout(question.timeout, asking).await;
+    let received = asked.map_err(|_| Error::Timeout(question.server.clone()))??;
+    let Received { reply, at, round_trip } = received;
+    if reply.is_empty() {
+        return Err(Error::Empty(question.server));
+    }
+    let middle = Timestamp::try_from(at)
+        .and_then(|at| at.checked_sub(round_trip / 2))
+        .map_err(|error| question.network(io::Error::other(error)))?;
+    Ok(Answer { question, reply, middle, round_trip })
+}
+
+impl Question {
+    fn network(&self, source: io::Error) -> Error {
+        Error::Network { server: self.server.clone(), source }
+    }
+}
+
+/// The service looks at its clock when it accepts: in the middle between the moment at which the
+/// connection is there for us and that of the answer.
+async fn ask_by_tcp(question: &Question) -> Result<Received, Error> {
+    let mut stream = question.server.connect(PORT, question.timeout).await?;
+    let asked_at = Instant::now();
+    let mut reply = Vec::new();
+    let mut first = None;
+    loop {
+        let reading = stream.read_buf(&mut reply).await;
+        let read = reading.map_err(|error| question.network(error))?;
+        let (at, round_trip) =
+            *first.get_or_insert_with(|| (SystemTime::now(), asked_at.elapsed()));
+        if reply.len() > MAX_REPLY {
+            return Err(Error::Long(question.server.clone()));
+        }
+        if read == 0 {
+            return Ok(Received { reply, at, round_trip });
+        }
+    }
+}
+
+async fn ask_by_datagram(question: &Question) -> Result<Received, Error> {
+    let addresses = question.server.addresses(PORT).await?;
+    // In turn, again and again, until the time-out: any datagram may be lost.
+    loop {
+        let (mut refused, mut silent) = (None, false);
+        for address in &addresses {
+            match timeout(ASK_AGAIN, ask_address(*address)).await {
+                Ok(Ok(received)) => return Ok(received),
+                Ok(Err(error)) => refused = Some(error),
+                Err(_) => silent = true,
+            }
+        }
+        // A refusal comes at once, and would come again at once.
+        if let (Some(error), false) = (refused, silent) {
+            return Err(question.network(error));
+        }
+    }
+}
+
+async fn ask_address(address: SocketAddr) -> io::Result<Received> {
+    let wildcard: IpAddr = match address {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    // A new socket for every question: a late answer to an earlier one is not taken for it.
+    let socket = UdpSocket::bind((wildcard, 0)).await?;
+    socket.connect(address).await?;
+    let asked_at = Instant::now();
+    socket.send(&[]).await?;
+    let mut reply = vec![0; MAX_REPLY];
+    let length = socket.recv(&mut reply).await?;
+    reply.truncate(length);
+    Ok(Received { reply, at: SystemTime::now(), round_trip: asked_at.elapsed() })
+}
