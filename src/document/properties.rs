@@ -156,9 +156,7 @@ fn verdict(input: &[u8]) -> Verdict {
 fn head(members: Members) -> Option<(Head, Vec<u8>)> {
     let mut known = std::collections::HashMap::new();
     for (key, value) in members {
-        if ["filename", "filedata", "size", "modified", "sha256", "error"].contains(&key.as_str())
-            && known.insert(key, value).is_some()
-        {
+        if KEYS.contains(&key.as_str()) && known.insert(key, value).is_some() {
             return None;
         }
     }
@@ -353,6 +351,9 @@ fn key() -> impl Strategy<Value = String> {
     prop_oneof![text(), select(near.map(str::to_owned).to_vec())]
 }
 
+/// The keys that mean something.
+const KEYS: [&str; 6] = ["filename", "filedata", "size", "modified", "sha256", "error"];
+
 /// A key that means something, with a value that it may have.
 fn good(key: &'static str) -> BoxedStrategy<(String, Json)> {
     let value = match key {
@@ -394,7 +395,15 @@ fn members() -> impl Strategy<Value = Members> {
         });
     let refusal = (good("error"), maybe("filename"), maybe("size"), unknown())
         .prop_map(|(error, name, size, unknown)| [vec![error], name, size, unknown].concat());
-    prop_oneof![6 => file, 2 => refusal, 1 => unknown().boxed()].prop_shuffle()
+    // Now and then a key that may be there already, or that contradicts what is.
+    let document = prop_oneof![6 => file, 2 => refusal, 1 => unknown()];
+    let one_more = prop_oneof![
+        8 => Just(Vec::new()),
+        1 => select(KEYS.to_vec()).prop_flat_map(good).prop_map(|member| vec![member]),
+    ];
+    (document, one_more)
+        .prop_map(|(document, one_more)| [document, one_more].concat())
+        .prop_shuffle()
 }
 
 /// A small change of some bytes: where, how many are dropped, and what is put there.
@@ -437,8 +446,9 @@ fn changes() -> impl Strategy<Value = Vec<(prop::sample::Index, usize, Vec<u8>)>
     prop_oneof![Just(Vec::new()), prop::collection::vec(change, 1..4)]
 }
 
-/// Documents, nearly documents, and what is left of them after some changes.
-fn input() -> impl Strategy<Value = Vec<u8>> {
+/// What the generator of documents makes: documents, nearly documents, and what is left of them
+/// after some changes.
+fn documents() -> impl Strategy<Value = Vec<u8>> {
     let choices = prop::collection::vec(any::<u8>(), 1..30);
     (members(), choices, changes(), 0usize..3).prop_map(|(members, choices, changes, behind)| {
         let mut input = Printer::print(&members, &choices);
@@ -450,6 +460,54 @@ fn input() -> impl Strategy<Value = Vec<u8>> {
         }
         input
     })
+}
+
+/// A document with a hole that is filled at random with what nearly fits: changes alone would
+/// seldom meet the few bytes of a number or the end of the data.
+fn filled_holes() -> impl Strategy<Value = Vec<u8>> {
+    let hole = |before: &'static [u8], fillings: &[&'static [u8]], behind: &'static [u8]| {
+        prop::collection::vec(select(fillings.to_vec()), 0..10)
+            .prop_map(move |filling| [before, &filling.concat(), behind].concat())
+    };
+    let number: &[&[u8]] = &[b"0", b"1", b"5", b"-", b"+", b".", b"e", b"E", b" "];
+    let structure: &[&[u8]] =
+        &[b"{", b"}", b"[", b"]", b",", b":", b"\"\"", b"\"k\"", b"0", b"null", b" ", b"\"k\":1"];
+    let text: &[&[u8]] = &[
+        b"\\",
+        b"u",
+        b"\\ud83d",
+        b"\\ude00",
+        b"\\u00",
+        b"e9",
+        b"n",
+        b"\"",
+        b"\x1f",
+        b" ",
+        b"\xc3",
+        b"\xe2",
+        b"\x82",
+        b"\xac",
+        b"\xf0\x9f",
+        b"\x98\x80",
+        b"\xed",
+        b"\xa0",
+        b"\x7f",
+    ];
+    let data: &[&[u8]] = &[b"AAA", b"A", b"Q", b"B", b"=", b"==", b"/", b"\\/", b"\\u003d"];
+    prop_oneof![
+        hole(b"{\"filename\":\"\",\"filedata\":\"\",\"x\":", number, b"}"),
+        hole(b"{\"filename\":\"\",\"filedata\":\"\",\"size\":", number, b"}"),
+        hole(b"{\"filename\":\"\",\"filedata\":\"\",\"x\":", structure, b"}"),
+        hole(b"{\"filename\":\"\",\"filedata\":\"\"", structure, b"}"),
+        hole(b"{\"filename\":\"", text, b"\",\"filedata\":\"\"}"),
+        hole(b"{\"filename\":\"\",\"filedata\":\"\",\"x\":\"", text, b"\"}"),
+        hole(b"{\"filename\":\"\",\"filedata\":\"\",\"", text, b"\":0}"),
+        hole(b"{\"filename\":\"\",\"filedata\":\"", data, b"\"}"),
+    ]
+}
+
+fn input() -> impl Strategy<Value = Vec<u8>> {
+    prop_oneof![documents(), filled_holes()]
 }
 
 proptest! {

@@ -528,6 +528,21 @@ mod tests {
     }
 
     #[test]
+    fn text_of_no_interest_is_checked_too() {
+        for (document, at) in [
+            (&b"{\"x\":\"\xe2\x82\""[..], 8),
+            (b"{\"x\":[\"\xff\"", 7),
+            (b"{\"x\xc3\"", 4),
+            (b"{\"x\":{\"\xc3\"", 8),
+        ] {
+            let refused = Reader::new(1000).feed(document, &mut Vec::new());
+            assert_eq!(refused, Err(ReadError::NotUtf8 { at }), "{document:x?}");
+        }
+        assert!(fault("{\"x\":[\"\n").contains("an escape in place of a control character"));
+        assert!(fault("{\"x\":[{\"\\ud800\"").contains("a surrogate pair"));
+    }
+
+    #[test]
     fn no_byte_order_mark() {
         let message = r"expected `{` at offset 0, found '\xef'";
         assert_eq!(fault("\u{feff}{\"filename\":\"\",\"filedata\":\"\"}"), message);
