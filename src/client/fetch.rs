@@ -289,15 +289,22 @@ fn place_for(name: &str, order: &Order) -> Result<Option<PathBuf>, Error> {
         Output::Stdout => return Ok(None),
         Output::File(path) => path.clone(),
         Output::Folder(folder) if order.wanted == Wanted::All => {
-            folder.join(names::relative_path(name).map_err(not_taken)?)
+            within(folder, &names::relative_path(name).map_err(not_taken)?)
         }
-        Output::Folder(folder) => folder.join(names::last_component(name).map_err(not_taken)?),
+        Output::Folder(folder) => {
+            within(folder, Path::new(names::last_component(name).map_err(not_taken)?))
+        }
     };
     // A file of the list that is there already may be the same.
     if order.wanted != Wanted::All {
         refuse_taken(&place, order)?;
     }
     Ok(Some(place))
+}
+
+/// A path below a folder, as a person would write it.
+fn within(folder: &Path, name: &Path) -> PathBuf {
+    if folder == Path::new(".") { name.to_owned() } else { folder.join(name) }
 }
 
 fn refuse_taken(place: &Path, order: &Order) -> Result<(), Error> {
@@ -314,7 +321,7 @@ fn place_for_pushed(name: &str, order: &Order) -> Result<Option<PathBuf>, Error>
         Output::File(path) => path.clone(),
         Output::Folder(folder) => {
             let not_taken = |cause| Error::Name { name: escape(name), cause };
-            folder.join(names::file_name(name).map_err(not_taken)?)
+            within(folder, Path::new(names::file_name(name).map_err(not_taken)?))
         }
     };
     refuse_taken(&place, order)?;
