@@ -4,6 +4,7 @@
 //! What was digested and encoded once is kept, within `cache-limit`, for as long as the file stays
 //! as it is. What is not kept is encoded as it is sent.
 
+use std::fmt::Write as _;
 use std::io;
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -281,19 +282,15 @@ impl FolderService {
 }
 
 fn list_line(entries: &[Entry]) -> String {
-    let entries = entries.iter().map(|entry| {
-        serde_json::json!({
-            "filename": entry.name,
-            "size": entry.size,
-            "modified": entry.modified.to_string(),
-        })
-    });
     let mut line = String::from("{\"files\":[");
-    for (number, entry) in entries.enumerate() {
-        if number > 0 {
-            line.push(',');
-        }
-        line.push_str(&entry.to_string());
+    for (number, Entry { name, size, modified }) in entries.iter().enumerate() {
+        let separator = if number > 0 { "," } else { "" };
+        let name = serde_json::Value::from(name.as_str());
+        // Writing to a string does not fail.
+        let _ = write!(
+            line,
+            "{separator}{{\"filename\":{name},\"size\":{size},\"modified\":\"{modified}\"}}"
+        );
     }
     line.push_str("]}\n");
     line

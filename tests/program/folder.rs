@@ -132,8 +132,18 @@ fn an_empty_line_gets_the_list_sorted_and_without_what_is_hidden() {
             .collect();
         assert_eq!(names, ["a.txt", "link.txt", "sub/b.txt", "sub/deep/c.txt"]);
         assert_eq!(list["files"][0]["size"], 5);
-        assert!(list["files"][0]["modified"].as_str().unwrap().ends_with('Z'));
     }
+}
+
+#[test]
+fn the_list_has_its_keys_in_the_order_of_the_contract() {
+    let daemon = daemon("");
+    let mut conversation = Conversation::with(&daemon);
+    conversation.send("\n");
+    let mut line = String::new();
+    conversation.replies.read_line(&mut line).unwrap();
+    let start = "{\"files\":[{\"filename\":\"a.txt\",\"size\":5,\"modified\":\"20";
+    assert!(line.starts_with(start), "{line}");
 }
 
 #[test]
