@@ -37,8 +37,8 @@ Examples:
   handout serve --file 0.0.0.0:5566=picture.jpg
 
 Then, from anywhere:
-  nc HOST 6789
-  nc HOST 5566 | jq -r .filedata | base64 -d > picture.jpg
+  nc -d HOST 6789
+  nc -d HOST 5566 | jq -r .filedata | base64 -d > picture.jpg
 
 Exit codes: 0 stopped as ordered, 1 it failed, 2 wrong usage, 78 wrong configuration.")]
     Serve(Serve),

@@ -58,6 +58,11 @@ impl<'a> Source<'a> {
     /// The faults noted so far, in the order of their lines.
     pub fn into_faults(self) -> Vec<Fault> {
         let mut faults = self.faults.into_inner();
+        // What a line that is not TOML seems to say is not worth a fault of its own.
+        let broken = |fault: &&Fault| fault.key.is_empty();
+        let broken: Vec<_> =
+            faults.iter().filter(broken).map(|fault| fault.place.clone()).collect();
+        faults.retain(|fault| fault.key.is_empty() || !broken.contains(&fault.place));
         faults.sort();
         faults.dedup();
         faults

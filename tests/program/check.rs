@@ -243,6 +243,13 @@ fn what_is_not_toml_is_told_with_its_lines() {
 }
 
 #[test]
+fn a_line_that_is_not_toml_leaves_the_faults_of_other_lines() {
+    let faults = faults(&format!("{CLOCK}nonsense = true\nformat = \"loud\"\n[x\n"));
+    let lines: Vec<_> = faults.iter().map(|fault| fault.split(':').next().unwrap()).collect();
+    assert_eq!(lines, ["3", "4", "5"], "{faults:#?}");
+}
+
+#[test]
 fn what_is_not_utf8_is_told_with_its_line() {
     let tried = Tried::new(b"[time.clock]\n# caf\xe9\n");
     assert_starts(&tried.faults()[0], "2: not UTF-8; expected a TOML file");
