@@ -79,7 +79,7 @@ impl Daemon {
             let service = || Arc::clone(&config.name);
             let started = Service::start(&config.name, &config.settings)
                 .map_err(|source| Error::Open { service: service(), source })?;
-            let running = Arc::new(Served::new(service(), started, config.limits));
+            let running = Arc::new(Served::new(service(), started, config.limits.clone()));
             for endpoint in &config.listen {
                 let socket = sockets::bind(endpoint)
                     .map_err(|source| Error::Bind { service: service(), source })?;
@@ -231,10 +231,17 @@ fn sum_up(served: &Arc<Served>) {
     let take = |count: &AtomicU64| count.swap(0, Ordering::Relaxed);
     let (answered, dropped) = (take(&served.counts.answered), take(&served.counts.dropped));
     let aborted = take(&served.counts.aborted);
+    let (denied, crowded) = (take(&served.counts.denied), take(&served.counts.crowded));
     let service = &*served.name;
     if answered + dropped > 0 {
         let message = format_args!("{service}: {answered} datagrams answered, {dropped} dropped");
         tracing::info!(service, answered, dropped, "{message}");
+    }
+    if denied + crowded > 0 {
+        let message = format_args!(
+            "{service}: connections reset: {denied} not permitted, {crowded} over max-per-client"
+        );
+        tracing::info!(service, denied, crowded, "{message}");
     }
     if aborted > 0 {
         let message = format_args!("{service}: {aborted} connections given up in the queue");

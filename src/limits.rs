@@ -1,20 +1,30 @@
-//! What one service may take: connections at one time, their deadlines, datagrams per second.
+//! What one service may take, and who may ask it: connections at one time, in all and for one
+//! client, their deadlines, datagrams per second, access lists.
 //!
 //! Here are the numbers and the arithmetic. Who waits for a permit is the listener's business, and
 //! the deadlines are kept by the connection.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, Ipv6Addr};
 use std::num::NonZeroU32;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
 
 use crate::connection::Deadlines;
 
 /// The limits of one service.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
     /// Connections at one time; over it, clients wait in the kernel's queue.
     pub max_connections: NonZeroU32,
+    /// Connections of one client at one time; one more is reset.
+    pub max_per_client: NonZeroU32,
+    /// Who may ask.
+    pub access: Access,
     /// How long a connection may last.
     pub deadlines: Deadlines,
     /// Datagrams answered per second.
@@ -38,6 +48,8 @@ impl Default for Limits {
         }
         Self {
             max_connections: const { number(4096) },
+            max_per_client: const { number(1024) },
+            access: Access::default(),
             deadlines: Deadlines { idle: Duration::from_secs(30), total: Duration::from_hours(1) },
             datagrams: DatagramLimits {
                 total: const { number(10_000) },
@@ -56,6 +68,88 @@ pub fn client_of(address: IpAddr) -> IpAddr {
             IpAddr::V6(Ipv6Addr::from_bits(network))
         }
         v4 @ IpAddr::V4(_) => v4,
+    }
+}
+
+/// Who may ask a service, by Internet address. A Unix socket has the permissions of its folder.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Access {
+    /// The networks that may; if there are none, everybody may.
+    pub allow: Vec<IpNet>,
+    /// The networks that may not, whatever `allow` says.
+    pub deny: Vec<IpNet>,
+}
+
+impl Access {
+    /// Whether a client with this address may ask.
+    pub fn permits(&self, address: IpAddr) -> bool {
+        let address = address.to_canonical();
+        let among = |networks: &[IpNet]| networks.iter().any(|network| network.contains(&address));
+        !among(&self.deny) && (self.allow.is_empty() || among(&self.allow))
+    }
+}
+
+/// Reads a network such as `10.0.0.0/8` or `2001:db8::/32`, or an address alone.
+///
+/// # Errors
+/// Says what was expected.
+pub fn network(text: &str) -> Result<IpNet, String> {
+    let expected = || "expected a network or an address, as \"10.0.0.0/8\"".to_owned();
+    if let Ok(address) = text.parse::<IpAddr>() {
+        return Ok(IpNet::from(address));
+    }
+    let network: IpNet = text.parse().map_err(|_| expected())?;
+    // `10.1.2.3/8` may be a slip of either part.
+    if network.trunc() == network {
+        Ok(network)
+    } else {
+        Err(format!("expected a network without bits of a host, as \"{}\"", network.trunc()))
+    }
+}
+
+/// The connections of each client of a service at this moment.
+#[derive(Debug)]
+pub struct Clients {
+    max: u32,
+    /// Only those who have one.
+    connected: Mutex<HashMap<IpAddr, u32>>,
+}
+
+/// A client's connection, which counts until it is dropped.
+#[derive(Debug)]
+pub struct ClientGuard {
+    clients: Arc<Clients>,
+    client: IpAddr,
+}
+
+impl Clients {
+    /// Nobody is connected.
+    pub fn new(max: NonZeroU32) -> Self {
+        Self { max: max.get(), connected: Mutex::default() }
+    }
+
+    /// Counts a connection from this address, or `None` if its client has as many as it may.
+    pub fn enter(self: &Arc<Self>, address: IpAddr) -> Option<ClientGuard> {
+        let client = client_of(address);
+        let mut connected = self.connected.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = connected.entry(client).or_insert(0);
+        if *count >= self.max {
+            return None;
+        }
+        *count += 1;
+        Some(ClientGuard { clients: Arc::clone(self), client })
+    }
+}
+
+impl Drop for ClientGuard {
+    fn drop(&mut self) {
+        let mut connected = self.clients.connected.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Entry::Occupied(mut entry) = connected.entry(self.client) {
+            *entry.get_mut() -= 1;
+            if *entry.get() == 0 {
+                entry.remove();
+            }
+        }
     }
 }
 
@@ -142,6 +236,68 @@ mod tests {
         assert_eq!(client_of(ip("192.0.2.7")), ip("192.0.2.7"));
         assert_eq!(client_of(ip("::ffff:192.0.2.7")), ip("192.0.2.7"));
         assert_eq!(client_of(ip("2001:db8:1:2:3:4:5:6")), ip("2001:db8:1:2::"));
+    }
+
+    #[test]
+    fn deny_wins_over_allow_and_no_list_is_everybody() {
+        let networks = |texts: &[&str]| texts.iter().map(|text| network(text).unwrap()).collect();
+        let everybody = Access::default();
+        assert!(everybody.permits(ip("192.0.2.7")));
+        let some = Access {
+            allow: networks(&["10.0.0.0/8", "2001:db8::/32", "192.0.2.7"]),
+            deny: networks(&["10.9.0.0/16"]),
+        };
+        for yes in ["10.1.2.3", "::ffff:10.1.2.3", "2001:db8::1", "192.0.2.7"] {
+            assert!(some.permits(ip(yes)), "{yes}");
+        }
+        for no in ["10.9.1.1", "::ffff:10.9.1.1", "192.0.2.8", "2001:db9::1", "::1"] {
+            assert!(!some.permits(ip(no)), "{no}");
+        }
+    }
+
+    #[test]
+    fn a_network_has_no_bits_of_a_host() {
+        assert!(network("10.0.0.0/8").is_ok());
+        assert!(network("10.1.0.0/8").unwrap_err().contains("\"10.0.0.0/8\""));
+        for bad in ["", "10.0.0.0/33", "example.org", "10.0.0", "::/129"] {
+            assert!(network(bad).unwrap_err().starts_with("expected a network"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_client_has_its_connections_back_when_they_end() {
+        let clients = Arc::new(Clients::new(NonZeroU32::new(2).unwrap()));
+        let first = clients.enter(ip("192.0.2.7")).unwrap();
+        let _second = clients.enter(ip("::ffff:192.0.2.7")).unwrap();
+        assert!(clients.enter(ip("192.0.2.7")).is_none());
+        let _another = clients.enter(ip("192.0.2.8")).unwrap();
+        drop(first);
+        assert!(clients.enter(ip("192.0.2.7")).is_some());
+        let networks = ["2001:db8::1", "2001:db8::2", "2001:db8::3"].map(ip);
+        let guards: Vec<_> = networks.iter().map(|ip| clients.enter(*ip)).collect();
+        assert!(guards[1].is_some() && guards[2].is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn nobody_has_more_than_the_limit_and_nothing_is_kept_of_those_who_left(
+            steps in prop::collection::vec((0u8..5, any::<bool>()), 0..200),
+        ) {
+            let clients = Arc::new(Clients::new(NonZeroU32::new(3).unwrap()));
+            let mut guards: Vec<Vec<ClientGuard>> = (0..5).map(|_| Vec::new()).collect();
+            for (client, enters) in steps {
+                let own = &mut guards[usize::from(client)];
+                if enters {
+                    let entered = clients.enter(IpAddr::from([10, 0, 0, client]));
+                    prop_assert_eq!(entered.is_some(), own.len() < 3);
+                    own.extend(entered);
+                } else {
+                    own.pop();
+                }
+            }
+            drop(guards);
+            prop_assert!(clients.connected.lock().unwrap().is_empty());
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@
 
 use std::array;
 use std::io::{self, IoSliceMut};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,7 +21,7 @@ use tokio_util::task::TaskTracker;
 use crate::connection::{Connection, Peer, Shutdown, Stream};
 use crate::datagram::may_be_answered;
 use crate::kernel::ListeningSocket;
-use crate::limits::{DatagramRate, Limits};
+use crate::limits::{ClientGuard, Clients, DatagramRate, Limits};
 use crate::services::Service;
 use crate::services::time::TimeService;
 
@@ -45,6 +45,8 @@ pub struct Served {
     pub limits: Limits,
     /// One permit for each connection that it may have.
     permits: Arc<Semaphore>,
+    /// The connections of each client.
+    clients: Arc<Clients>,
     /// What is summed up in the log.
     pub counts: Counts,
 }
@@ -58,6 +60,10 @@ pub struct Counts {
     pub dropped: AtomicU64,
     /// Connections that their clients gave up before they were accepted.
     pub aborted: AtomicU64,
+    /// Connections that were reset, as the access lists do not permit them.
+    pub denied: AtomicU64,
+    /// Connections that were reset, as their client had as many as it may.
+    pub crowded: AtomicU64,
 }
 
 impl Served {
@@ -65,7 +71,8 @@ impl Served {
     pub fn new(name: Arc<str>, service: Service, limits: Limits) -> Self {
         let permits = usize::try_from(limits.max_connections.get()).unwrap_or(usize::MAX);
         let permits = Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS)));
-        Self { name, service, limits, permits, counts: Counts::default() }
+        let clients = Arc::new(Clients::new(limits.max_per_client));
+        Self { name, service, limits, permits, clients, counts: Counts::default() }
     }
 }
 
@@ -142,9 +149,26 @@ async fn serve_tcp(accepted: Accepted, served: Arc<Served>, shutdown: Shutdown) 
     let stream = TcpStream::from_std(socket.into());
     if let (Some(address), Ok(stream)) = (address, stream) {
         let address = SocketAddr::new(address.ip().to_canonical(), address.port());
-        serve(stream, Peer::Internet(address), &served, shutdown).await;
+        match admit(&served, address.ip()) {
+            Ok(guard) => {
+                serve(stream, Peer::Internet(address), &served, shutdown).await;
+                drop(guard);
+            }
+            Err(count) => {
+                count.fetch_add(1, Ordering::Relaxed);
+                stream.reset_on_close();
+            }
+        }
     }
     drop(permit);
+}
+
+/// Whether a client is served; if not, where that is counted.
+fn admit(served: &Served, address: IpAddr) -> Result<ClientGuard, &AtomicU64> {
+    if !served.limits.access.permits(address) {
+        return Err(&served.counts.denied);
+    }
+    served.clients.enter(address).ok_or(&served.counts.crowded)
 }
 
 async fn serve_unix(accepted: Accepted, served: Arc<Served>, shutdown: Shutdown) {
@@ -260,6 +284,7 @@ pub async fn answer_datagrams(
             for datagram in segments(payload, meta.stride) {
                 let resembles = || time.resembles_reply(datagram);
                 let answered = may_be_answered(meta.addr, meta.dst_ip, &own_ports, resembles)
+                    && served.limits.access.permits(meta.addr.ip())
                     && rate.admit(meta.addr.ip(), now)
                     && {
                         reply.clear();

@@ -19,7 +19,7 @@ use toml::Spanned;
 use toml::de::{DeArray, DeTable, DeValue};
 
 use crate::connection::Deadlines;
-use crate::limits::{DatagramLimits, Limits};
+use crate::limits::{Access, DatagramLimits, Limits, network};
 use crate::logging;
 use crate::services::{self, KINDS, Kind, Settings};
 
@@ -146,7 +146,7 @@ impl Config {
         let limits = match root.table("limits") {
             None => Ok(Limits::default()),
             Some(mut table) => {
-                let limits = read_limits(&mut table, Limits::default());
+                let limits = read_limits(&mut table, &Limits::default());
                 table.finish();
                 limits
             }
@@ -158,7 +158,7 @@ impl Config {
         for kind in KINDS {
             for (name, table) in root.tables(kind.name) {
                 named += 1;
-                found.extend(read_service(kind, name, table, &context, limits_or_default).ok());
+                found.extend(read_service(kind, name, table, &context, &limits_or_default).ok());
             }
         }
         root.finish();
@@ -166,7 +166,7 @@ impl Config {
         let arguments = Arguments::new(sources);
         for (number, argument) in arguments.0.iter().enumerate() {
             named += 1;
-            found.extend(argument.read(number, limits_or_default).ok());
+            found.extend(argument.read(number, &limits_or_default).ok());
         }
         note_conflicts(&found);
 
@@ -249,14 +249,22 @@ impl Daemon {
 }
 
 /// The keys of `[limits]`, which every service may set for itself; `base` is what holds otherwise.
-fn read_limits(table: &mut Table<'_>, base: Limits) -> Result<Limits, Noted> {
+fn read_limits(table: &mut Table<'_>, base: &Limits) -> Result<Limits, Noted> {
     let max_connections = table.number_or("max-connections", base.max_connections);
+    let max_per_client = table.number_or("max-per-client", base.max_per_client);
+    let allow = table.texts("allow", network);
+    let deny = table.texts("deny", network);
     let idle = table.text("idle-timeout", values::duration);
     let total = table.text("max-duration", values::duration);
     let datagrams = table.number_or("max-datagrams", base.datagrams.total);
     let per_client = table.number_or("max-datagrams-per-client", base.datagrams.per_client);
     Ok(Limits {
         max_connections: max_connections?,
+        max_per_client: max_per_client?,
+        access: Access {
+            allow: allow?.map_or_else(|| base.access.allow.clone(), values_of),
+            deny: deny?.map_or_else(|| base.access.deny.clone(), values_of),
+        },
         deadlines: Deadlines {
             idle: idle?.unwrap_or(base.deadlines.idle),
             total: total?.unwrap_or(base.deadlines.total),
@@ -265,12 +273,16 @@ fn read_limits(table: &mut Table<'_>, base: Limits) -> Result<Limits, Noted> {
     })
 }
 
+fn values_of<T>(located: Vec<Located<'_, T>>) -> Vec<T> {
+    located.into_iter().map(|located| located.value).collect()
+}
+
 fn read_service<'a>(
     kind: &Kind,
     name: &str,
     mut table: Table<'a>,
     context: &Context<'_>,
-    limits: Limits,
+    limits: &Limits,
 ) -> Result<(Service, Vec<Located<'a, Endpoint>>), Noted> {
     let named = check_name(name).map_err(|expected| table.fault_here(expected));
     let listen = table.texts_or("listen", kind.default_listen, |text| {
@@ -366,7 +378,7 @@ impl Argument<'_> {
     fn read(
         &self,
         number: usize,
-        limits: Limits,
+        limits: &Limits,
     ) -> Result<(Service, Vec<Located<'_, Endpoint>>), Noted> {
         let name = format!("argument-{}", number + 1);
         let table = Table::named(&self.source, format!("{}.{name}", self.kind.name), &self.entries);

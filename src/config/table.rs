@@ -227,11 +227,21 @@ impl<'a> Table<'a> {
         default: &'static str,
         parse: impl Fn(&str) -> Result<T, E>,
     ) -> Result<Vec<Located<'a, T>>, Noted> {
-        let Some(list) = self.ask(name) else {
-            let value = self.text_or(name, default, parse)?;
-            let (source, key) = (self.source, self.key(name));
-            return Ok(vec![Located { value, source, key, offset: self.offset }]);
-        };
+        if let Some(list) = self.texts(name, &parse)? {
+            return Ok(list);
+        }
+        let value = self.text_or(name, default, parse)?;
+        let (source, key) = (self.source, self.key(name));
+        Ok(vec![Located { value, source, key, offset: self.offset }])
+    }
+
+    /// A list of texts, if the key is there; every element keeps its place.
+    pub fn texts<T, E: Display>(
+        &mut self,
+        name: &'static str,
+        parse: impl Fn(&str) -> Result<T, E>,
+    ) -> Result<Option<Vec<Located<'a, T>>>, Noted> {
+        let Some(list) = self.ask(name) else { return Ok(None) };
         let DeValue::Array(elements) = list.value else {
             return Err(list.wrong_type("an array of strings"));
         };
@@ -245,7 +255,7 @@ impl<'a> Table<'a> {
             element.parse(&parse).map(|value| element.with(value))
         });
         // All of them first, so that every fault is noted.
-        parsed.collect::<Vec<_>>().into_iter().collect()
+        parsed.collect::<Vec<_>>().into_iter().collect::<Result<_, _>>().map(Some)
     }
 
     /// A truth value, or else `default`.

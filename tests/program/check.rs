@@ -144,11 +144,21 @@ fn bad_durations_sizes_and_numbers_are_told() {
         ("max-connections", "99999999999"),
         ("max-connections", "\"many\""),
         ("max-datagrams", "1.5"),
+        ("max-per-client", "0"),
+        ("allow", "\"10.0.0.0/8\""),
     ] {
         let text = fault(&format!("{CLOCK}{key} = {value}"));
         assert_starts(&text, &format!("3: time.clock.{key}: "));
         assert!(text.contains("expected"), "{text}");
     }
+}
+
+#[test]
+fn networks_that_are_none_are_told_one_by_one() {
+    let faults = faults(&format!("{CLOCK}allow = [\"10.0.0.0/8\", \"here\", \"10.1.0.0/8\"]"));
+    assert_starts(&faults[0], "3: time.clock.allow[1]: \"here\": expected a network");
+    assert_starts(&faults[1], "3: time.clock.allow[2]: \"10.1.0.0/8\": expected a network without");
+    assert_eq!(faults.len(), 2);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Limits are kept, and recover by themselves.
 
-use std::io::Read;
-use std::net::TcpStream;
+use std::io::{ErrorKind, Read};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -86,4 +86,61 @@ fn the_soft_limit_of_descriptors_is_raised_to_the_hard_one() {
     let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
     let columns: Vec<_> = line.split_whitespace().collect();
     assert_eq!(columns[3], columns[4], "{line}");
+}
+
+#[test]
+fn a_client_with_too_many_connections_is_reset_and_others_are_served() {
+    let mut daemon = Daemon::start_with(
+        "[file.picture]\nlisten = [\"127.0.0.1:0\"]\npath = \"picture.jpg\"\nmax-per-client = 2",
+        &[("picture.jpg", &sample(7, 20_000_000))],
+        |_| {},
+    );
+    let address = daemon.tcp("file.picture");
+    let begin = || {
+        let mut stream = connect(address);
+        stream.read_exact(&mut [0; 100]).map(|()| stream)
+    };
+    let first = begin().unwrap();
+    let _second = begin().unwrap();
+    assert_eq!(begin().unwrap_err().kind(), ErrorKind::ConnectionReset);
+    // Somebody else.
+    let other = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    other.bind(&SocketAddr::from(([127, 0, 0, 2], 0)).into()).unwrap();
+    other.connect(&address.into()).unwrap();
+    TcpStream::from(other).read_exact(&mut [0; 100]).unwrap();
+    // Its place is free again when a connection has gone.
+    drop(first);
+    eventually("a free place", || begin().is_ok());
+    assert!(daemon.stop().success());
+    let line = daemon.wait_for_message("over max-per-client");
+    assert!(line["crowded"].as_u64().unwrap() >= 1, "{line}");
+}
+
+#[test]
+fn access_lists_hold_for_tcp_and_udp_and_not_for_unix_sockets() {
+    let mut daemon = Daemon::start(
+        "[limits]\nallow = [\"127.0.0.0/8\"]\ndeny = [\"127.0.0.1\"]\n\
+         [time.closed]\nlisten = [\"127.0.0.1:0\", \"udp:127.0.0.1:0\", \"unix:clock.sock\"]\n\
+         [time.open]\nlisten = [\"127.0.0.1:0\"]\ndeny = []",
+    );
+    let mut reply = Vec::new();
+    let reset = connect(daemon.tcp("time.closed")).read_to_end(&mut reply);
+    assert_eq!(reset.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert_eq!(read_all(daemon.tcp("time.open")).len(), 27);
+    UnixStream::connect(daemon.path("clock.sock")).unwrap().read_to_end(&mut reply).unwrap();
+    assert_eq!(reply.len(), 27);
+    // Datagrams of one are dropped, those of the other answered; both in order.
+    let asker = |address: [u8; 4]| {
+        let socket = UdpSocket::bind(SocketAddr::from((address, 0))).unwrap();
+        socket.connect(daemon.udp("time.closed")).unwrap();
+        socket.set_read_timeout(Some(crate::common::DEADLINE)).unwrap();
+        socket.send(b"time?").unwrap();
+        socket
+    };
+    let denied = asker([127, 0, 0, 1]);
+    assert_eq!(asker([127, 0, 0, 2]).recv(&mut [0; 64]).unwrap(), 27);
+    denied.set_nonblocking(true).unwrap();
+    assert!(denied.recv(&mut [0; 64]).is_err());
+    assert!(daemon.stop().success());
+    assert_eq!(daemon.wait_for_message("not permitted")["denied"], 1);
 }
