@@ -99,11 +99,11 @@ pub enum Error {
     #[error("the server says: {0}")]
     Refused(String),
     /// The server sent another file than the one that was asked for.
-    #[error("the server sent {0:?} instead; it may hand out one file only, without a name")]
+    #[error("the server sent \"{0}\" instead; it may hand out one file only, without a name")]
     WrongName(String),
     /// The name that the server chose is not taken.
     #[error(
-        "the server calls it {name:?}, which is not taken: {cause}; choose a name with -o FILE"
+        "the server calls it \"{name}\", which is not taken: {cause}; choose a name with -o FILE"
     )]
     Name {
         /// The name, escaped.
