@@ -346,6 +346,10 @@ async fn receive(
         length += data.len() as u64;
         data.clear();
         report.advance(length, reader.size());
+        // Nor need what is promised to be too large.
+        if reader.size().is_some_and(|size| size > order.max_size) {
+            return Err(ReadError::TooMuchData { limit: order.max_size }.into());
+        }
         // As soon as the name is known: what cannot be saved need not be received.
         if !name_checked && let Some(name) = reader.filename() {
             place(name)?;
