@@ -137,6 +137,9 @@ fn orders() -> io::Result<Orders> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     // Once it is caught, a terminal that closes no longer ends the daemon.
     let _ = signal(SignalKind::hangup())?;
+    // Beyond a limit on the size of files (RLIMIT_FSIZE) a write fails, and nothing is left behind;
+    // uncaught, this signal would end the process at once.
+    let _ = signal(SignalKind::from_raw(libc::SIGXFSZ))?;
     let orders = Orders::default();
     let tell = orders.clone();
     tokio::spawn(async move {

@@ -99,11 +99,11 @@ pub enum Error {
     #[error("the server says: {0}")]
     Refused(String),
     /// The server sent another file than the one that was asked for.
-    #[error("the server sent {0:?} instead; it may hand out one file only, without a name")]
+    #[error("the server sent \"{0}\" instead; it may hand out one file only, without a name")]
     WrongName(String),
     /// The name that the server chose is not taken.
     #[error(
-        "the server calls it {name:?}, which is not taken: {cause}; choose a name with -o FILE"
+        "the server calls it \"{name}\", which is not taken: {cause}; choose a name with -o FILE"
     )]
     Name {
         /// The name, escaped.
@@ -353,6 +353,10 @@ async fn receive(
         length += data.len() as u64;
         data.clear();
         report.advance(length, reader.size());
+        // Nor need what is promised to be too large.
+        if reader.size().is_some_and(|size| size > order.max_size) {
+            return Err(ReadError::TooMuchData { limit: order.max_size }.into());
+        }
         // As soon as the name is known: what cannot be saved need not be received.
         if !name_checked && let Some(name) = reader.filename() {
             place(name)?;

@@ -60,7 +60,7 @@ pub enum Error {
     #[error("{0}: it sent more than {MAX_REPLY} bytes; a time service says less")]
     Long(Server),
     /// It said something that is no time.
-    #[error("{server}: {reply:?} is no time that is understood")]
+    #[error("{server}: \"{reply}\" is no time that is understood")]
     NotUnderstood {
         /// Whom.
         server: Server,

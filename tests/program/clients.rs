@@ -154,6 +154,35 @@ sys.stdout.buffer.write(base64.b64decode(document['filedata'], validate=True))
 }
 
 #[test]
+fn the_tutorial_s_client_saves_the_file_under_the_name_in_the_document() {
+    let (daemon, picture) = daemon();
+    let folder = tempfile::tempdir().unwrap();
+    let script = "
+import base64, json, os, socket, sys
+os.chdir(sys.argv[3])
+s = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+s.connect((sys.argv[1], int(sys.argv[2])))
+data = b''
+while True:
+    part = s.recv(1024)
+    if not part:
+        break
+    data += part
+s.close()
+document = json.loads(data.decode())
+with open(document['filename'], 'wb') as f:
+    f.write(base64.b64decode(document['filedata'].encode()))
+print(document['filename'])
+";
+    let address = daemon.tcp("file.picture");
+    let (host, port) = (address.ip().to_string(), address.port().to_string());
+    let into = folder.path().to_str().unwrap();
+    let name = printed("python3", &["-c", script, &host, &port, into], Stdio::null());
+    assert_eq!(name, b"guido.jpg\n");
+    assert!(std::fs::read(folder.path().join("guido.jpg")).unwrap() == picture);
+}
+
+#[test]
 fn python_reads_the_time_as_its_own() {
     let daemon = Daemon::start("[time.clock]\nlisten = [\"127.0.0.1:0\"]");
     let script = "

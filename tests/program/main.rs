@@ -2,15 +2,18 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod ask;
 mod check;
 mod clients;
 mod common;
 mod delivery;
 mod documents;
+mod fetch;
 mod file;
 mod folder;
 mod limits;
 mod logs;
+mod servers;
 mod shutdown;
 mod systemd;
 mod time;
