@@ -307,17 +307,26 @@ pub struct ReplyShapes {
 }
 
 impl ReplyShapes {
-    /// The replies of every named format, and those of `own`, which may be a pattern.
-    pub fn new(own: &Format) -> Self {
-        let mut shapes = Vec::new();
-        let named = Format::NAMED.iter().map(|(_, format)| format);
-        for format in named.chain([own]).filter(|format| **format != Format::Time) {
-            let mut sample = Vec::new();
-            if format.write(Timestamp::UNIX_EPOCH, &TimeZone::UTC, false, &mut sample).is_ok() {
-                shapes.push(shape(&sample).collect());
+    /// The replies of every named format, and those of `own`, which may be a pattern, as told in
+    /// `zone`.
+    pub fn new(own: &Format, zone: &TimeZone) -> Self {
+        let mut shapes: Vec<Vec<u8>> = Vec::new();
+        let utc = TimeZone::UTC;
+        let named = Format::NAMED.iter().map(|(_, format)| (format, &utc));
+        // Four bytes have no shape.
+        let with_shape = |(format, _): &(&Format, &TimeZone)| **format != Format::Time;
+        for (format, zone) in named.chain([(own, zone)]).filter(with_shape) {
+            // The zone may be called differently in summer and in winter.
+            for instant in WINTER_AND_SUMMER.iter().flat_map(|at| Timestamp::from_second(*at)) {
+                let mut sample = Vec::new();
+                if format.write(instant, zone, false, &mut sample).is_ok() {
+                    shapes.push(shape(&sample).collect());
+                }
             }
         }
         shapes.extend(OTHER_REPLIES.iter().map(|sample| shape(sample).collect()));
+        shapes.sort();
+        shapes.dedup();
         Self { shapes, four_bytes: *own == Format::Time }
     }
 
@@ -327,6 +336,9 @@ impl ReplyShapes {
             || self.shapes.iter().any(|known| shape(datagram).eq(known.iter().copied()))
     }
 }
+
+/// 1 January and 1 July 2026.
+const WINTER_AND_SUMMER: [i64; 2] = [1_767_225_600, 1_782_864_000];
 
 /// Replies whose shape depends on more than the format: on the zone, or on the kernel.
 const OTHER_REPLIES: [&[u8]; 6] = [
@@ -493,11 +505,11 @@ mod tests {
     fn what_any_format_says_resembles_a_reply_to_every_other() {
         let zones = ["UTC", "Asia/Shanghai", "America/St_Johns", "America/Sao_Paulo"];
         let instants = [NOW, "2026-05-06T07:08:09Z", "2030-09-29T23:59:59.999999Z"];
-        let own = "%d.%m. um %H Uhr".parse::<Format>().unwrap();
+        let own = "%d.%m. um %H Uhr %Z %Q".parse::<Format>().unwrap();
         let named = Format::NAMED.map(|(_, format)| format);
         for asked in named.iter().chain([&own]) {
-            let shapes = ReplyShapes::new(asked);
             for zone in zones.map(|zone| TimeZone::get(zone).unwrap()) {
+                let shapes = ReplyShapes::new(asked, &zone);
                 for instant in instants.map(at) {
                     for said in named.iter().chain([asked]) {
                         // Four bytes of RFC 868 may be anything; see the other end of such a loop.
@@ -518,7 +530,10 @@ mod tests {
         let asked = [Format::Python, Format::Time, Format::Json];
         for request in [&b""[..], b"\n", b"time?\n", b"what time is it\r\n", b"\0", b"1"] {
             for format in &asked {
-                assert!(!ReplyShapes::new(format).match_datagram(request), "{request:?} {format}");
+                assert!(
+                    !ReplyShapes::new(format, &TimeZone::UTC).match_datagram(request),
+                    "{request:?} {format}"
+                );
             }
         }
     }

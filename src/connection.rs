@@ -8,7 +8,7 @@
 //! What services say, and who may connect, is not decided here.
 
 use std::fmt;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -32,6 +32,9 @@ const MAX_DISCARDED: u64 = 16 << 20;
 /// connection holds no buffer.
 const DISCARD_BUFFER: usize = 16 << 10;
 
+/// How much is sent at one time, so that large documents do not keep the time waiting.
+const MAX_SENT: usize = 256 << 10;
+
 /// How much is received at one time, as requests are short.
 const RECEIVE_BUFFER: usize = 512;
 
@@ -45,7 +48,8 @@ const LINGER_TOTAL: Duration = Duration::from_secs(30);
 /// The shortest and the longest wait between two looks at what the client has acknowledged.
 const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
-/// A stream socket, or what stands for one in a test.
+/// A stream socket, or what stands for one in a test, of which the close is a reset until it is
+/// told otherwise.
 pub trait Stream: AsyncRead + AsyncWrite + Unpin + Send {
     /// How many bytes written the peer has not acknowledged.
     ///
@@ -53,8 +57,11 @@ pub trait Stream: AsyncRead + AsyncWrite + Unpin + Send {
     /// None is expected of an open socket.
     fn unacknowledged(&self) -> io::Result<u64>;
 
-    /// Makes the coming close a reset, which throws away whatever is still queued.
-    fn reset_on_close(&self);
+    /// Makes the coming close a clean end instead of a reset.
+    ///
+    /// # Errors
+    /// None is expected of an open socket.
+    fn close_cleanly(&self) -> io::Result<()>;
 }
 
 impl Stream for TcpStream {
@@ -62,9 +69,8 @@ impl Stream for TcpStream {
         kernel::unacknowledged(self.as_fd())
     }
 
-    fn reset_on_close(&self) {
-        // If this fails the socket is gone already, and there is nothing to reset.
-        let _ = socket2::SockRef::from(self).set_linger(Some(Duration::ZERO));
+    fn close_cleanly(&self) -> io::Result<()> {
+        socket2::SockRef::from(self).set_linger(None)
     }
 }
 
@@ -74,7 +80,9 @@ impl Stream for UnixStream {
     }
 
     /// Unix sockets know no reset: the client sees an end, and a document without its end.
-    fn reset_on_close(&self) {}
+    fn close_cleanly(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Who is at the other end.
@@ -105,9 +113,25 @@ pub enum Broken {
     /// The client took no byte for the idle time-out.
     #[error("the client took nothing for too long")]
     Idle,
-    /// The service could not go on.
+    /// The service, or this machine, could not go on.
     #[error("the service could not go on")]
     Service(#[source] io::Error),
+}
+
+impl Broken {
+    /// Tells the client's errors from this machine's.
+    fn of_socket(error: io::Error) -> Self {
+        match error.kind() {
+            ErrorKind::BrokenPipe
+            | ErrorKind::ConnectionAborted
+            | ErrorKind::ConnectionReset
+            | ErrorKind::HostUnreachable
+            | ErrorKind::NetworkUnreachable
+            | ErrorKind::NotConnected
+            | ErrorKind::TimedOut => Self::Client(error),
+            _ => Self::Service(error),
+        }
+    }
 }
 
 /// How a connection ended, as the log says it.
@@ -165,7 +189,9 @@ pub struct Connection<S: Stream> {
     input_wanted: bool,
     /// The client has ended its side.
     input_ended: bool,
-    /// Everything was delivered: the close may be a clean one.
+    /// Everything has been sent, and the client was told that nothing more comes.
+    half_closed: bool,
+    /// Everything was delivered: the close is a clean one.
     finished: bool,
     outcome: Option<Outcome>,
 }
@@ -190,6 +216,7 @@ impl<S: Stream> Connection<S> {
             discarded: 0,
             input_wanted: false,
             input_ended: false,
+            half_closed: false,
             finished: false,
             outcome: None,
         }
@@ -216,19 +243,38 @@ impl<S: Stream> Connection<S> {
             () = tokio::time::sleep(total) => Outcome::MaxDuration,
             () = abort.cancelled() => Outcome::Shutdown,
         };
-        self.outcome = Some(outcome);
+        self.outcome = Some(match outcome {
+            // Who has everything is not punished for staying.
+            Outcome::MaxDuration | Outcome::Shutdown if self.close_if_delivered() => {
+                Outcome::Complete
+            }
+            other => other,
+        });
+    }
+
+    /// Makes the close a clean one if everything was delivered.
+    fn close_if_delivered(&mut self) -> bool {
+        self.finished = self.half_closed
+            && self.stream.unacknowledged().is_ok_and(|bytes| bytes == 0)
+            && self.stream.close_cleanly().is_ok();
+        self.finished
     }
 
     /// Appends something that the client sent to `input`; 0 is the end of its side. From then on,
     /// what it sends is left for the next call, and it has to read what it is sent meanwhile.
+    /// When the daemon is to stop, nothing more is received, as at the end.
     ///
     /// # Errors
     /// If the client has gone, or sends no byte for the idle time-out.
     pub async fn receive(&mut self, input: &mut BytesMut) -> Result<usize, Broken> {
         self.input_wanted = true;
         input.reserve(RECEIVE_BUFFER);
-        let receiving = timeout(self.deadlines.idle, self.stream.read_buf(input));
-        let received = receiving.await.map_err(|_| Broken::Idle)?.map_err(Broken::Client)?;
+        let receiving = tokio::select! {
+            biased;
+            received = timeout(self.deadlines.idle, self.stream.read_buf(input)) => received,
+            () = self.shutdown.drain.cancelled() => return Ok(0),
+        };
+        let received = receiving.map_err(|_| Broken::Idle)?.map_err(Broken::of_socket)?;
         self.input_ended |= received == 0;
         Ok(received)
     }
@@ -242,11 +288,16 @@ impl<S: Stream> Connection<S> {
     pub async fn send(&mut self, mut bytes: &[u8]) -> Result<(), Broken> {
         let idle = self.deadlines.idle;
         while !bytes.is_empty() {
-            let step = std::future::poll_fn(|context| self.poll_send(context, bytes));
+            let now = bytes.get(..MAX_SENT).unwrap_or(bytes);
+            let step = std::future::poll_fn(|context| self.poll_send(context, now));
             let sent = timeout(idle, step).await.map_err(|_| Broken::Idle)?;
-            let sent = sent.map_err(Broken::Client)?;
+            let sent = sent.map_err(Broken::of_socket)?;
             self.written += sent as u64;
             bytes = bytes.get(sent..).unwrap_or_default();
+            if !bytes.is_empty() {
+                // Others' turn: a kernel takes a whole document at once, which takes its time.
+                tokio::task::yield_now().await;
+            }
         }
         Ok(())
     }
@@ -298,7 +349,7 @@ impl<S: Stream> Connection<S> {
             Ok(())
         };
         match timeout(time, discard).await {
-            Ok(Err(error)) => Err(Broken::Client(error)),
+            Ok(Err(error)) => Err(Broken::of_socket(error)),
             Ok(Ok(())) | Err(_) => Ok(self.discarded > before),
         }
     }
@@ -309,7 +360,8 @@ impl<S: Stream> Connection<S> {
     /// close with a reset and throws the send queue away. So the client's input is read and
     /// dropped, within bounds, until it closes its side and the send queue is empty.
     async fn finish(&mut self) -> Result<(), Broken> {
-        self.stream.shutdown().await.map_err(Broken::Client)?;
+        self.stream.shutdown().await.map_err(Broken::of_socket)?;
+        self.half_closed = true;
 
         let began = Instant::now();
         let (mut heard, mut progressed) = (began, began);
@@ -321,13 +373,14 @@ impl<S: Stream> Connection<S> {
             }
             pause = (pause * 2).clamp(LOOK_AGAIN.0, LOOK_AGAIN.1);
 
-            let still_queued = self.stream.unacknowledged().map_err(Broken::Client)?;
+            let still_queued = self.stream.unacknowledged().map_err(Broken::Service)?;
             if still_queued == 0 {
                 let waited_enough = !self.listens()
                     || heard.elapsed() >= LINGER_SILENCE.min(self.deadlines.idle)
                     || began.elapsed() >= LINGER_TOTAL
                     || self.shutdown.drain.is_cancelled();
                 if waited_enough {
+                    self.stream.close_cleanly().map_err(Broken::Service)?;
                     self.finished = true;
                     return Ok(());
                 }
@@ -345,7 +398,6 @@ impl<S: Stream> Drop for Connection<S> {
         let mut bytes = self.written;
         if !self.finished {
             bytes = bytes.saturating_sub(self.stream.unacknowledged().unwrap_or(0));
-            self.stream.reset_on_close();
         }
         let duration = self.started.elapsed().as_secs_f64();
         let (service, peer) = (&*self.service, self.peer);
@@ -369,22 +421,24 @@ impl<S: Stream> Drop for Connection<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
     use tokio::io::DuplexStream;
 
     /// A stream with a tiny buffer, which finds what a big one hides.
     struct Memory {
         stream: DuplexStream,
+        unacknowledged: Arc<AtomicU64>,
         reset: Arc<AtomicBool>,
     }
 
     impl Stream for Memory {
         fn unacknowledged(&self) -> io::Result<u64> {
-            Ok(0)
+            Ok(self.unacknowledged.load(Ordering::Relaxed))
         }
 
-        fn reset_on_close(&self) {
-            self.reset.store(true, Ordering::Relaxed);
+        fn close_cleanly(&self) -> io::Result<()> {
+            self.reset.store(false, Ordering::Relaxed);
+            Ok(())
         }
     }
 
@@ -422,21 +476,27 @@ mod tests {
     struct Tried {
         client: DuplexStream,
         connection: Connection<Memory>,
+        unacknowledged: Arc<AtomicU64>,
         reset: Arc<AtomicBool>,
         shutdown: Shutdown,
     }
 
     fn connected(idle: u64, total: u64) -> Tried {
         let (client, stream) = tokio::io::duplex(8);
-        let reset = Arc::new(AtomicBool::new(false));
+        let reset = Arc::new(AtomicBool::new(true));
+        let unacknowledged = Arc::<AtomicU64>::default();
         let shutdown = Shutdown::default();
         let deadlines =
             Deadlines { idle: Duration::from_secs(idle), total: Duration::from_secs(total) };
-        let memory = Memory { stream, reset: Arc::clone(&reset) };
+        let memory = Memory {
+            stream,
+            unacknowledged: Arc::clone(&unacknowledged),
+            reset: Arc::clone(&reset),
+        };
         let peer = Peer::Unix(None);
         let connection =
             Connection::new(memory, "test.one".into(), peer, deadlines, shutdown.clone());
-        Tried { client, connection, reset, shutdown }
+        Tried { client, connection, unacknowledged, reset, shutdown }
     }
 
     const DOCUMENT: &[u8] = &[b'd'; 1000];
@@ -515,8 +575,64 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn what_is_not_acknowledged_is_waited_for_also_when_the_client_has_closed_its_side() {
+        let Tried { mut client, connection, unacknowledged, reset, .. } = connected(30, 3600);
+        unacknowledged.store(100, Ordering::Relaxed);
+        let serving = tokio::spawn(connection.run(push));
+        client.read_to_end(&mut Vec::new()).await.unwrap();
+        client.shutdown().await.unwrap();
+        let start = Instant::now();
+        // Some progress every 20 seconds keeps it alive beyond the idle time-out.
+        for left in [60, 20, 0] {
+            tokio::time::sleep(Duration::from_secs(20)).await;
+            assert!(!serving.is_finished());
+            unacknowledged.store(left, Ordering::Relaxed);
+        }
+        serving.await.unwrap();
+        assert!(start.elapsed().as_secs() >= 60);
+        assert!(!reset.load(Ordering::Relaxed));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_never_acknowledged_ends_in_a_reset_after_the_idle_time_out() {
+        let Tried { mut client, connection, unacknowledged, reset, .. } = connected(30, 3600);
+        unacknowledged.store(100, Ordering::Relaxed);
+        let serving = tokio::spawn(connection.run(push));
+        client.read_to_end(&mut Vec::new()).await.unwrap();
+        let start = Instant::now();
+        serving.await.unwrap();
+        assert!((29..=33).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
+        assert!(reset.load(Ordering::Relaxed));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_total_time_does_not_reset_who_has_everything() {
+        let Tried { mut client, connection, reset, .. } = connected(30, 2);
+        let serving = tokio::spawn(connection.run(push));
+        client.read_to_end(&mut Vec::new()).await.unwrap();
+        serving.await.unwrap();
+        assert!(!reset.load(Ordering::Relaxed));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_drain_ends_a_conversation_that_waits_for_requests() {
+        let Tried { client, connection, shutdown, reset, .. } = connected(30, 3600);
+        let converse = async |connection: &mut Connection<Memory>| {
+            while connection.receive(&mut BytesMut::new()).await? > 0 {}
+            Ok(())
+        };
+        let serving = tokio::spawn(connection.run(converse));
+        shutdown.drain.cancel();
+        let start = Instant::now();
+        serving.await.unwrap();
+        assert!(start.elapsed() <= LOOK_AGAIN.1);
+        assert!(!reset.load(Ordering::Relaxed));
+        drop(client);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_drain_waits_for_nobody_who_has_everything() {
-        let Tried { mut client, connection, shutdown, reset } = connected(30, 3600);
+        let Tried { mut client, connection, shutdown, reset, .. } = connected(30, 3600);
         let serving = tokio::spawn(connection.run(push));
         client.read_to_end(&mut Vec::new()).await.unwrap();
         shutdown.drain.cancel();
@@ -528,7 +644,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_abort_resets_what_is_under_way() {
-        let Tried { client, connection, shutdown, reset } = connected(30, 3600);
+        let Tried { client, connection, shutdown, reset, .. } = connected(30, 3600);
         let serving = tokio::spawn(connection.run(push));
         shutdown.abort.cancel();
         serving.await.unwrap();

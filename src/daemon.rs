@@ -14,8 +14,10 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::{Config, Endpoint};
 use crate::connection::Shutdown;
-use crate::listener::{self, Family, Served};
+use crate::listener::{DatagramSocket, Family, Listener};
+use crate::served::Served;
 use crate::services::Service;
+use crate::services::time::TimeService;
 use crate::sockets::{self, BindError, Socket};
 use crate::systemd;
 
@@ -44,9 +46,18 @@ pub enum Error {
         /// The path and the cause.
         source: io::Error,
     },
-    /// A listener, or what a service does by itself, ended though nobody had asked it to.
+    /// A socket could not be watched.
+    #[error("{service}: cannot watch a socket")]
+    Register {
+        /// The service that it is for.
+        service: Arc<str>,
+        /// The cause.
+        source: io::Error,
+    },
+    /// A listener, or what a service does by itself, ended though nobody had asked it to: a fault
+    /// of the program.
     #[error("a part of the daemon ended unasked")]
-    Ended(#[source] io::Error),
+    Ended(#[source] Option<tokio::task::JoinError>),
 }
 
 /// What the daemon is told from outside; by signals, as a rule.
@@ -105,10 +116,7 @@ impl Daemon {
         listen(sockets, &shutdown, &connections, &mut tasks)?;
         for served in &served {
             let served = Arc::clone(served);
-            until(&shutdown.drain, &mut tasks, async move {
-                served.service.work().await;
-                Ok(())
-            });
+            until(&shutdown.drain, &mut tasks, async move { served.service.work().await });
         }
         let alive = tokio::spawn(keep_saying_alive());
         tracing::info!(services = served.len(), "ready: {status}");
@@ -118,7 +126,7 @@ impl Daemon {
         let ended = loop {
             tokio::select! {
                 () = orders.stop.cancelled() => break Ok(()),
-                Some(ended) = tasks.join_next() => break Err(Error::Ended(why(ended))),
+                Some(ended) = tasks.join_next() => break Err(Error::Ended(ended.err())),
                 _ = sums.tick() => served.iter().for_each(sum_up),
             }
         };
@@ -146,47 +154,61 @@ impl Daemon {
     }
 }
 
+/// A bound socket, registered and ready to be served.
+enum Ready {
+    Listener(Listener),
+    Datagrams(DatagramSocket, Arc<TimeService>),
+}
+
 /// Begins to serve on every socket.
 fn listen(
     sockets: Vec<(Socket, Arc<Served>)>,
     shutdown: &Shutdown,
     connections: &TaskTracker,
-    tasks: &mut JoinSet<Option<io::Result<()>>>,
+    tasks: &mut JoinSet<Option<()>>,
 ) -> Result<(), Error> {
     let mut listening = Vec::new();
+    let mut own_ports = Vec::new();
     for (socket, served) in sockets {
-        let endpoint = socket.endpoint().map_err(Error::Ended)?;
-        let service = &*served.name;
-        tracing::info!(service, address = %endpoint, "{service}: listening on {endpoint}");
-        listening.push((endpoint, socket, served));
-    }
-    let own_ports: Arc<[u16]> = listening
-        .iter()
-        .filter_map(|(endpoint, _, _)| match endpoint {
-            Endpoint::Udp(address) => Some(address.port()),
-            Endpoint::Tcp(_) | Endpoint::Unix(_) => None,
-        })
-        .collect();
-    for (_, socket, served) in listening {
-        let (shut, track) = (shutdown.clone(), connections.clone());
-        match socket {
-            Socket::Tcp(socket) => until(
-                &shutdown.drain,
-                tasks,
-                listener::accept(socket, Family::Tcp, served, shut, track),
-            ),
-            Socket::Unix(socket, file) => until(&shutdown.drain, tasks, async move {
-                let ended = listener::accept(socket, Family::Unix, served, shut, track).await;
-                drop(file);
-                ended
-            }),
-            Socket::Udp(socket) => {
-                if let Some(time) = served.service.datagrams() {
-                    let answering =
-                        listener::answer_datagrams(socket, time, served, Arc::clone(&own_ports));
-                    until(&shutdown.drain, tasks, answering);
+        let register = |socket: Socket| -> io::Result<_> {
+            let endpoint = socket.endpoint()?;
+            let ready = match (socket, served.service.datagrams()) {
+                (Socket::Tcp(socket), _) => {
+                    Some(Ready::Listener(Listener::new(socket, Family::Tcp)?))
                 }
+                (Socket::Unix(socket, file), _) => {
+                    Some(Ready::Listener(Listener::new(socket, Family::Unix(file))?))
+                }
+                (Socket::Udp(socket), Some(time)) => {
+                    Some(Ready::Datagrams(DatagramSocket::new(socket)?, time))
+                }
+                // The configuration does not let a service have it that answers no datagrams.
+                (Socket::Udp(_), None) => None,
+            };
+            Ok((endpoint, ready))
+        };
+        let service = Arc::clone(&served.name);
+        let (endpoint, ready) =
+            register(socket).map_err(|source| Error::Register { service, source })?;
+        if let Endpoint::Udp(address) = endpoint {
+            own_ports.push(address.port());
+        }
+        listening.push((endpoint, ready, served));
+    }
+    let own_ports: Arc<[u16]> = own_ports.into();
+    for (endpoint, ready, served) in listening {
+        let service = Arc::clone(&served.name);
+        tracing::info!(service = &*service, address = %endpoint, "{service}: listening on {endpoint}");
+        match ready {
+            Some(Ready::Listener(listener)) => {
+                let accepting = listener.accept(served, shutdown.clone(), connections.clone());
+                until(&shutdown.drain, tasks, accepting);
             }
+            Some(Ready::Datagrams(socket, time)) => {
+                let answering = socket.answer(time, served, Arc::clone(&own_ports));
+                until(&shutdown.drain, tasks, answering);
+            }
+            None => {}
         }
     }
     Ok(())
@@ -195,19 +217,10 @@ fn listen(
 /// Spawns a part of the daemon, which goes on until the drain.
 fn until(
     drain: &CancellationToken,
-    tasks: &mut JoinSet<Option<io::Result<()>>>,
-    part: impl Future<Output = io::Result<()>> + Send + 'static,
+    tasks: &mut JoinSet<Option<()>>,
+    part: impl Future<Output = ()> + Send + 'static,
 ) {
     tasks.spawn(drain.clone().run_until_cancelled_owned(part));
-}
-
-/// Why a part of the daemon ended.
-fn why(ended: Result<Option<io::Result<()>>, tokio::task::JoinError>) -> io::Error {
-    match ended {
-        Ok(Some(Err(error))) => error,
-        Ok(Some(Ok(())) | None) => io::Error::other("it had nothing more to do"),
-        Err(panic) => io::Error::other(panic),
-    }
 }
 
 async fn keep_saying_alive() {

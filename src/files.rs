@@ -45,11 +45,6 @@ impl Stamp {
         }
     }
 
-    /// Whether both are states of one file.
-    pub fn same_file(&self, other: &Self) -> bool {
-        (self.device, self.inode) == (other.device, other.inode)
-    }
-
     /// Unlike equality, this holds when a file got another name, or lost its only one.
     fn same_content(&self, other: &Self) -> bool {
         (self.size, self.modified) == (other.size, other.modified)

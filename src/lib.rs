@@ -12,6 +12,7 @@
 //! | [`listener`] | the only accept loop, the only datagram loop |
 //! | [`connection`] | deliver every byte or reset; deadlines; the log line of a connection |
 //! | [`limits`] | what a service may take; the rates of datagrams |
+//! | [`served`] | a running service with what its listeners share |
 //! | [`datagram`] | which datagrams are answered |
 //! | [`services`] | one file for each service, and their registry |
 //! | [`document`] | the document that carries a file: written here, read by the client |
@@ -20,7 +21,7 @@
 //! | [`kernel`] | the only unsafe code: what no safe function exists for |
 //! | [`logging`], [`systemd`] | what the operator and the service manager are told |
 //!
-//! A connection's way: [`sockets::bind`] → [`listener::accept`] → [`connection::Connection::run`]
+//! A connection's way: [`sockets::bind`] → [`listener::Listener::accept`] → [`connection::Connection::run`]
 //! → [`services::Service::answer`] → [`connection::Connection::send`], until every byte has
 //! arrived.
 #![deny(unsafe_code, missing_docs)]
@@ -41,6 +42,7 @@ pub mod kernel;
 pub mod limits;
 pub mod listener;
 pub mod logging;
+pub mod served;
 pub mod services;
 pub mod sockets;
 pub mod systemd;

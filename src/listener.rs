@@ -4,10 +4,10 @@
 
 use std::array;
 use std::io::{self, IoSliceMut};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use quinn_udp::{BATCH_SIZE, RecvMeta, Transmit, UdpSocketState};
@@ -15,18 +15,19 @@ use rustix::io::Errno;
 use rustix::net::{SocketAddrAny, SocketFlags, acceptfrom_with};
 use tokio::io::Interest;
 use tokio::net::{TcpStream, UdpSocket, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::task::TaskTracker;
 
 use crate::connection::{Connection, Peer, Shutdown, Stream};
 use crate::datagram::may_be_answered;
 use crate::kernel::ListeningSocket;
-use crate::limits::{ClientGuard, Clients, DatagramRate, Limits};
-use crate::services::Service;
+use crate::served::Served;
 use crate::services::time::TimeService;
+use crate::sockets::SocketFile;
 
-/// How much of a datagram is looked at: more than any reply of ours is long.
-const DATAGRAM: usize = 2048;
+/// The longest datagram, or several of one sender that the kernel hands over as one. Only what is
+/// used of the buffers takes memory.
+const DATAGRAM: usize = 64 << 10;
 
 /// The first and the longest pause after an error that would only repeat itself.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
@@ -34,150 +35,108 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_s
 /// A fault that comes and goes is said so often at most.
 const SAY_AGAIN: Duration = Duration::from_mins(1);
 
-/// A running service with what its listeners share.
+/// A socket that accepts connections, registered with the reactor.
 #[derive(Debug)]
-pub struct Served {
-    /// Its name in the log, as `time.clock`.
-    pub name: Arc<str>,
-    /// What answers.
-    pub service: Service,
-    /// What it may take.
-    pub limits: Limits,
-    /// One permit for each connection that it may have.
-    permits: Arc<Semaphore>,
-    /// The connections of each client.
-    clients: Arc<Clients>,
-    /// What is summed up in the log.
-    pub counts: Counts,
-}
-
-/// What strangers can cause at will: counted, not logged one by one.
-#[derive(Debug, Default)]
-pub struct Counts {
-    /// Datagrams that were answered.
-    pub answered: AtomicU64,
-    /// Datagrams that were not.
-    pub dropped: AtomicU64,
-    /// Connections that their clients gave up before they were accepted.
-    pub aborted: AtomicU64,
-    /// Connections that were reset, as the access lists do not permit them.
-    pub denied: AtomicU64,
-    /// Connections that were reset, as their client had as many as it may.
-    pub crowded: AtomicU64,
-}
-
-impl Served {
-    /// A service that nobody is connected to yet.
-    pub fn new(name: Arc<str>, service: Service, limits: Limits) -> Self {
-        let permits = usize::try_from(limits.max_connections.get()).unwrap_or(usize::MAX);
-        let permits = Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS)));
-        let clients = Arc::new(Clients::new(limits.max_per_client));
-        Self { name, service, limits, permits, clients, counts: Counts::default() }
-    }
+pub struct Listener {
+    socket: ListeningSocket,
+    family: Family,
 }
 
 /// What kind of stream a listener accepts.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub enum Family {
     /// TCP over IPv4 or IPv6.
     Tcp,
-    /// Unix stream sockets.
-    Unix,
+    /// Unix stream sockets; their file goes with the listener.
+    Unix(SocketFile),
 }
 
-/// Accepts connections for ever, each served by a task of its own.
-///
-/// # Errors
-/// If the socket cannot be watched, before anything was accepted.
-pub async fn accept(
-    socket: OwnedFd,
-    family: Family,
-    served: Arc<Served>,
-    shutdown: Shutdown,
-    connections: TaskTracker,
-) -> io::Result<()> {
-    let listener = ListeningSocket::new(socket)?;
-    let mut pause = Pause::default();
-    loop {
-        let accepted = match next_connection(&listener, &served).await {
-            Ok(accepted) => accepted,
-            Err(error) if ends_one_connection_only(&error) => {
-                served.counts.aborted.fetch_add(1, Ordering::Relaxed);
-                continue;
-            }
-            // Without descriptors or memory the connection stays in the queue and the socket stays
-            // readable: going on at once would only spin.
-            Err(error) => {
-                pause.after(&served.name, "cannot accept connections", &error).await;
-                continue;
-            }
-        };
-        pause.reset();
-        let shutdown = shutdown.clone();
-        let served = Arc::clone(&served);
-        match family {
-            Family::Tcp => connections.spawn(serve_tcp(accepted, served, shutdown)),
-            Family::Unix => connections.spawn(serve_unix(accepted, served, shutdown)),
-        };
+/// A connection that was just accepted.
+enum Accepted {
+    Tcp(TcpStream, SocketAddr),
+    Unix(UnixStream),
+}
+
+impl Listener {
+    /// Makes a bound socket ready to accept.
+    ///
+    /// # Errors
+    /// If it cannot be watched.
+    pub fn new(socket: OwnedFd, family: Family) -> io::Result<Self> {
+        Ok(Self { socket: ListeningSocket::new(socket)?, family })
     }
-}
 
-struct Accepted {
-    socket: OwnedFd,
-    address: Option<SocketAddrAny>,
-    /// Given back when the connection has gone.
-    permit: OwnedSemaphorePermit,
-}
-
-/// Waits for a client, then for a permit, and only then accepts: a client that is one too many
-/// waits in the kernel's queue. In this order an idle listener holds no permit that another
-/// listener of the same service could use.
-async fn next_connection(listener: &ListeningSocket, served: &Served) -> io::Result<Accepted> {
-    loop {
-        let mut ready = listener.readable().await?;
-        let permit = Arc::clone(&served.permits).acquire_owned().await.map_err(io::Error::other)?;
-        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        if let Ok(accepted) = ready.try_io(|socket| Ok(acceptfrom_with(socket, flags)?)) {
-            return accepted.map(|(socket, address)| Accepted { socket, address, permit });
+    /// Accepts connections for ever, each served by a task of its own.
+    pub async fn accept(self, served: Arc<Served>, shutdown: Shutdown, connections: TaskTracker) {
+        let mut pause = Pause::default();
+        loop {
+            match self.next_connection(&served).await {
+                Ok((accepted, place)) => {
+                    pause.reset();
+                    let (served, shutdown) = (Arc::clone(&served), shutdown.clone());
+                    connections.spawn(async move {
+                        match accepted {
+                            Accepted::Tcp(stream, address) => {
+                                serve_tcp(stream, address, &served, shutdown).await;
+                            }
+                            Accepted::Unix(stream) => serve_unix(stream, &served, shutdown).await,
+                        }
+                        drop(place);
+                    });
+                }
+                Err(error) if ends_one_connection_only(&error) => {
+                    served.counts.aborted.fetch_add(1, Ordering::Relaxed);
+                }
+                // Without descriptors or memory the connection stays in the queue and the socket
+                // stays readable: going on at once would only spin.
+                Err(error) => {
+                    pause.after(&served.name, "cannot accept connections", &error).await;
+                }
+            }
         }
     }
-}
 
-async fn serve_tcp(accepted: Accepted, served: Arc<Served>, shutdown: Shutdown) {
-    let Accepted { socket, address, permit } = accepted;
-    let address = address.and_then(|address| SocketAddr::try_from(address).ok());
-    let stream = TcpStream::from_std(socket.into());
-    if let (Some(address), Ok(stream)) = (address, stream) {
+    /// Waits for a client, then for a place, and only then accepts: a client that is one too many
+    /// waits in the kernel's queue. In this order an idle listener holds no place that another
+    /// listener of the same service could use.
+    async fn next_connection(
+        &self,
+        served: &Served,
+    ) -> io::Result<(Accepted, OwnedSemaphorePermit)> {
+        loop {
+            let mut ready = self.socket.readable().await?;
+            let place = served.place().await.map_err(io::Error::other)?;
+            let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+            if let Ok(accepted) = ready.try_io(|socket| Ok(acceptfrom_with(socket, flags)?)) {
+                let (socket, address) = accepted?;
+                return Ok((self.register(socket, address)?, place));
+            }
+        }
+    }
+
+    /// Registers a new connection with the reactor. If that fails, it is reset by its close.
+    fn register(&self, socket: OwnedFd, address: Option<SocketAddrAny>) -> io::Result<Accepted> {
+        if let Family::Unix(_) = self.family {
+            return UnixStream::from_std(socket.into()).map(Accepted::Unix);
+        }
+        let address = address.and_then(|address| SocketAddr::try_from(address).ok());
+        let address = address.ok_or(Errno::CONNABORTED)?;
         let address = SocketAddr::new(address.ip().to_canonical(), address.port());
-        match admit(&served, address.ip()) {
-            Ok(guard) => {
-                serve(stream, Peer::Internet(address), &served, shutdown).await;
-                drop(guard);
-            }
-            Err(count) => {
-                count.fetch_add(1, Ordering::Relaxed);
-                stream.reset_on_close();
-            }
-        }
+        Ok(Accepted::Tcp(TcpStream::from_std(socket.into())?, address))
     }
-    drop(permit);
 }
 
-/// Whether a client is served; if not, where that is counted.
-fn admit(served: &Served, address: IpAddr) -> Result<ClientGuard, &AtomicU64> {
-    if !served.limits.access.permits(address) {
-        return Err(&served.counts.denied);
+async fn serve_tcp(stream: TcpStream, address: SocketAddr, served: &Served, shutdown: Shutdown) {
+    // Who is not admitted is reset, as every connection that is dropped without being finished.
+    if let Some(guard) = served.admit(address.ip()) {
+        serve(stream, Peer::Internet(address), served, shutdown).await;
+        drop(guard);
     }
-    served.clients.enter(address).ok_or(&served.counts.crowded)
 }
 
-async fn serve_unix(accepted: Accepted, served: Arc<Served>, shutdown: Shutdown) {
-    let Accepted { socket, permit, .. } = accepted;
-    if let Ok(stream) = UnixStream::from_std(socket.into()) {
-        let user = stream.peer_cred().ok().map(|credentials| credentials.uid());
-        serve(stream, Peer::Unix(user), &served, shutdown).await;
-    }
-    drop(permit);
+async fn serve_unix(stream: UnixStream, served: &Served, shutdown: Shutdown) {
+    let user = stream.peer_cred().ok().map(|credentials| credentials.uid());
+    serve(stream, Peer::Unix(user), served, shutdown).await;
 }
 
 async fn serve<S: Stream>(stream: S, peer: Peer, served: &Served, shutdown: Shutdown) {
@@ -229,6 +188,7 @@ impl Pause {
                 Some(Errno::NOBUFS | Errno::NOMEM) => {
                     "give it more memory or lower max-connections"
                 }
+                Some(Errno::NOSPC) => "raise the sysctl fs.epoll.max_user_watches",
                 _ => "it is tried again",
             };
             let message = format_args!("{service}: {act}: {error}: {remedy}");
@@ -240,64 +200,72 @@ impl Pause {
     }
 }
 
-/// Answers datagrams for ever, in one task and in memory that does not grow.
-///
-/// `own_ports` are the ports at which this daemon receives datagrams.
-///
-/// # Errors
-/// If the socket cannot be watched or cannot say where datagrams were sent to, before anything was
-/// received.
-pub async fn answer_datagrams(
-    socket: std::net::UdpSocket,
-    time: Arc<TimeService>,
-    served: Arc<Served>,
-    own_ports: Arc<[u16]>,
-) -> io::Result<()> {
-    let socket = UdpSocket::from_std(socket)?;
-    // The library asks the kernel for each datagram's destination: on a wildcard address, the
-    // answer must leave from where the question went to.
-    let state = UdpSocketState::new((&socket).into())?;
-    let mut rate = DatagramRate::new(served.limits.datagrams, Instant::now());
-    let mut buffer = vec![0; BATCH_SIZE * DATAGRAM];
-    let mut metas = [RecvMeta::default(); BATCH_SIZE];
-    let mut reply = Vec::with_capacity(DATAGRAM);
-    let mut pause = Pause::default();
-    loop {
-        let received = socket.async_io(Interest::READABLE, || {
-            let mut pieces = buffer.chunks_mut(DATAGRAM);
-            let mut slices: [IoSliceMut<'_>; BATCH_SIZE] =
-                array::from_fn(|_| IoSliceMut::new(pieces.next().unwrap_or_default()));
-            state.recv((&socket).into(), &mut slices, &mut metas)
-        });
-        let received = match received.await {
-            Ok(received) => received,
-            Err(error) => {
-                pause.after(&served.name, "cannot receive datagrams", &error).await;
-                continue;
+/// A socket that receives datagrams, registered with the reactor.
+#[derive(Debug)]
+pub struct DatagramSocket {
+    socket: UdpSocket,
+    state: UdpSocketState,
+}
+
+impl DatagramSocket {
+    /// Makes a bound socket ready to receive.
+    ///
+    /// # Errors
+    /// If it cannot be watched, or cannot say where datagrams were sent to.
+    pub fn new(socket: std::net::UdpSocket) -> io::Result<Self> {
+        let socket = UdpSocket::from_std(socket)?;
+        // The library asks the kernel for each datagram's destination: on a wildcard address, the
+        // answer must leave from where the question went to.
+        let state = UdpSocketState::new((&socket).into())?;
+        Ok(Self { socket, state })
+    }
+
+    /// Answers datagrams for ever, in one task and in memory that does not grow.
+    ///
+    /// `own_ports` are the ports at which this daemon receives datagrams.
+    pub async fn answer(self, time: Arc<TimeService>, served: Arc<Served>, own_ports: Arc<[u16]>) {
+        let Self { socket, state } = self;
+        let mut buffer = vec![0; BATCH_SIZE * DATAGRAM];
+        let mut metas = [RecvMeta::default(); BATCH_SIZE];
+        let mut reply = Vec::new();
+        let mut pause = Pause::default();
+        loop {
+            let received = socket.async_io(Interest::READABLE, || {
+                let mut pieces = buffer.chunks_mut(DATAGRAM);
+                let mut slices: [IoSliceMut<'_>; BATCH_SIZE] =
+                    array::from_fn(|_| IoSliceMut::new(pieces.next().unwrap_or_default()));
+                state.recv((&socket).into(), &mut slices, &mut metas)
+            });
+            let received = match received.await {
+                Ok(received) => received,
+                Err(error) => {
+                    pause.after(&served.name, "cannot receive datagrams", &error).await;
+                    continue;
+                }
+            };
+            pause.reset();
+            let now = Instant::now();
+            for (meta, payload) in metas.iter().zip(buffer.chunks(DATAGRAM)).take(received) {
+                let payload = payload.get(..meta.len).unwrap_or_default();
+                // The kernel may hand over several datagrams of one sender as one.
+                for datagram in segments(payload, meta.stride) {
+                    let resembles = || time.resembles_reply(datagram);
+                    let answered = may_be_answered(meta.addr, meta.dst_ip, &own_ports, resembles)
+                        && served.admit_datagram(meta.addr.ip(), now)
+                        && {
+                            reply.clear();
+                            time.tell(&mut reply).is_ok()
+                        }
+                        // A queue that is full drops the answer, as any network may.
+                        && state.try_send((&socket).into(), &answer_to(meta, &reply)).is_ok();
+                    let counts = &served.counts;
+                    let count = if answered { &counts.answered } else { &counts.dropped };
+                    count.fetch_add(1, Ordering::Relaxed);
+                }
             }
-        };
-        pause.reset();
-        let now = Instant::now();
-        for (meta, payload) in metas.iter().zip(buffer.chunks(DATAGRAM)).take(received) {
-            let payload = payload.get(..meta.len).unwrap_or_default();
-            // The kernel may hand over several datagrams of one sender as one.
-            for datagram in segments(payload, meta.stride) {
-                let resembles = || time.resembles_reply(datagram);
-                let answered = may_be_answered(meta.addr, meta.dst_ip, &own_ports, resembles)
-                    && served.limits.access.permits(meta.addr.ip())
-                    && rate.admit(meta.addr.ip(), now)
-                    && {
-                        reply.clear();
-                        time.tell(&mut reply).is_ok()
-                    }
-                    // A queue that is full drops the answer, as any network may.
-                    && state.try_send((&socket).into(), &answer_to(meta, &reply)).is_ok();
-                let count = if answered { &served.counts.answered } else { &served.counts.dropped };
-                count.fetch_add(1, Ordering::Relaxed);
-            }
+            // A flood of datagrams must not keep the other tasks of this thread waiting.
+            tokio::task::consume_budget().await;
         }
-        // A flood of datagrams must not keep the other tasks of this thread waiting.
-        tokio::task::consume_budget().await;
     }
 }
 

@@ -8,6 +8,7 @@ use std::env;
 use std::io::{self, IsTerminal};
 use std::os::unix::fs::MetadataExt;
 
+use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_journald::{Priority, PriorityMappings};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
@@ -31,14 +32,22 @@ pub fn check_filter(filter: &str) -> Result<(), String> {
     }
 }
 
-/// Begins to log.
+/// Lines that wait for a standard error that does not take them; more are lost, as logging must
+/// not keep the services waiting.
+const WAITING_LINES: usize = 10_000;
+
+/// Begins to log. What is logged until the guard is dropped is written.
 ///
 /// # Errors
 /// If the journal was asked for and cannot be reached, or something logs already.
-pub fn start(log: &Log) -> io::Result<()> {
+pub fn start(log: &Log) -> io::Result<WorkerGuard> {
     let filter = EnvFilter::try_new(&log.level).map_err(io::Error::other)?;
     let registry = tracing_subscriber::registry().with(filter);
-    let stderr = tracing_subscriber::fmt::layer().with_writer(io::stderr);
+    let (writer, guard) = NonBlockingBuilder::default()
+        .buffered_lines_limit(WAITING_LINES)
+        .lossy(true)
+        .finish(io::stderr());
+    let stderr = tracing_subscriber::fmt::layer().with_writer(writer);
     let format = match log.format {
         LogFormat::Auto if stderr_is_the_journal() => LogFormat::Journald,
         LogFormat::Auto => LogFormat::Text,
@@ -66,7 +75,7 @@ pub fn start(log: &Log) -> io::Result<()> {
             registry.with(stderr.with_ansi(colour).with_target(false)).try_init()
         }
     };
-    started.map_err(io::Error::other)
+    started.map(|()| guard).map_err(io::Error::other)
 }
 
 /// Whether standard error is the journal's stream (systemd.exec(5), `JOURNAL_STREAM`).

@@ -61,14 +61,18 @@ fn in_client(client: impl Future<Output = ExitCode>) -> ExitCode {
             Ok(orders) => orders,
             Err(error) => return fail(&error),
         };
+        let mut hangup = match signal(SignalKind::hangup()) {
+            Ok(hangup) => hangup,
+            Err(error) => return fail(&error),
+        };
         // Dropped, the client removes what is not whole.
         tokio::select! {
-            code = client => code,
-            () = orders.stop.cancelled() => {
-                complain("interrupted");
-                ExitCode::FAILURE
-            }
+            code = client => return code,
+            () = orders.stop.cancelled() => {}
+            _ = hangup.recv() => {}
         }
+        complain("interrupted");
+        ExitCode::FAILURE
     });
     runtime.shutdown_timeout(EXIT_TIME);
     code
@@ -119,10 +123,11 @@ fn check(config: &Config) -> ExitCode {
 
 fn serve(config: &Config) -> ExitCode {
     let served = || -> Result<(), Box<dyn Error>> {
-        logging::start(&config.log)?;
+        let _log = logging::start(&config.log)?;
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         let served = runtime.block_on(async {
             let orders = orders()?;
+            tokio::spawn(heed_hangups()?);
             Ok(Daemon::start(config)?.run(orders).await?)
         });
         runtime.shutdown_timeout(EXIT_TIME);
@@ -135,8 +140,6 @@ fn serve(config: &Config) -> ExitCode {
 fn orders() -> io::Result<Orders> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    // Once it is caught, a terminal that closes no longer ends the daemon.
-    let _ = signal(SignalKind::hangup())?;
     // Beyond a limit on the size of files (RLIMIT_FSIZE) a write fails, and nothing is left behind;
     // uncaught, this signal would end the process at once.
     let _ = signal(SignalKind::from_raw(libc::SIGXFSZ))?;
@@ -152,6 +155,16 @@ fn orders() -> io::Result<Orders> {
         }
     });
     Ok(orders)
+}
+
+/// A terminal that closes, or an administrator's habit, does not end the daemon.
+fn heed_hangups() -> io::Result<impl Future<Output = ()>> {
+    let mut hangup = signal(SignalKind::hangup())?;
+    Ok(async move {
+        while hangup.recv().await.is_some() {
+            tracing::warn!("SIGHUP: a reload is not supported yet; restart to change something");
+        }
+    })
 }
 
 fn fail(error: &dyn Error) -> ExitCode {

@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use socket2::{Domain, Protocol, Type};
 
@@ -91,6 +92,9 @@ fn bind_tcp(address: SocketAddr) -> io::Result<Socket> {
     socket.set_reuse_address(true)?;
     // Inherited by the connections: a reply's last part does not wait for an acknowledgement.
     socket.set_tcp_nodelay(true)?;
+    // Inherited, too: a connection that is closed is reset, unless it was finished; also by the
+    // kernel, when it closes what a killed process had open.
+    socket.set_linger(Some(Duration::ZERO))?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(Socket::Tcp(socket.into()))

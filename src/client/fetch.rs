@@ -4,20 +4,20 @@
 //! everything holds. Nothing that the server says is believed: not the name, not the size, not
 //! that there is an end.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Stdout};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::names::{self, NameError, escape};
-use super::save::{Growing, Replace, folder_of};
+use super::save::{Growing, NewFolder, Replace, folder_of};
 use super::{ConnectError, Server};
 use crate::document::{File, Head, ReadError, Reader, Tail};
 
@@ -125,6 +125,9 @@ pub enum Error {
     /// There is a file already.
     #[error("{} is there already; --force replaces it, -o FILE saves elsewhere", .0.display())]
     Exists(PathBuf),
+    /// Another file that was asked for goes there.
+    #[error("{} is the place of another file that was asked for", .0.display())]
+    SamePlace(PathBuf),
     /// It could not be written.
     #[error("cannot write {}: {source}", .path.display())]
     Write {
@@ -231,8 +234,13 @@ async fn fetch_names(
     let mut all_saved = true;
     // What cannot be saved is not asked for.
     let mut wanted = VecDeque::new();
+    let mut places = HashSet::new();
     for name in names {
-        match place_for(name, order) {
+        let place = place_for(name, order).and_then(|place| match place {
+            Some(place) if !places.insert(place.clone()) => Err(Error::SamePlace(place)),
+            place => Ok(place),
+        });
+        match place {
             Ok(place) => wanted.push_back(Named { name, place }),
             Err(error) => all_saved = told(Err(error), Some(name), report),
         }
@@ -240,6 +248,7 @@ async fn fetch_names(
     let mut session: Option<Session> = None;
     while let Some(named) = wanted.front() {
         report.begin(Some(named.name));
+        let reused = session.is_some();
         let fetched = async {
             let open = match session.take() {
                 Some(open) => open,
@@ -256,6 +265,10 @@ async fn fetch_names(
         // After a refusal the next reply follows; after anything else, nothing is certain.
         if !matches!(fetched, Ok(_) | Err(Error::Refused(_))) {
             session = None;
+        }
+        // A server may end a connection after every reply: that costs no file.
+        if reused && matches!(fetched, Err(Error::Network(_) | Error::Document(ReadError::Empty))) {
+            continue;
         }
         let hopeless = matches!(fetched, Err(Error::Connect(_) | Error::Timeout(_)));
         all_saved &= told(fetched, Some(named.name), report);
@@ -349,8 +362,10 @@ async fn receive(
         let taken = reader.feed(session.received(), &mut data)?;
         session.take(taken);
         digest.update(&data);
-        sink.append(&data)?;
         length += data.len() as u64;
+        let until = session.until();
+        let appended = timeout_at(until, sink.append(&data)).await;
+        appended.map_err(|_| session.too_late())??;
         data.clear();
         report.advance(length, reader.size());
         // Nor need what is promised to be too large.
@@ -372,7 +387,7 @@ async fn receive(
     }
     let digest = digest.finalize().into();
     check(&file, &digest)?;
-    sink.finish(place(&file.filename)?, length, &digest, order)
+    sink.finish(place(&file.filename)?, length, &digest, order).await
 }
 
 /// Checks what the document said of its data.
@@ -388,55 +403,67 @@ fn check(file: &File, digest: &[u8; 32]) -> Result<(), Error> {
 
 /// Where the data goes.
 enum Sink {
-    Stdout,
-    File { growing: Growing, folder: PathBuf },
+    /// Written by a thread of its own, as a reader that hangs must not keep signals waiting.
+    Stdout(Stdout),
+    File {
+        growing: Growing,
+        folder: NewFolder,
+    },
 }
 
 impl Sink {
     fn begin(named: Option<&Named<'_>>, order: &Order) -> Result<Self, Error> {
         let folder = match (&order.output, named.and_then(|named| named.place.as_deref())) {
-            (Output::Stdout, _) => return Ok(Self::Stdout),
+            (Output::Stdout, _) => return Ok(Self::Stdout(tokio::io::stdout())),
             (_, Some(place)) => folder_of(place),
             (Output::File(file), None) => folder_of(file),
             (Output::Folder(folder), None) => folder.clone(),
         };
-        let begun = match order.wanted {
-            // Its sub-folders come with it.
-            Wanted::All => fs::create_dir_all(&folder).and_then(|()| Growing::begin(&folder)),
-            Wanted::Pushed | Wanted::Names(_) => Growing::begin(&folder),
+        let begin = || {
+            let folder = match order.wanted {
+                // Its sub-folders come with it.
+                Wanted::All => NewFolder::create(&folder)?,
+                Wanted::Pushed | Wanted::Names(_) => NewFolder::existing(&folder),
+            };
+            Ok(Self::File { growing: Growing::begin(folder.path())?, folder })
         };
-        match begun {
-            Ok(growing) => Ok(Self::File { growing, folder }),
-            Err(source) => Err(Error::Write { path: folder, source }),
-        }
+        begin().map_err(|source| Error::Write { path: folder.clone(), source })
     }
 
-    fn append(&mut self, data: &[u8]) -> Result<(), Error> {
+    async fn append(&mut self, data: &[u8]) -> Result<(), Error> {
         match self {
-            Self::Stdout => io::stdout().write_all(data).map_err(to_stdout),
-            Self::File { growing, folder } => {
-                growing.append(data).map_err(|source| Error::Write { path: folder.clone(), source })
-            }
+            Self::Stdout(stdout) => stdout.write_all(data).await.map_err(to_stdout),
+            Self::File { growing, folder } => growing
+                .append(data)
+                .map_err(|source| Error::Write { path: folder.path().to_owned(), source }),
         }
     }
 
-    fn finish(
+    async fn finish(
         self,
         place: Option<PathBuf>,
         length: u64,
         digest: &[u8; 32],
         order: &Order,
     ) -> Result<Saved, Error> {
-        let (Self::File { growing, .. }, Some(place)) = (self, place) else {
-            io::stdout().flush().map_err(to_stdout)?;
-            return Ok(Saved { place: None, length, unchanged: false });
+        let (folder, growing) = match self {
+            Self::File { growing, folder } => (folder, growing),
+            Self::Stdout(mut stdout) => {
+                stdout.flush().await.map_err(to_stdout)?;
+                return Ok(Saved { place: None, length, unchanged: false });
+            }
         };
+        // A file without a name does not come about.
+        let place = place.ok_or(ReadError::Empty)?;
         if order.wanted == Wanted::All && is_same(&place, length, digest) {
             return Ok(Saved { place: Some(place), length, unchanged: true });
         }
         let replace = if order.force { Replace::Always } else { Replace::Never };
         match growing.finish(&place, replace) {
-            Ok(()) => Ok(Saved { place: Some(place), length, unchanged: false }),
+            Ok(()) => {
+                folder.keep();
+                Ok(Saved { place: Some(place), length, unchanged: false })
+            }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(Error::Exists(place)),
             Err(source) => Err(Error::Write { path: place, source }),
         }
@@ -537,17 +564,20 @@ impl Session {
 
     /// Receives more, when all was taken; false at the end.
     async fn receive(&mut self) -> Result<bool, Error> {
-        let until = self.deadline.min(Instant::now() + self.idle_timeout);
-        let reading = timeout_at(until, self.stream.read(&mut self.buffer));
+        let reading = timeout_at(self.until(), self.stream.read(&mut self.buffer));
         let read = reading.await.map_err(|_| self.too_late())?.map_err(Error::Network)?;
         (self.start, self.end) = (0, read);
         Ok(read > 0)
     }
 
     async fn send(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        let until = self.deadline.min(Instant::now() + self.idle_timeout);
-        let sent = timeout_at(until, self.stream.write_all(bytes));
+        let sent = timeout_at(self.until(), self.stream.write_all(bytes));
         sent.await.map_err(|_| self.too_late())?.map_err(Error::Network)
+    }
+
+    /// Until when something must happen.
+    fn until(&self) -> Instant {
+        self.deadline.min(Instant::now() + self.idle_timeout)
     }
 
     fn too_late(&self) -> Error {

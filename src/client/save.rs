@@ -63,6 +63,52 @@ impl Growing {
     }
 }
 
+/// A folder for a file that is to be saved; what was created of it goes again unless it is kept.
+#[derive(Debug)]
+pub struct NewFolder {
+    path: PathBuf,
+    /// What did not exist before, the innermost first.
+    created: Vec<PathBuf>,
+}
+
+impl NewFolder {
+    /// One that must be there already.
+    pub fn existing(path: &Path) -> Self {
+        Self { path: path.to_owned(), created: Vec::new() }
+    }
+
+    /// Creates what does not exist of it.
+    ///
+    /// # Errors
+    /// If it cannot be created.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        let missing = |folder: &&Path| *folder != Path::new("") && !folder.exists();
+        let created = path.ancestors().take_while(missing).map(Path::to_owned).collect();
+        let folder = Self { path: path.to_owned(), created };
+        fs::create_dir_all(path)?;
+        Ok(folder)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// There is a file in it now.
+    pub fn keep(mut self) {
+        self.created.clear();
+    }
+}
+
+impl Drop for NewFolder {
+    fn drop(&mut self) {
+        for folder in &self.created {
+            // One that somebody uses meanwhile is not empty, and stays.
+            let _ = fs::remove_dir(folder);
+        }
+    }
+}
+
 /// The folder that a path is in.
 pub fn folder_of(path: &Path) -> PathBuf {
     match path.parent() {
@@ -100,6 +146,20 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         Growing::begin(folder.path()).unwrap().append(b"half").unwrap();
         assert!(names(folder.path()).is_empty());
+    }
+
+    #[test]
+    fn a_new_folder_goes_again_unless_it_is_kept_or_used() {
+        let folder = tempfile::tempdir().unwrap();
+        let deep = folder.path().join("a/b/c");
+        drop(NewFolder::create(&deep).unwrap());
+        assert!(names(folder.path()).is_empty());
+        NewFolder::create(&deep).unwrap().keep();
+        assert!(deep.exists());
+        let deeper = NewFolder::create(&deep.join("d")).unwrap();
+        fs::write(deep.join("d/file"), "x").unwrap();
+        drop(deeper);
+        assert!(deep.join("d/file").exists());
     }
 
     #[test]

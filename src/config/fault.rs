@@ -4,7 +4,7 @@
 use std::fmt;
 
 /// Where a fault is.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Place {
     /// The file as a whole.
     File(String),
@@ -45,18 +45,24 @@ impl fmt::Display for Fault {
     }
 }
 
+/// How many faults are printed: beyond that, the file is no configuration but junk.
+const MAX_TOLD: usize = 1000;
+
 /// Every fault of a configuration; never empty.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub struct Faults(pub Vec<Fault>);
 
 impl fmt::Display for Faults {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (number, fault) in self.0.iter().enumerate() {
+        for (number, fault) in self.0.iter().take(MAX_TOLD).enumerate() {
             if number > 0 {
                 f.write_str("\n")?;
             }
             fault.fmt(f)?;
         }
-        Ok(())
+        match self.0.len().saturating_sub(MAX_TOLD) {
+            0 => Ok(()),
+            more => write!(f, "\nand {more} more faults"),
+        }
     }
 }

@@ -30,6 +30,9 @@ pub use values::{Endpoint, duration, size};
 /// The largest file that is taken for a configuration.
 const MAX_FILE: u64 = 1 << 20;
 
+/// How many addresses all services together may listen on; far more than anybody has.
+const MAX_ADDRESSES: usize = 1024;
+
 /// The longest name of a service.
 const MAX_NAME: usize = 64;
 
@@ -331,6 +334,10 @@ fn note_conflicts(found: &Found<'_>) {
     let mut taken: Vec<(&Service, &Endpoint)> = Vec::new();
     for (service, listen) in found {
         for endpoint in listen {
+            if taken.len() == MAX_ADDRESSES {
+                endpoint.fault(format_args!("expected at most {MAX_ADDRESSES} addresses in all"));
+                return;
+            }
             match taken.iter().find(|(_, taken)| taken.conflicts_with(&endpoint.value)) {
                 None => taken.push((service, &endpoint.value)),
                 Some((other, taken)) => {
@@ -349,7 +356,7 @@ fn note_conflicts(found: &Found<'_>) {
 struct Arguments<'a>(Vec<Argument<'a>>);
 
 struct Argument<'a> {
-    source: Source<'a>,
+    source: Source,
     kind: &'static Kind,
     entries: DeTable<'a>,
 }

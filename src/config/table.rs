@@ -7,6 +7,7 @@
 #![allow(clippy::missing_errors_doc, reason = "`Noted` is always the same: a fault was noted")]
 
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::fmt::Display;
 use std::num::NonZeroU32;
 
@@ -20,21 +21,26 @@ pub struct Noted;
 
 /// Where tables come from, and where their faults are noted.
 #[derive(Debug)]
-pub struct Source<'a> {
-    origin: Origin<'a>,
+pub struct Source {
+    origin: Origin,
     faults: RefCell<Vec<Fault>>,
 }
 
 #[derive(Debug)]
-enum Origin<'a> {
-    File { name: String, text: &'a str },
+enum Origin {
+    File {
+        name: String,
+        /// Where its lines end, in bytes.
+        line_ends: Vec<usize>,
+    },
     Argument(String),
 }
 
-impl<'a> Source<'a> {
+impl Source {
     /// A file with its text.
-    pub fn file(name: String, text: &'a str) -> Self {
-        Self { origin: Origin::File { name, text }, faults: RefCell::default() }
+    pub fn file(name: String, text: &str) -> Self {
+        let line_ends = text.match_indices('\n').map(|(end, _)| end).collect();
+        Self { origin: Origin::File { name, line_ends }, faults: RefCell::default() }
     }
 
     /// An argument of the command line.
@@ -45,9 +51,8 @@ impl<'a> Source<'a> {
     /// Notes a fault at a byte of the text.
     pub fn fault(&self, offset: usize, key: String, problem: impl Display) -> Noted {
         let place = match &self.origin {
-            Origin::File { name, text } => {
-                let before = text.get(..offset).unwrap_or(text);
-                Place::Line(name.clone(), 1 + before.matches('\n').count())
+            Origin::File { name, line_ends } => {
+                Place::Line(name.clone(), 1 + line_ends.partition_point(|end| *end < offset))
             }
             Origin::Argument(argument) => Place::Argument(argument.clone()),
         };
@@ -60,7 +65,7 @@ impl<'a> Source<'a> {
         let mut faults = self.faults.into_inner();
         // What a line that is not TOML seems to say is not worth a fault of its own.
         let broken = |fault: &&Fault| fault.key.is_empty();
-        let broken: Vec<_> =
+        let broken: HashSet<_> =
             faults.iter().filter(broken).map(|fault| fault.place.clone()).collect();
         faults.retain(|fault| fault.key.is_empty() || !broken.contains(&fault.place));
         faults.sort();
@@ -72,7 +77,7 @@ impl<'a> Source<'a> {
 /// A table that is being read.
 #[derive(Debug)]
 pub struct Table<'a> {
-    source: &'a Source<'a>,
+    source: &'a Source,
     /// The names of the tables around it and its own, as `time.clock`.
     path: String,
     /// Where it begins in the text.
@@ -86,7 +91,7 @@ pub struct Table<'a> {
 pub struct Located<'a, T> {
     /// The value.
     pub value: T,
-    source: &'a Source<'a>,
+    source: &'a Source,
     key: String,
     offset: usize,
 }
@@ -141,12 +146,12 @@ fn a_type(value: &DeValue<'_>) -> &'static str {
 
 impl<'a> Table<'a> {
     /// The outermost table.
-    pub fn root(source: &'a Source<'a>, entries: &'a DeTable<'a>) -> Self {
+    pub fn root(source: &'a Source, entries: &'a DeTable<'a>) -> Self {
         Self { source, path: String::new(), offset: 0, entries, asked: Vec::new() }
     }
 
     /// A table by its path.
-    pub fn named(source: &'a Source<'a>, path: String, entries: &'a DeTable<'a>) -> Self {
+    pub fn named(source: &'a Source, path: String, entries: &'a DeTable<'a>) -> Self {
         Self { source, path, offset: 0, entries, asked: Vec::new() }
     }
 

@@ -96,14 +96,24 @@ impl fmt::Display for Endpoint {
         match self {
             Self::Tcp(address) => address.fmt(f),
             Self::Udp(address) => write!(f, "udp:{address}"),
-            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            // Escaped, as it is printed and logged.
+            Self::Unix(path) => write!(f, "unix:{}", path.to_string_lossy().escape_debug()),
         }
     }
 }
 
 fn addresses(text: &str) -> Result<Vec<SocketAddr>, String> {
-    if let Ok(address) = text.parse() {
-        return Ok(vec![address]);
+    if let Ok(address) = text.parse::<SocketAddr>() {
+        return match address {
+            SocketAddr::V6(v6) if v6.ip().to_ipv4_mapped().is_some() => {
+                let v4 = SocketAddr::new(address.ip().to_canonical(), address.port());
+                Err(format!("an IPv4 address; expected it as {v4}"))
+            }
+            SocketAddr::V6(v6) if v6.ip().is_unicast_link_local() && v6.scope_id() == 0 => {
+                Err("expected the number of its interface too, as [fe80::1%2]:6789".to_owned())
+            }
+            address => Ok(vec![address]),
+        };
     }
     let expected = "expected HOST:PORT, tcp:HOST:PORT, udp:HOST:PORT or unix:PATH";
     let (host, port) = text.rsplit_once(':').ok_or(expected)?;
@@ -124,6 +134,7 @@ fn addresses(text: &str) -> Result<Vec<SocketAddr>, String> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::net::IpAddr;
 
     #[test]
     fn durations_have_units() {
@@ -170,6 +181,9 @@ mod tests {
         for bad in ["", "6789", ":6789", "::1:80", "[::1:80", "host", "unix:", "http://x:80"] {
             assert!(endpoint(bad).unwrap_err().starts_with("expected"), "{bad}");
         }
+        assert!(endpoint("[::ffff:127.0.0.1]:80").unwrap_err().contains("127.0.0.1:80"));
+        assert!(endpoint("[fe80::1]:80").unwrap_err().contains("interface"));
+        assert!(endpoint("[fe80::1%2]:80").is_ok());
         assert!(endpoint("127.0.0.1:65536").unwrap_err().contains("0 to 65535"));
         assert!(endpoint(&format!("unix:/{}", "x".repeat(200))).unwrap_err().contains("108"));
     }
@@ -188,8 +202,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn an_endpoint_prints_as_it_is_read(ip: std::net::IpAddr, port: u16, udp: bool) {
-            let address = SocketAddr::new(ip, port);
+        fn an_endpoint_prints_as_it_is_read(ip: IpAddr, port: u16, udp: bool) {
+            let link_local = matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
+            prop_assume!(!link_local);
+            let address = SocketAddr::new(ip.to_canonical(), port);
             let endpoint = if udp { Endpoint::Udp(address) } else { Endpoint::Tcp(address) };
             let read = Endpoint::parse(&endpoint.to_string(), Path::new("/"));
             prop_assert_eq!(read, Ok(vec![endpoint]));

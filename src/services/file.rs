@@ -22,7 +22,7 @@ use super::stream;
 /// How often the file is looked at. Two looks and the reading fit into a second.
 const LOOK_EVERY: Duration = Duration::from_millis(400);
 
-/// How long a file that is being rewritten in place is waited for before it is read all the same.
+/// How long a file that is being rewritten is waited for before it is read all the same.
 const LONGEST_REWRITE: Duration = Duration::from_secs(10);
 
 /// Versions that were replaced live on while connections that began with them last. They may take
@@ -117,7 +117,7 @@ fn read_document(settings: &Settings, file: &OpenFile) -> io::Result<Vec<u8>> {
 /// What is seen of the file between two looks.
 #[derive(Debug, Default)]
 struct Sight {
-    /// The file is being rewritten in place: its stamp at the last look, and since when.
+    /// The file is being rewritten: its stamp at the last look, and since when.
     rewrite: Option<(Stamp, Instant)>,
     /// Why the file cannot be read, if so; said once.
     trouble: Option<String>,
@@ -227,16 +227,14 @@ impl FileService {
             sight.rewrite = None;
             return Ok(None);
         }
-        // A file that took the name of the other is whole. One that is rewritten in place is
-        // whole when it has come to rest.
-        if seen.same_file(&current) {
-            let now = Instant::now();
-            let since = sight.rewrite.map_or(now, |(_, since)| since);
-            let rests = sight.rewrite.is_some_and(|(last, _)| last == seen);
-            if !rests && now.duration_since(since) < LONGEST_REWRITE {
-                sight.rewrite = Some((seen, since));
-                return Ok(None);
-            }
+        // It may be half written, in place or under the name of one that was removed: it is whole
+        // when it has come to rest.
+        let now = Instant::now();
+        let since = sight.rewrite.map_or(now, |(_, since)| since);
+        let rests = sight.rewrite.is_some_and(|(last, _)| last == seen);
+        if !rests && now.duration_since(since) < LONGEST_REWRITE {
+            sight.rewrite = Some((seen, since));
+            return Ok(None);
         }
         let version = Version::load(&self.settings)?;
         sight.rewrite = None;

@@ -44,7 +44,7 @@ pub struct TimeService {
 impl TimeService {
     /// Prepares what does not change from reply to reply.
     pub fn new(settings: Settings) -> Self {
-        let shapes = ReplyShapes::new(&settings.format);
+        let shapes = ReplyShapes::new(&settings.format, &settings.zone);
         Self { settings, shapes }
     }
 

@@ -282,7 +282,10 @@ fn deep_and_wide_junk_ends_in_faults_and_not_in_a_crash() {
         "a.b".repeat(100_000),
         "\u{feff}\u{feff}".repeat(1000),
         "\0".repeat(1000),
-        "x=1\n".repeat(20_000),
+        "x=1\n".repeat(260_000),
+        (0..90_000).map(|key| format!("k{key}=1\n")).collect(),
+        "=\n".repeat(500_000),
+        format!("[time.a]\nlisten = [{}]", "\"127.0.0.1:0\",".repeat(70_000)),
     ] {
         let output = Tried::new(&junk).run("check");
         assert_eq!(output.status.code(), Some(78), "{:.20}", junk);

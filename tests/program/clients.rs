@@ -130,6 +130,8 @@ fn telnet_prints_the_reply_between_its_own_lines() {
         let output = String::from_utf8(output).unwrap().replace('\r', "");
         let reply = output.lines().find(|line| line.ends_with(" year") || line.starts_with('{'));
         let reply = reply.unwrap_or_else(|| panic!("{output}"));
+        let outcomes = daemon.wait_for_connections(1);
+        assert!(outcomes.iter().all(|line| line["outcome"] == "complete"), "{outcomes:#?}");
         if service == "file.picture" {
             assert_eq!(decode(reply.as_bytes()).1, picture);
         }

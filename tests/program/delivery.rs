@@ -2,6 +2,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -111,6 +112,53 @@ fn a_client_that_sends_for_ever_gets_everything_and_is_let_go() {
 }
 
 #[test]
+fn a_killed_daemon_leaves_no_part_that_looks_like_the_whole() {
+    let (mut daemon, _) = picture_daemon(20_000_000, "");
+    let mut stream = connect(daemon.tcp("file.picture"));
+    stream.read_exact(&mut [0; 1000]).unwrap();
+    daemon.signal(rustix::process::Signal::KILL);
+    daemon.wait();
+    let error = stream.read_to_end(&mut Vec::new()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+}
+
+#[test]
+fn a_connection_that_cannot_be_watched_is_reset_and_the_log_says_why() {
+    let (daemon, _) = picture_daemon(1, "");
+    // From now on, for a while, the kernel has no room for what is to be watched.
+    let mut strace = Command::new("strace")
+        .args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=epoll_ctl"])
+        .args(["-e", "inject=epoll_ctl:error=ENOSPC:when=1..4", "-p"])
+        .arg(daemon.child.id().to_string())
+        .spawn()
+        .unwrap();
+    let status = format!("/proc/{}/status", daemon.child.id());
+    eventually("strace to be attached", || {
+        std::fs::read_to_string(&status)
+            .unwrap()
+            .lines()
+            .any(|line| line.strip_prefix("TracerPid:").is_some_and(|pid| pid.trim() != "0"))
+    });
+    let mut whole = 0;
+    eventually("service as before", || {
+        let mut reply = Vec::new();
+        // All or a reset, but never an empty end that looks clean.
+        match connect(daemon.tcp("time.clock")).read_to_end(&mut reply) {
+            Ok(_) => {
+                assert_eq!(reply.len(), 27);
+                whole += 1;
+            }
+            Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
+        }
+        whole > 3
+    });
+    let line = daemon.wait_for_message("cannot accept connections");
+    assert!(line["remedy"].as_str().unwrap().contains("max_user_watches"), "{line}");
+    strace.kill().unwrap();
+    strace.wait().unwrap();
+}
+
+#[test]
 fn a_client_that_resets_is_noted_and_others_are_served() {
     let (daemon, _) = picture_daemon(2_000_000, "");
     let stream = connect(daemon.tcp("file.picture"));
@@ -150,7 +198,7 @@ fn a_connection_that_lasts_too_long_is_reset_however_busy_it_is() {
 }
 
 #[test]
-fn clients_that_never_read_cost_little_memory_and_delay_nobody() {
+fn clients_that_never_read_cost_little_memory_and_others_are_served() {
     let (daemon, _) = picture_daemon(2_000_000, "");
     let address = daemon.tcp("file.picture");
     read_all(address);

@@ -1,8 +1,9 @@
 //! The file service: versions of a file, files that are too large to hold, files that go.
 
 use std::fs;
-use std::io::{ErrorKind, Read};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::symlink;
+use std::time::Duration;
 
 use crate::common::{Daemon, connect, decode, eventually, read_all, replace, sample, says};
 
@@ -45,6 +46,25 @@ fn a_file_that_is_rewritten_in_place_is_picked_up() {
     let daemon = daemon("", b"first");
     fs::write(daemon.path("picture.jpg"), b"again").unwrap();
     eventually("the rewritten version", || served(&daemon) == b"again");
+}
+
+#[test]
+fn a_file_that_is_written_slowly_is_served_when_it_is_whole() {
+    let first = sample(3, 100_000);
+    let second = sample(4, 300_000);
+    let daemon = daemon("", &first);
+    let path = daemon.path("picture.jpg");
+    // As tar, install and git do: a new file under the old name, while the old one lives on.
+    fs::hard_link(&path, daemon.path("kept.jpg")).unwrap();
+    fs::remove_file(&path).unwrap();
+    let mut file = fs::File::create(&path).unwrap();
+    for piece in second.chunks(20_000) {
+        file.write_all(piece).unwrap();
+        std::thread::park_timeout(Duration::from_millis(100));
+        let now = served(&daemon);
+        assert!(now == first || now == second, "{} bytes", now.len());
+    }
+    eventually("the second version", || served(&daemon) == second);
 }
 
 #[test]

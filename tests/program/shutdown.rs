@@ -1,6 +1,6 @@
 //! The end: what is under way may finish, the grace is kept, a second signal insists.
 
-use std::io::{ErrorKind, Read};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::ExitStatus;
 
@@ -86,6 +86,21 @@ fn a_client_that_has_everything_and_does_not_close_holds_nothing_up() {
     assert_eq!(code(daemon.stop()), Some(0));
     assert_eq!(daemon.wait_for_message("stopped: ")["reset"], 0);
     drop(stream);
+}
+
+#[test]
+fn a_conversation_that_waits_for_a_request_holds_nothing_up() {
+    let mut daemon = Daemon::start_with(
+        "[daemon]\ngrace = \"1h\"\n[file.files]\nlisten = [\"127.0.0.1:0\"]\npath = \".\"",
+        &[("a.txt", b"alpha")],
+        |_| {},
+    );
+    let mut stream = connect(daemon.tcp("file.files"));
+    stream.write_all(b"a.txt\n").unwrap();
+    stream.read_exact(&mut [0; 10]).unwrap();
+    assert_eq!(code(daemon.stop()), Some(0));
+    stream.read_to_end(&mut Vec::new()).unwrap();
+    assert_eq!(daemon.wait_for_message("stopped: ")["reset"], 0);
 }
 
 #[test]

@@ -202,6 +202,25 @@ fn a_datagram_that_could_be_part_of_a_loop_is_not_answered() {
     drop(daemon_stopped_with_counts(daemon, 1, 3));
 }
 
+#[test]
+fn the_rate_of_datagrams_is_that_of_the_service_and_not_of_each_socket() {
+    let daemon = Daemon::start(
+        "[time.clock]\nlisten = [\"udp:127.0.0.1:0\", \"udp:127.0.0.2:0\"]\nmax-datagrams = 1",
+    );
+    let lines = daemon.lines();
+    let addresses: Vec<SocketAddr> = lines
+        .iter()
+        .filter_map(|line| line["address"].as_str()?.strip_prefix("udp:")?.parse().ok())
+        .collect();
+    let asker = UdpSocket::bind("127.0.0.1:0").unwrap();
+    asker.set_read_timeout(Some(DEADLINE)).unwrap();
+    for address in &addresses {
+        asker.send_to(b"time?", address).unwrap();
+    }
+    asker.recv(&mut [0; 64]).unwrap();
+    drop(daemon_stopped_with_counts(daemon, 1, 1));
+}
+
 /// Stops the daemon, which then sums up what it has counted.
 fn daemon_stopped_with_counts(mut daemon: Daemon, answered: u64, dropped: u64) -> Daemon {
     assert!(daemon.stop().success());
