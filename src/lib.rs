@@ -24,6 +24,7 @@
 //! A connection's way: [`sockets::bind`] → [`listener::Listener::accept`] → [`connection::Connection::run`]
 //! → [`services::Service::answer`] → [`connection::Connection::send`], until every byte has
 //! arrived.
+// Not `forbid`, which would not let `kernel` have its exception.
 #![deny(unsafe_code, missing_docs)]
 #![warn(clippy::pedantic, clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 #![allow(clippy::must_use_candidate, clippy::struct_excessive_bools)]
