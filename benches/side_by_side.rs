@@ -373,17 +373,28 @@ fn start_handout(
     let mut command = Command::new(env!("CARGO_BIN_EXE_handout"));
     command.arg("serve").arg("--config").arg(&config).env("NOTIFY_SOCKET", &manager);
     let server = Server::start(command.stderr(File::create(&log)?), cores)?;
-    let ready = notified.recv(&mut [0; 1024]);
-    let log = fs::read_to_string(log)?;
-    ready.map_err(|error| format!("handout did not become ready: {error}\n{log}"))?;
-    let mut lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let listening = lines.find(|line| line["message"] == "listening");
-    let address = listening.as_ref().and_then(|line| line["address"].as_str());
-    Ok(Contender::new(
-        name,
-        server,
-        address.ok_or("handout did not say where it listens")?.parse()?,
-    ))
+    notified.recv(&mut [0; 1024]).map_err(|error| {
+        format!(
+            "handout did not become ready: {error}\n{}",
+            fs::read_to_string(&log).unwrap_or_default()
+        )
+    })?;
+    let address = logged_address(&log)?;
+    Ok(Contender::new(name, server, address))
+}
+
+/// The address that a log tells of; its lines are written a little later than they are made.
+fn logged_address(log: &Path) -> Result<SocketAddr, Box<dyn Error>> {
+    let start = Instant::now();
+    while start.elapsed() < PATIENCE {
+        let text = fs::read_to_string(log)?;
+        let mut lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        if let Some(line) = lines.find(|line| line["address"].is_string()) {
+            return Ok(line["address"].as_str().unwrap_or_default().parse()?);
+        }
+        thread::yield_now();
+    }
+    Err("handout did not say where it listens".into())
 }
 
 /// Starts nginx with a service much like the time, or `None` if there is no nginx that can do that.

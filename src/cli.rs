@@ -98,7 +98,7 @@ pub struct Serve {
     /// Tell the time on this address: HOST:PORT, udp:HOST:PORT or unix:PATH
     #[arg(long, value_name = "ADDR")]
     time: Vec<String>,
-    /// Hand out this file on this address: HOST:PORT=PATH or unix:PATH=PATH
+    /// Hand out this file, or the files of this folder, on this address: HOST:PORT=PATH
     #[arg(long, value_name = "ADDR=PATH", value_parser = address_and_path)]
     file: Vec<(String, String)>,
 }

@@ -279,6 +279,11 @@ impl<S: Stream> Connection<S> {
         Ok(received)
     }
 
+    /// Whether the client has ended its side.
+    pub fn input_ended(&self) -> bool {
+        self.input_ended
+    }
+
     /// Sends all of `bytes`. What the client sends meanwhile is read and dropped (unless the
     /// service asks for it), so that a client that sends before it reads does not wait for us while
     /// we wait for it.

@@ -143,7 +143,13 @@ impl FolderService {
                     self.reply(line, connection).await?;
                 }
                 Ok(None) if ended => return Ok(()),
-                Ok(None) => ended = connection.receive(&mut input).await? == 0,
+                Ok(None) => {
+                    ended = connection.receive(&mut input).await? == 0;
+                    // When the daemon stops, half a line is no request.
+                    if ended && !connection.input_ended() {
+                        return Ok(());
+                    }
+                }
                 // What comes next may be anything: nothing more is answered.
                 Err(_) => {
                     let problem = format!("a request is longer than {MAX_NAME} bytes");
