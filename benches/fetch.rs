@@ -6,6 +6,8 @@
 //! memory, and writing a file. Without `--bench`, as `cargo test` runs it, or with `--test`, the
 //! file is small.
 
+mod common;
+
 use std::env;
 use std::error::Error;
 use std::fs::{self, File};
@@ -24,6 +26,8 @@ use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
+
+use common::pseudo_random;
 
 /// The argument that turns this program into the loop that only reads.
 const READ: &str = "--read";
@@ -201,18 +205,4 @@ fn send_to_all(listener: &TcpListener, document: &[u8], ended: &AtomicBool) -> i
         // A client that goes early has its own exit code.
         let _ = client.write_all(document);
     }
-}
-
-/// Bytes that do not compress, from xorshift.
-fn pseudo_random(length: usize) -> Vec<u8> {
-    let mut state = 0x9E37_79B9_7F4A_7C15_u64;
-    let mut bytes = Vec::with_capacity(length + 8);
-    while bytes.len() < length {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend_from_slice(&state.to_le_bytes());
-    }
-    bytes.truncate(length);
-    bytes
 }

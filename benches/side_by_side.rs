@@ -12,12 +12,13 @@
 //! A further benchmark is a group of [`Contender`]s, and its kind of exchange for [`measure`].
 //! Without `--bench`, as `cargo test` runs it, or with `--test`, it only shows that it works.
 
+mod common;
+
 use std::env;
 use std::error::Error;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::iter;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
@@ -32,6 +33,8 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::Value;
 use tempfile::TempDir;
+
+use common::pseudo_random;
 
 /// The argument that turns this program into the floor, which hands out its standard input.
 const FLOOR: &str = "--floor";
@@ -461,16 +464,4 @@ fn pin(core: Option<usize>) -> io::Result<()> {
     let mut set = CpuSet::new();
     set.set(core);
     Ok(sched_setaffinity(None, &set)?)
-}
-
-/// Bytes that look random and are the same in every run (xorshift32).
-fn pseudo_random(length: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_u32;
-    let next = || {
-        state ^= state << 13;
-        state ^= state >> 17;
-        state ^= state << 5;
-        state.to_le_bytes()[3]
-    };
-    iter::repeat_with(next).take(length).collect()
 }

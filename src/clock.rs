@@ -17,7 +17,7 @@ use crate::kernel;
 const MAX_TEXT: usize = 512;
 
 /// Seconds from 1900, where RFC 868 begins to count, to 1970.
-const SECONDS_1900_TO_1970: i64 = 2_208_988_800;
+pub const SECONDS_1900_TO_1970: i64 = 2_208_988_800;
 
 /// Days from the start of the Modified Julian Date, 1858-11-17, to 1970-01-01.
 const MODIFIED_JULIAN_1970: i64 = 40_587;

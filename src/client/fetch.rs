@@ -180,7 +180,10 @@ pub struct Listed {
 /// # Errors
 /// If the server does not send one.
 pub async fn list(order: &Order) -> Result<Vec<Listed>, Error> {
-    let deadline = Instant::now() + order.timeout;
+    list_until(order, Instant::now() + order.timeout).await
+}
+
+async fn list_until(order: &Order, deadline: Instant) -> Result<Vec<Listed>, Error> {
     read_list(&mut Session::connect(order, deadline).await?).await
 }
 
@@ -197,16 +200,13 @@ pub async fn fetch(order: &Order, report: &mut impl Report) -> bool {
             return told(fetched.await, None, report);
         }
         Wanted::Names(names) => names.clone(),
-        Wanted::All => {
-            let listed = async { read_list(&mut Session::connect(order, deadline).await?).await };
-            match listed.await {
-                Ok(files) => files.into_iter().map(|file| file.filename).collect(),
-                Err(error) => {
-                    report.failed(None, &error);
-                    return false;
-                }
+        Wanted::All => match list_until(order, deadline).await {
+            Ok(files) => files.into_iter().map(|file| file.filename).collect(),
+            Err(error) => {
+                report.failed(None, &error);
+                return false;
             }
-        }
+        },
     };
     fetch_names(&names, order, deadline, report).await
 }

@@ -4,8 +4,7 @@ use jiff::civil::DateTime;
 use jiff::tz::{Offset, TimeZone};
 use jiff::{SignedDuration, Timestamp};
 
-/// Seconds from 1900, where RFC 868 begins to count, to 1970.
-const SECONDS_1900_TO_1970: u32 = 2_208_988_800;
+use crate::clock::SECONDS_1900_TO_1970;
 
 /// A time that was told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +43,7 @@ pub fn read_text(text: &str, zone: &TimeZone) -> Option<Told> {
 /// after that.
 pub fn read_rfc868(reply: &[u8]) -> Option<Told> {
     let seconds = u32::from_be_bytes(reply.try_into().ok()?);
-    let since_1970 = i64::from(seconds) - i64::from(SECONDS_1900_TO_1970);
+    let since_1970 = i64::from(seconds) - SECONDS_1900_TO_1970;
     let since_1970 = if since_1970 < 0 { since_1970 + (1 << 32) } else { since_1970 };
     Some(Told { instant: Timestamp::from_second(since_1970).ok()?, fraction: false })
 }
