@@ -45,6 +45,7 @@ pub mod kernel;
 pub mod limits;
 pub mod listener;
 pub mod logging;
+pub mod metrics;
 pub mod reload;
 pub mod running;
 pub mod served;
