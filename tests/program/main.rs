@@ -14,6 +14,7 @@ mod folder;
 mod limits;
 mod logs;
 mod manual;
+mod package;
 mod servers;
 mod shutdown;
 mod systemd;
