@@ -129,7 +129,7 @@ pub enum Error {
     #[error("{} is the place of another file that was asked for", .0.display())]
     SamePlace(PathBuf),
     /// It could not be written.
-    #[error("cannot write {}: {source}", .path.display())]
+    #[error("cannot write {}", .path.display())]
     Write {
         /// What.
         path: PathBuf,
