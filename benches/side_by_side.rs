@@ -105,7 +105,7 @@ fn floor_and_handout(
     reply: &[u8],
 ) -> Result<Vec<Contender>, Box<dyn Error>> {
     // With the second filter the line about the address that it has got is still logged.
-    let quiet = "warn,handout::daemon=info";
+    let quiet = "warn,handout::running=info";
     Ok(vec![
         start_floor(cores, folder, reply)?,
         start_handout("handout, no line per connection", cores, folder, quiet, service)?,
