@@ -11,7 +11,6 @@ use std::fmt;
 use std::io::{self, ErrorKind};
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -19,12 +18,10 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
-use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::counts::{Counts, Ending};
-use crate::kernel;
 
 /// How much of what a client sends is read and dropped; beyond it the client waits.
 const MAX_DISCARDED: u64 = 16 << 20;
@@ -46,6 +43,9 @@ const LINGER_SILENCE: Duration = Duration::from_secs(5);
 /// How long a client that has everything may go on sending.
 const LINGER_TOTAL: Duration = Duration::from_secs(30);
 
+/// How long a client may take to close its side before the reactor is asked to tell of it.
+const FIRST_LOOK: Duration = Duration::from_millis(1);
+
 /// The shortest and the longest wait between two looks at what the client has acknowledged.
 const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
@@ -58,32 +58,17 @@ pub trait Stream: AsyncRead + AsyncWrite + Unpin + Send {
     /// None is expected of an open socket.
     fn unacknowledged(&self) -> io::Result<u64>;
 
+    /// Reads what is there, if anything is, and drops it, without waiting; 0 is the end.
+    ///
+    /// # Errors
+    /// [`ErrorKind::WouldBlock`] if nothing is there, or what a read says.
+    fn try_discard(&mut self) -> io::Result<usize>;
+
     /// Makes the coming close a clean end instead of a reset.
     ///
     /// # Errors
     /// None is expected of an open socket.
     fn close_cleanly(&self) -> io::Result<()>;
-}
-
-impl Stream for TcpStream {
-    fn unacknowledged(&self) -> io::Result<u64> {
-        kernel::unacknowledged(self.as_fd())
-    }
-
-    fn close_cleanly(&self) -> io::Result<()> {
-        socket2::SockRef::from(self).set_linger(None)
-    }
-}
-
-impl Stream for UnixStream {
-    fn unacknowledged(&self) -> io::Result<u64> {
-        kernel::unacknowledged(self.as_fd())
-    }
-
-    /// Unix sockets know no reset: the client sees an end, and a document without its end.
-    fn close_cleanly(&self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 /// Who is at the other end.
@@ -375,6 +360,22 @@ impl<S: Stream> Connection<S> {
         }
     }
 
+    /// Reads and drops without waiting; true if the client said something.
+    fn discard_what_is_there(&mut self) -> Result<bool, Broken> {
+        let before = self.discarded;
+        while self.listens() {
+            match self.stream.try_discard() {
+                Ok(read) => {
+                    self.discarded += read as u64;
+                    self.input_ended |= read == 0;
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => return Err(Broken::of_socket(error)),
+            }
+        }
+        Ok(self.discarded > before)
+    }
+
     /// Says that nothing more comes, and waits until the client has everything.
     ///
     /// Closing at once could lose the end: a kernel that holds input which nobody read answers the
@@ -387,13 +388,15 @@ impl<S: Stream> Connection<S> {
         let began = Instant::now();
         let (mut heard, mut progressed) = (began, began);
         let mut queued = u64::MAX;
-        let mut pause = if self.listens() { LOOK_AGAIN.0 } else { Duration::ZERO };
-        loop {
-            if self.discard_for(pause).await? {
+        if self.listens() {
+            // Most clients close at once: a look after a moment spares them the reactor.
+            tokio::time::sleep(FIRST_LOOK).await;
+            if self.discard_what_is_there()? {
                 heard = Instant::now();
             }
-            pause = (pause * 2).clamp(LOOK_AGAIN.0, LOOK_AGAIN.1);
-
+        }
+        let mut pause = LOOK_AGAIN.0;
+        loop {
             let still_queued = self.stream.unacknowledged().map_err(Broken::Service)?;
             if still_queued == 0 {
                 let waited_enough = !self.listens()
@@ -410,6 +413,10 @@ impl<S: Stream> Connection<S> {
             } else if progressed.elapsed() >= self.terms.deadlines.idle {
                 return Err(Broken::Idle);
             }
+            if self.discard_for(pause).await? {
+                heard = Instant::now();
+            }
+            pause = (pause * 2).min(LOOK_AGAIN.1);
         }
     }
 }
@@ -461,6 +468,16 @@ mod tests {
     impl Stream for Memory {
         fn unacknowledged(&self) -> io::Result<u64> {
             Ok(self.unacknowledged.load(Ordering::Relaxed))
+        }
+
+        fn try_discard(&mut self) -> io::Result<usize> {
+            let mut buffer = [0; 16];
+            let mut buffer = ReadBuf::new(&mut buffer);
+            let mut context = Context::from_waker(std::task::Waker::noop());
+            match Pin::new(&mut self.stream).poll_read(&mut context, &mut buffer) {
+                Poll::Ready(result) => result.map(|()| buffer.filled().len()),
+                Poll::Pending => Err(ErrorKind::WouldBlock.into()),
+            }
         }
 
         fn close_cleanly(&self) -> io::Result<()> {

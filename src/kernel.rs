@@ -6,36 +6,53 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
 
 use tokio::io::Interest;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
-/// A listening socket whose readiness can be waited for apart from accepting.
+/// A socket whose readiness can be waited for apart from what is done with it.
 #[derive(Debug)]
-pub struct ListeningSocket(AsyncFd<OwnedFd>);
+pub struct Watched(AsyncFd<OwnedFd>);
 
-impl ListeningSocket {
-    /// Hands the socket to tokio's reactor, which must be running.
+impl Watched {
+    /// Hands the socket to tokio's reactor, which must be running, to be told of this.
     ///
     /// # Errors
-    /// If it cannot be watched.
-    pub fn new(socket: OwnedFd) -> io::Result<Self> {
+    /// If it cannot be watched. The socket is closed then.
+    pub fn new(socket: OwnedFd, interest: Interest) -> io::Result<Self> {
         // SAFETY: an `OwnedFd` is open and the same until it is dropped, and it is not handed out
         // in a way that would allow to exchange it.
-        let registered = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) };
+        let registered = unsafe { AsyncFd::register_with_interest(socket, interest) };
         Ok(Self(registered?))
     }
 
-    /// Waits until a client is in the queue.
+    /// Waits until there is something to be read, or a client to be accepted.
     ///
     /// # Errors
     /// If the reactor has stopped.
     pub async fn readable(&self) -> io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
         self.0.readable().await
     }
+
+    /// Waits until it is readable or, for [`Interest::WRITABLE`], writable.
+    ///
+    /// # Errors
+    /// If the reactor has stopped.
+    pub fn poll_ready(
+        &self,
+        context: &mut Context<'_>,
+        direction: Interest,
+    ) -> Poll<io::Result<AsyncFdReadyGuard<'_, OwnedFd>>> {
+        if direction.is_writable() {
+            self.0.poll_write_ready(context)
+        } else {
+            self.0.poll_read_ready(context)
+        }
+    }
 }
 
-impl AsFd for ListeningSocket {
+impl AsFd for Watched {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.get_ref().as_fd()
     }

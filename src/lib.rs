@@ -13,6 +13,7 @@
 //! | [`reload`] | the difference between what runs and what is configured |
 //! | [`sockets`] | sockets inherited or bound, with the options that they need |
 //! | [`listener`] | the only accept loop, the only datagram loop |
+//! | [`accepted`] | the socket of a connection, which is registered only when it has to wait |
 //! | [`connection`] | deliver every byte or reset; deadlines; the log line of a connection |
 //! | [`limits`] | what a service may take; the rates of datagrams |
 //! | [`served`] | a running service with what its listeners share |
@@ -35,6 +36,7 @@
 #![allow(clippy::must_use_candidate, clippy::struct_excessive_bools)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing))]
 
+pub mod accepted;
 pub mod cli;
 pub mod client;
 pub mod clock;

@@ -13,16 +13,18 @@ use std::time::{Duration, Instant};
 
 use quinn_udp::{BATCH_SIZE, RecvMeta, Transmit, UdpSocketState};
 use rustix::io::Errno;
-use rustix::net::{SocketAddrAny, SocketFlags, acceptfrom_with};
+use rustix::net::sockopt::socket_peercred;
+use rustix::net::{SocketFlags, acceptfrom_with};
 use tokio::io::Interest;
-use tokio::net::{TcpStream, UdpSocket, UnixStream};
+use tokio::net::UdpSocket;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio_util::task::TaskTracker;
 
-use crate::connection::{Connection, Peer, Stream};
+use crate::accepted::{AcceptedSocket, Kind};
+use crate::connection::{Connection, Peer};
 use crate::counts::{Datagram, Refusal};
 use crate::datagram::may_be_answered;
-use crate::kernel::ListeningSocket;
+use crate::kernel::Watched;
 use crate::served::Served;
 use crate::services::time::TimeService;
 use crate::sockets::SocketFile;
@@ -73,7 +75,7 @@ async fn follow<F: Future<Output = ()>>(
 /// A socket that accepts connections, registered with the reactor.
 #[derive(Debug)]
 pub struct Listener {
-    socket: ListeningSocket,
+    socket: Watched,
     family: Family,
 }
 
@@ -87,9 +89,9 @@ pub enum Family {
 }
 
 /// A connection that was just accepted.
-enum Accepted {
-    Tcp(TcpStream, SocketAddr),
-    Unix(UnixStream),
+struct Accepted {
+    socket: AcceptedSocket,
+    peer: Peer,
 }
 
 impl AsFd for Listener {
@@ -110,7 +112,7 @@ impl Listener {
     /// # Errors
     /// If it cannot be watched.
     pub fn new(socket: OwnedFd, family: Family) -> io::Result<Self> {
-        Ok(Self { socket: ListeningSocket::new(socket)?, family })
+        Ok(Self { socket: Watched::new(socket, Interest::READABLE)?, family })
     }
 
     /// Accepts connections, each served by a task of its own, until the sender of `orders` is
@@ -164,18 +166,19 @@ impl Listener {
     fn accept_next(&self) -> io::Result<Accepted> {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let (socket, address) = acceptfrom_with(&self.socket, flags)?;
-        self.register(socket, address)
-    }
-
-    /// Registers a new connection with the reactor. If that fails, it is reset by its close.
-    fn register(&self, socket: OwnedFd, address: Option<SocketAddrAny>) -> io::Result<Accepted> {
-        if let Family::Unix(_) = self.family {
-            return UnixStream::from_std(socket.into()).map(Accepted::Unix);
-        }
-        let address = address.and_then(|address| SocketAddr::try_from(address).ok());
-        let address = address.ok_or(Errno::CONNABORTED)?;
-        let address = SocketAddr::new(address.ip().to_canonical(), address.port());
-        Ok(Accepted::Tcp(TcpStream::from_std(socket.into())?, address))
+        let (kind, peer) = match self.family {
+            Family::Unix(_) => {
+                let user = socket_peercred(&socket).ok().map(|peer| peer.uid.as_raw());
+                (Kind::Unix, Peer::Unix(user))
+            }
+            Family::Tcp => {
+                let address = address.and_then(|address| SocketAddr::try_from(address).ok());
+                let address = address.ok_or(Errno::CONNABORTED)?;
+                let address = SocketAddr::new(address.ip().to_canonical(), address.port());
+                (Kind::Tcp, Peer::Internet(address))
+            }
+        };
+        Ok(Accepted { socket: AcceptedSocket::new(socket, kind), peer })
     }
 }
 
@@ -183,30 +186,23 @@ impl Listener {
 fn begin(accepted: Accepted, place: OwnedSemaphorePermit, duty: &Duty) {
     let served = Arc::clone(&duty.served);
     duty.connections.spawn(async move {
-        match accepted {
-            Accepted::Tcp(stream, address) => serve_tcp(stream, address, &served).await,
-            Accepted::Unix(stream) => serve_unix(stream, &served).await,
-        }
+        serve(accepted, &served).await;
         drop(place);
     });
 }
 
-async fn serve_tcp(stream: TcpStream, address: SocketAddr, served: &Served) {
-    // Who is not admitted is reset, as every connection that is dropped without being finished.
-    if let Some(guard) = served.admit(address.ip()) {
-        serve(stream, Peer::Internet(address), served).await;
-        drop(guard);
-    }
-}
-
-async fn serve_unix(stream: UnixStream, served: &Served) {
-    let user = stream.peer_cred().ok().map(|credentials| credentials.uid());
-    serve(stream, Peer::Unix(user), served).await;
-}
-
-async fn serve<S: Stream>(stream: S, peer: Peer, served: &Served) {
-    let connection = Connection::new(stream, peer, Arc::clone(&served.terms));
+async fn serve(Accepted { socket, peer }: Accepted, served: &Served) {
+    let guard = match peer {
+        Peer::Unix(_) => None,
+        Peer::Internet(address) => match served.admit(address.ip()) {
+            Some(guard) => Some(guard),
+            // Reset, as every connection that is dropped without being finished.
+            None => return,
+        },
+    };
+    let connection = Connection::new(socket, peer, Arc::clone(&served.terms));
     connection.run(async |connection| served.service.answer(connection).await).await;
+    drop(guard);
 }
 
 /// Whether an error of accept(2) is about the connection that was to be accepted, and not about

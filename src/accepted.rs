@@ -1,0 +1,146 @@
+//! The socket of an accepted connection, which meets the reactor only when it has to be waited for.
+//!
+//! A reply that fits into the kernel's buffer is written at once, and the registration, which costs
+//! more than the writing, is spared.
+
+use std::io::{self, ErrorKind};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+
+use crate::connection::Stream;
+use crate::kernel::{self, Watched};
+
+/// How much is received at one time.
+const RECEIVE_BUFFER: usize = 16 << 10;
+
+/// A connected TCP or Unix socket that does not block.
+#[derive(Debug)]
+pub struct AcceptedSocket {
+    socket: Socket,
+    kind: Kind,
+}
+
+/// What kind of socket was accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A TCP connection.
+    Tcp,
+    /// A Unix stream connection.
+    Unix,
+}
+
+#[derive(Debug)]
+enum Socket {
+    /// It has not been waited for yet.
+    Fresh(OwnedFd),
+    /// The reactor wakes whoever waits for it.
+    Watched(Watched),
+    /// It could not be registered, and was closed, which resets it.
+    Lost,
+}
+
+impl AcceptedSocket {
+    /// Takes over a socket that does not block.
+    pub fn new(socket: OwnedFd, kind: Kind) -> Self {
+        Self { socket: Socket::Fresh(socket), kind }
+    }
+
+    fn fd(&self) -> io::Result<BorrowedFd<'_>> {
+        match &self.socket {
+            Socket::Fresh(socket) => Ok(socket.as_fd()),
+            Socket::Watched(socket) => Ok(socket.as_fd()),
+            Socket::Lost => Err(ErrorKind::NotConnected.into()),
+        }
+    }
+
+    /// Does what can be done at once, or registers the socket and waits.
+    fn poll<R>(
+        &mut self,
+        context: &mut Context<'_>,
+        direction: Interest,
+        mut act: impl FnMut(BorrowedFd<'_>) -> rustix::io::Result<R>,
+    ) -> Poll<io::Result<R>> {
+        if let Socket::Fresh(socket) = &self.socket {
+            match act(socket.as_fd()) {
+                Err(rustix::io::Errno::WOULDBLOCK) => {}
+                result => return Poll::Ready(result.map_err(io::Error::from)),
+            }
+            if let Socket::Fresh(socket) = std::mem::replace(&mut self.socket, Socket::Lost) {
+                let both = Interest::READABLE | Interest::WRITABLE;
+                self.socket = Socket::Watched(Watched::new(socket, both)?);
+            }
+        }
+        let Socket::Watched(socket) = &self.socket else {
+            return Poll::Ready(Err(ErrorKind::NotConnected.into()));
+        };
+        loop {
+            let mut guard = ready!(socket.poll_ready(context, direction))?;
+            if let Ok(result) = guard.try_io(|socket| Ok(act(socket.as_fd())?)) {
+                return Poll::Ready(result);
+            }
+        }
+    }
+}
+
+impl Stream for AcceptedSocket {
+    fn unacknowledged(&self) -> io::Result<u64> {
+        kernel::unacknowledged(self.fd()?)
+    }
+
+    fn close_cleanly(&self) -> io::Result<()> {
+        match self.kind {
+            Kind::Tcp => socket2::SockRef::from(&self.fd()?).set_linger(None),
+            // These know no reset: the client sees an end, and a document without its end.
+            Kind::Unix => Ok(()),
+        }
+    }
+
+    fn try_discard(&mut self) -> io::Result<usize> {
+        let mut received = [MaybeUninit::uninit(); RECEIVE_BUFFER];
+        let (_, length) = recv(self.fd()?, &mut received, RecvFlags::DONTWAIT)?;
+        Ok(length)
+    }
+}
+
+impl AsyncRead for AcceptedSocket {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        // Through memory that need not be cleared first; what clients send is little.
+        let mut received = [MaybeUninit::uninit(); RECEIVE_BUFFER];
+        let wanted = buffer.remaining().min(RECEIVE_BUFFER);
+        self.poll(context, Interest::READABLE, |socket| {
+            let room = received.get_mut(..wanted).unwrap_or_default();
+            let ((filled, _), _) = recv(socket, room, RecvFlags::DONTWAIT)?;
+            buffer.put_slice(filled);
+            Ok(())
+        })
+    }
+}
+
+impl AsyncWrite for AcceptedSocket {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        self.poll(context, Interest::WRITABLE, |socket| send(socket, bytes, flags))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    /// Says that nothing more comes.
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(self.fd().and_then(|socket| Ok(shutdown(socket, Shutdown::Write)?)))
+    }
+}
