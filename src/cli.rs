@@ -1,4 +1,5 @@
-//! The command line as types: the source of `--help` and of the shell completions.
+//! The command line as types: the source of `--help`, of the shell completions and of the manual
+//! page.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -13,13 +14,18 @@ use crate::client::fetch::{Order, Output, Wanted};
 use crate::client::time::Question;
 use crate::clock::find_zone;
 use crate::config::{self, Sources};
+use crate::manual::Page;
 
 /// The configuration file if nobody names one.
-const DEFAULT_CONFIG: &str = "/etc/handout/handout.toml";
+pub(crate) const DEFAULT_CONFIG: &str = "/etc/handout/handout.toml";
 
 /// Hands out the time and files over plain TCP to anything that can open a socket.
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100)]
+#[command(
+    version,
+    max_term_width = 100,
+    after_help = "Exit codes: 0 done, 1 it failed, 2 wrong usage, 78 wrong configuration."
+)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -62,11 +68,11 @@ Exit codes: 0 done, 1 it failed, 2 wrong usage.")]
     /// Save what a file service hands out
     #[command(after_help = "\
 Examples:
-  handout fetch 192.0.2.1                       the file that it pushes, under its own name
-  handout fetch 192.0.2.1 -o picture.jpg        the same under a name of yours
-  handout fetch 192.0.2.1 --list                the files that it has
-  handout fetch 192.0.2.1 a.txt sub/b.txt       some of them
-  handout fetch 192.0.2.1 --all -o mirror/      all of them, with sub-folders
+  handout fetch 192.0.2.1                   what it pushes, under its name
+  handout fetch 192.0.2.1 -o picture.jpg    the same under a name of yours
+  handout fetch 192.0.2.1 --list            the files that it has
+  handout fetch 192.0.2.1 a.txt sub/b.txt   some of them
+  handout fetch 192.0.2.1 --all -o mirror/  all of them, with sub-folders
 
 Nothing is overwritten without --force, and a file appears only when it is whole.
 Exit codes: 0 everything was saved, 1 something was not, 2 wrong usage.")]
@@ -74,11 +80,21 @@ Exit codes: 0 everything was saved, 1 something was not, 2 wrong usage.")]
     /// Print the completions of a shell
     #[command(after_help = "\
 Examples:
-  handout completions bash > /usr/share/bash-completion/completions/handout
+  source <(handout completions bash)
   handout completions fish > ~/.config/fish/completions/handout.fish")]
     Completions {
         /// The shell
         shell: Shell,
+    },
+    /// Print a manual page
+    #[command(after_help = "\
+Examples:
+  handout manual | man -l -
+  handout manual handout.toml | man -l -")]
+    Manual {
+        /// The page
+        #[arg(value_enum, default_value_t)]
+        page: Page,
     },
 }
 

@@ -5,6 +5,7 @@
 //! | file | subject |
 //! |---|---|
 //! | [`cli`] | the command line as types |
+//! | [`manual`] | the manual pages, from the command line and from the shipped configuration |
 //! | [`client`] | the clients: ask the time, fetch files, trust no server |
 //! | [`config`] | file and arguments to a checked [`config::Config`], every fault at once |
 //! | [`daemon`] | the supervisor: bind, ready, serve, drain |
@@ -43,6 +44,7 @@ pub mod kernel;
 pub mod limits;
 pub mod listener;
 pub mod logging;
+pub mod manual;
 pub mod served;
 pub mod services;
 pub mod sockets;

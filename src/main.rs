@@ -36,6 +36,9 @@ fn main() -> ExitCode {
             clap_complete::generate(shell, &mut Cli::command(), "handout", &mut completions);
             print(&completions)
         }
+        Command::Manual { page } => {
+            page.render().map_or_else(|error| fail(&error), |page| print(page.as_bytes()))
+        }
     }
 }
 

@@ -13,6 +13,8 @@ mod file;
 mod folder;
 mod limits;
 mod logs;
+mod manual;
+mod package;
 mod servers;
 mod shutdown;
 mod systemd;

@@ -1,0 +1,33 @@
+//! The Debian package, as far as it can be tried without making it.
+
+use std::fs;
+use std::path::Path;
+
+#[test]
+fn every_file_of_the_package_is_there_or_is_made() {
+    let project = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |path| fs::read_to_string(project.join(path)).unwrap();
+    let maker = read("packaging/deb").replace("$shell", "SHELL");
+    let manifest = read("Cargo.toml");
+    let (_, assets) = manifest.split_once("\nassets = [\n").unwrap();
+    let (assets, _) = assets.split_once("\n]").unwrap();
+    for asset in assets.lines() {
+        // A row is JSON, too.
+        let [source, ..]: [String; 3] =
+            serde_json::from_str(asset.trim().trim_end_matches(',')).unwrap();
+        if let Some(name) = source.strip_prefix("target/package/") {
+            let name = [".bash", ".zsh", ".fish"]
+                .iter()
+                .fold(name.to_owned(), |name, shell| name.replace(shell, ".SHELL"));
+            assert!(maker.contains(&format!("/{name}\"")), "{source}");
+        } else if !source.starts_with("target/") {
+            // Up to where a pattern begins.
+            let (folder, name) =
+                source.split('*').next().unwrap().rsplit_once('/').unwrap_or((".", &source));
+            let mut files = fs::read_dir(project.join(folder)).unwrap();
+            let is_named =
+                |file: fs::DirEntry| file.file_name().to_str().unwrap().starts_with(name);
+            assert!(files.any(|file| is_named(file.unwrap())), "{source}");
+        }
+    }
+}
