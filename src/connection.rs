@@ -23,6 +23,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
+use crate::counts::{Counts, Ending};
 use crate::kernel;
 
 /// How much of what a client sends is read and dropped; beyond it the client waits.
@@ -144,14 +145,14 @@ enum Outcome {
 }
 
 impl Outcome {
-    fn name(&self) -> &'static str {
+    fn ending(&self) -> Ending {
         match self {
-            Outcome::Complete => "complete",
-            Outcome::Broken(Broken::Client(_)) => "reset",
-            Outcome::Broken(Broken::Idle) => "idle-timeout",
-            Outcome::Broken(Broken::Service(_)) => "failed",
-            Outcome::MaxDuration => "max-duration",
-            Outcome::Shutdown => "shutdown",
+            Outcome::Complete => Ending::Complete,
+            Outcome::Broken(Broken::Client(_)) => Ending::Reset,
+            Outcome::Broken(Broken::Idle) => Ending::IdleTimeout,
+            Outcome::Broken(Broken::Service(_)) => Ending::Failed,
+            Outcome::MaxDuration => Ending::MaxDuration,
+            Outcome::Shutdown => Ending::Shutdown,
         }
     }
 }
@@ -165,7 +166,7 @@ pub struct Deadlines {
     pub total: Duration,
 }
 
-/// What a connection heeds of the daemon's end.
+/// What a connection heeds of the end of its service, or of the daemon.
 #[derive(Debug, Clone, Default)]
 pub struct Shutdown {
     /// Nothing new is begun, and nobody who has everything is waited for.
@@ -174,14 +175,33 @@ pub struct Shutdown {
     pub abort: CancellationToken,
 }
 
+impl Shutdown {
+    /// A part that ends with the whole, or before it.
+    #[must_use]
+    pub fn child(&self) -> Self {
+        Self { drain: self.drain.child_token(), abort: self.abort.child_token() }
+    }
+}
+
+/// What the connections of one service have in common.
+#[derive(Debug)]
+pub struct Terms {
+    /// The service's name in the log.
+    pub service: Arc<str>,
+    /// How long they may last.
+    pub deadlines: Deadlines,
+    /// What ends them early.
+    pub shutdown: Shutdown,
+    /// Where they are counted.
+    pub counts: Arc<Counts>,
+}
+
 /// A connection that a service answers on.
 #[derive(Debug)]
 pub struct Connection<S: Stream> {
     stream: S,
-    service: Arc<str>,
     peer: Peer,
-    deadlines: Deadlines,
-    shutdown: Shutdown,
+    terms: Arc<Terms>,
     started: Instant,
     written: u64,
     discarded: u64,
@@ -198,19 +218,12 @@ pub struct Connection<S: Stream> {
 
 impl<S: Stream> Connection<S> {
     /// Takes over a stream that was just accepted.
-    pub fn new(
-        stream: S,
-        service: Arc<str>,
-        peer: Peer,
-        deadlines: Deadlines,
-        shutdown: Shutdown,
-    ) -> Self {
+    pub fn new(stream: S, peer: Peer, terms: Arc<Terms>) -> Self {
+        terms.counts.begin();
         Self {
             stream,
-            service,
             peer,
-            deadlines,
-            shutdown,
+            terms,
             started: Instant::now(),
             written: 0,
             discarded: 0,
@@ -228,8 +241,8 @@ impl<S: Stream> Connection<S> {
     where
         F: AsyncFnOnce(&mut Self) -> Result<(), Broken>,
     {
-        let total = self.deadlines.total;
-        let abort = self.shutdown.abort.clone();
+        let total = self.terms.deadlines.total;
+        let abort = self.terms.shutdown.abort.clone();
         let outcome = tokio::select! {
             // In this order, nothing is spent on timers for a connection that never waits.
             biased;
@@ -271,8 +284,8 @@ impl<S: Stream> Connection<S> {
         input.reserve(RECEIVE_BUFFER);
         let receiving = tokio::select! {
             biased;
-            received = timeout(self.deadlines.idle, self.stream.read_buf(input)) => received,
-            () = self.shutdown.drain.cancelled() => return Ok(0),
+            received = timeout(self.terms.deadlines.idle, self.stream.read_buf(input)) => received,
+            () = self.terms.shutdown.drain.cancelled() => return Ok(0),
         };
         let received = receiving.map_err(|_| Broken::Idle)?.map_err(Broken::of_socket)?;
         self.input_ended |= received == 0;
@@ -291,13 +304,14 @@ impl<S: Stream> Connection<S> {
     /// # Errors
     /// If the client has gone, or takes no byte for the idle time-out.
     pub async fn send(&mut self, mut bytes: &[u8]) -> Result<(), Broken> {
-        let idle = self.deadlines.idle;
+        let idle = self.terms.deadlines.idle;
         while !bytes.is_empty() {
             let now = bytes.get(..MAX_SENT).unwrap_or(bytes);
             let step = std::future::poll_fn(|context| self.poll_send(context, now));
             let sent = timeout(idle, step).await.map_err(|_| Broken::Idle)?;
             let sent = sent.map_err(Broken::of_socket)?;
             self.written += sent as u64;
+            self.terms.counts.add_sent(sent as u64);
             bytes = bytes.get(sent..).unwrap_or_default();
             if !bytes.is_empty() {
                 // Others' turn: a kernel takes a whole document at once, which takes its time.
@@ -381,9 +395,9 @@ impl<S: Stream> Connection<S> {
             let still_queued = self.stream.unacknowledged().map_err(Broken::Service)?;
             if still_queued == 0 {
                 let waited_enough = !self.listens()
-                    || heard.elapsed() >= LINGER_SILENCE.min(self.deadlines.idle)
+                    || heard.elapsed() >= LINGER_SILENCE.min(self.terms.deadlines.idle)
                     || began.elapsed() >= LINGER_TOTAL
-                    || self.shutdown.drain.is_cancelled();
+                    || self.terms.shutdown.drain.is_cancelled();
                 if waited_enough {
                     self.stream.close_cleanly().map_err(Broken::Service)?;
                     self.finished = true;
@@ -391,7 +405,7 @@ impl<S: Stream> Connection<S> {
                 }
             } else if still_queued != queued {
                 (queued, progressed) = (still_queued, Instant::now());
-            } else if progressed.elapsed() >= self.deadlines.idle {
+            } else if progressed.elapsed() >= self.terms.deadlines.idle {
                 return Err(Broken::Idle);
             }
         }
@@ -404,22 +418,24 @@ impl<S: Stream> Drop for Connection<S> {
         if !self.finished {
             bytes = bytes.saturating_sub(self.stream.unacknowledged().unwrap_or(0));
         }
-        let duration = self.started.elapsed().as_secs_f64();
-        let (service, peer) = (&*self.service, self.peer);
-        let outcome = match &self.outcome {
-            Some(Outcome::Broken(Broken::Service(cause))) => {
-                let outcome = "failed";
-                let message = format_args!("{service}: {peer} {outcome}: {cause}");
-                tracing::warn!(service, %peer, bytes, duration, outcome, %cause, "{message}");
-                return;
-            }
-            Some(outcome) => outcome.name(),
-            None if std::thread::panicking() => "panic",
-            None => "shutdown",
+        let duration = self.started.elapsed();
+        let ending = match &self.outcome {
+            Some(outcome) => outcome.ending(),
+            None if std::thread::panicking() => Ending::Panic,
+            None => Ending::Shutdown,
         };
-        // The message alone is what `journalctl` shows.
-        let message = format_args!("{service}: {peer} {outcome}");
-        tracing::info!(service, %peer, bytes, duration, outcome, "{message}");
+        self.terms.counts.end(ending, duration);
+
+        let duration = duration.as_secs_f64();
+        let (service, peer, outcome) = (&*self.terms.service, self.peer, <&str>::from(ending));
+        if let Some(Outcome::Broken(Broken::Service(cause))) = &self.outcome {
+            let message = format_args!("{service}: {peer} {outcome}: {cause}");
+            tracing::warn!(service, %peer, bytes, duration, outcome, %cause, "{message}");
+        } else {
+            // The message alone is what `journalctl` shows.
+            let message = format_args!("{service}: {peer} {outcome}");
+            tracing::info!(service, %peer, bytes, duration, outcome, "{message}");
+        }
     }
 }
 
@@ -499,8 +515,13 @@ mod tests {
             reset: Arc::clone(&reset),
         };
         let peer = Peer::Unix(None);
-        let connection =
-            Connection::new(memory, "test.one".into(), peer, deadlines, shutdown.clone());
+        let terms = Terms {
+            service: "test.one".into(),
+            deadlines,
+            shutdown: shutdown.clone(),
+            counts: Arc::default(),
+        };
+        let connection = Connection::new(memory, peer, Arc::new(terms));
         Tried { client, connection, unacknowledged, reset, shutdown }
     }
 

@@ -1,9 +1,11 @@
-//! What no safe function exists for: two questions to the kernel, and a registration with tokio.
+//! What no safe function exists for: two questions to the kernel, a registration with tokio, and
+//! descriptors that are there from the start.
 //! This is the only unsafe code.
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::io::Interest;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
@@ -31,6 +33,29 @@ impl ListeningSocket {
     pub async fn readable(&self) -> io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
         self.0.readable().await
     }
+}
+
+impl AsFd for ListeningSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.get_ref().as_fd()
+    }
+}
+
+/// The descriptors that the service manager has passed to this process, each with its name
+/// (`sd_listen_fds(3)`). They are given away once; after that there are none.
+///
+/// # Errors
+/// If the manager's environment variables make no sense, or name what is not open.
+pub fn inherited_descriptors() -> io::Result<Vec<(OwnedFd, String)>> {
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    if TAKEN.swap(true, Ordering::Relaxed) {
+        return Ok(Vec::new());
+    }
+    // This also sees to it that they are open, and closed in programs that we may start.
+    let passed = sd_notify::listen_fds_with_names()?;
+    // SAFETY: they were opened for this process by the service manager, for nobody else in it, and
+    // are taken over no more than once.
+    Ok(passed.map(|(fd, name)| (unsafe { OwnedFd::from_raw_fd(fd) }, name)).collect())
 }
 
 /// What the kernel knows of its clock (adjtimex(2)), unprocessed.

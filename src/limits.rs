@@ -108,9 +108,8 @@ pub fn network(text: &str) -> Result<IpNet, String> {
 }
 
 /// The connections of each client of a service at this moment.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Clients {
-    max: u32,
     /// Only those who have one.
     connected: Mutex<HashMap<IpAddr, u32>>,
 }
@@ -123,17 +122,12 @@ pub struct ClientGuard {
 }
 
 impl Clients {
-    /// Nobody is connected.
-    pub fn new(max: NonZeroU32) -> Self {
-        Self { max: max.get(), connected: Mutex::default() }
-    }
-
-    /// Counts a connection from this address, or `None` if its client has as many as it may.
-    pub fn enter(self: &Arc<Self>, address: IpAddr) -> Option<ClientGuard> {
+    /// Counts a connection from this address, or `None` if its client has `max` already.
+    pub fn enter(self: &Arc<Self>, address: IpAddr, max: NonZeroU32) -> Option<ClientGuard> {
         let client = client_of(address);
         let mut connected = self.connected.lock().unwrap_or_else(PoisonError::into_inner);
         let count = connected.entry(client).or_insert(0);
-        if *count >= self.max {
+        if *count >= max.get() {
             return None;
         }
         *count += 1;
@@ -266,15 +260,15 @@ mod tests {
 
     #[test]
     fn a_client_has_its_connections_back_when_they_end() {
-        let clients = Arc::new(Clients::new(NonZeroU32::new(2).unwrap()));
-        let first = clients.enter(ip("192.0.2.7")).unwrap();
-        let _second = clients.enter(ip("::ffff:192.0.2.7")).unwrap();
-        assert!(clients.enter(ip("192.0.2.7")).is_none());
-        let _another = clients.enter(ip("192.0.2.8")).unwrap();
+        let clients = Arc::<Clients>::default();
+        let enter = |address| clients.enter(ip(address), NonZeroU32::new(2).unwrap());
+        let first = enter("192.0.2.7").unwrap();
+        let _second = enter("::ffff:192.0.2.7").unwrap();
+        assert!(enter("192.0.2.7").is_none());
+        let _another = enter("192.0.2.8").unwrap();
         drop(first);
-        assert!(clients.enter(ip("192.0.2.7")).is_some());
-        let networks = ["2001:db8::1", "2001:db8::2", "2001:db8::3"].map(ip);
-        let guards: Vec<_> = networks.iter().map(|ip| clients.enter(*ip)).collect();
+        assert!(enter("192.0.2.7").is_some());
+        let guards = ["2001:db8::1", "2001:db8::2", "2001:db8::3"].map(enter);
         assert!(guards[1].is_some() && guards[2].is_none());
     }
 
@@ -283,12 +277,13 @@ mod tests {
         fn nobody_has_more_than_the_limit_and_nothing_is_kept_of_those_who_left(
             steps in prop::collection::vec((0u8..5, any::<bool>()), 0..200),
         ) {
-            let clients = Arc::new(Clients::new(NonZeroU32::new(3).unwrap()));
+            let clients = Arc::<Clients>::default();
+            let max = NonZeroU32::new(3).unwrap();
             let mut guards: Vec<Vec<ClientGuard>> = (0..5).map(|_| Vec::new()).collect();
             for (client, enters) in steps {
                 let own = &mut guards[usize::from(client)];
                 if enters {
-                    let entered = clients.enter(IpAddr::from([10, 0, 0, client]));
+                    let entered = clients.enter(IpAddr::from([10, 0, 0, client]), max);
                     prop_assert_eq!(entered.is_some(), own.len() < 3);
                     own.extend(entered);
                 } else {

@@ -1,13 +1,14 @@
 //! The only accept loop, and the only loop that receives datagrams.
 //!
-//! Both serve until they are dropped; no error ends them.
+//! Both go on until they are let go; no error ends them. What they serve can change meanwhile,
+//! without the socket being closed.
 
 use std::array;
+use std::future::pending;
 use std::io::{self, IoSliceMut};
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use quinn_udp::{BATCH_SIZE, RecvMeta, Transmit, UdpSocketState};
@@ -15,10 +16,11 @@ use rustix::io::Errno;
 use rustix::net::{SocketAddrAny, SocketFlags, acceptfrom_with};
 use tokio::io::Interest;
 use tokio::net::{TcpStream, UdpSocket, UnixStream};
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio_util::task::TaskTracker;
 
-use crate::connection::{Connection, Peer, Shutdown, Stream};
+use crate::connection::{Connection, Peer, Stream};
+use crate::counts::{Datagram, Refusal};
 use crate::datagram::may_be_answered;
 use crate::kernel::ListeningSocket;
 use crate::served::Served;
@@ -35,6 +37,39 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_s
 /// A fault that comes and goes is said so often at most.
 const SAY_AGAIN: Duration = Duration::from_mins(1);
 
+/// What a socket is there for at the moment.
+#[derive(Debug, Clone)]
+pub struct Duty {
+    /// The service that answers.
+    pub served: Arc<Served>,
+    /// Where connections are counted as under way.
+    pub connections: TaskTracker,
+    /// The ports at which this daemon receives datagrams.
+    pub own_ports: Arc<[u16]>,
+}
+
+impl Duty {
+    /// Whether there is nothing different to do.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.served, &other.served) && self.own_ports == other.own_ports
+    }
+}
+
+/// Does what is to be done, anew whenever that changes, until whoever gave the orders has gone.
+async fn follow<F: Future<Output = ()>>(
+    mut orders: watch::Receiver<Duty>,
+    mut act: impl FnMut(Duty) -> F,
+) {
+    loop {
+        let duty = orders.borrow_and_update().clone();
+        tokio::select! {
+            biased;
+            changed = orders.changed() => if changed.is_err() { return },
+            () = act(duty) => {}
+        }
+    }
+}
+
 /// A socket that accepts connections, registered with the reactor.
 #[derive(Debug)]
 pub struct Listener {
@@ -47,14 +82,26 @@ pub struct Listener {
 pub enum Family {
     /// TCP over IPv4 or IPv6.
     Tcp,
-    /// Unix stream sockets; their file goes with the listener.
-    Unix(SocketFile),
+    /// Unix stream sockets; a file of ours goes with the listener.
+    Unix(Option<SocketFile>),
 }
 
 /// A connection that was just accepted.
 enum Accepted {
     Tcp(TcpStream, SocketAddr),
     Unix(UnixStream),
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl AsFd for DatagramSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
 }
 
 impl Listener {
@@ -66,31 +113,33 @@ impl Listener {
         Ok(Self { socket: ListeningSocket::new(socket)?, family })
     }
 
-    /// Accepts connections for ever, each served by a task of its own.
-    pub async fn accept(self, served: Arc<Served>, shutdown: Shutdown, connections: TaskTracker) {
+    /// Accepts connections, each served by a task of its own, until the sender of `orders` is
+    /// dropped. Who is in the queue then is still served, as far as there are places.
+    pub async fn accept(self: Arc<Self>, orders: watch::Receiver<Duty>) {
+        let last = orders.clone();
+        follow(orders, |duty| self.accept_for(duty)).await;
+        let duty = last.borrow().clone();
+        while let Some(place) = duty.served.free_place() {
+            let Ok(accepted) = self.accept_next() else { break };
+            begin(accepted, place, &duty);
+        }
+    }
+
+    async fn accept_for(&self, duty: Duty) {
         let mut pause = Pause::default();
         loop {
-            match self.next_connection(&served).await {
+            match self.next_connection(&duty.served).await {
                 Ok((accepted, place)) => {
                     pause.reset();
-                    let (served, shutdown) = (Arc::clone(&served), shutdown.clone());
-                    connections.spawn(async move {
-                        match accepted {
-                            Accepted::Tcp(stream, address) => {
-                                serve_tcp(stream, address, &served, shutdown).await;
-                            }
-                            Accepted::Unix(stream) => serve_unix(stream, &served, shutdown).await,
-                        }
-                        drop(place);
-                    });
+                    begin(accepted, place, &duty);
                 }
                 Err(error) if ends_one_connection_only(&error) => {
-                    served.counts.aborted.fetch_add(1, Ordering::Relaxed);
+                    duty.served.counts().refusals.add(Refusal::Aborted);
                 }
                 // Without descriptors or memory the connection stays in the queue and the socket
                 // stays readable: going on at once would only spin.
                 Err(error) => {
-                    pause.after(&served.name, "cannot accept connections", &error).await;
+                    pause.after(&duty.served, "cannot accept connections", &error).await;
                 }
             }
         }
@@ -106,12 +155,16 @@ impl Listener {
         loop {
             let mut ready = self.socket.readable().await?;
             let place = served.place().await.map_err(io::Error::other)?;
-            let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-            if let Ok(accepted) = ready.try_io(|socket| Ok(acceptfrom_with(socket, flags)?)) {
-                let (socket, address) = accepted?;
-                return Ok((self.register(socket, address)?, place));
+            if let Ok(accepted) = ready.try_io(|_| self.accept_next()) {
+                return Ok((accepted?, place));
             }
         }
+    }
+
+    fn accept_next(&self) -> io::Result<Accepted> {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let (socket, address) = acceptfrom_with(&self.socket, flags)?;
+        self.register(socket, address)
     }
 
     /// Registers a new connection with the reactor. If that fails, it is reset by its close.
@@ -126,22 +179,33 @@ impl Listener {
     }
 }
 
-async fn serve_tcp(stream: TcpStream, address: SocketAddr, served: &Served, shutdown: Shutdown) {
+/// Serves a connection in a task of its own, in which it keeps its place.
+fn begin(accepted: Accepted, place: OwnedSemaphorePermit, duty: &Duty) {
+    let served = Arc::clone(&duty.served);
+    duty.connections.spawn(async move {
+        match accepted {
+            Accepted::Tcp(stream, address) => serve_tcp(stream, address, &served).await,
+            Accepted::Unix(stream) => serve_unix(stream, &served).await,
+        }
+        drop(place);
+    });
+}
+
+async fn serve_tcp(stream: TcpStream, address: SocketAddr, served: &Served) {
     // Who is not admitted is reset, as every connection that is dropped without being finished.
     if let Some(guard) = served.admit(address.ip()) {
-        serve(stream, Peer::Internet(address), served, shutdown).await;
+        serve(stream, Peer::Internet(address), served).await;
         drop(guard);
     }
 }
 
-async fn serve_unix(stream: UnixStream, served: &Served, shutdown: Shutdown) {
+async fn serve_unix(stream: UnixStream, served: &Served) {
     let user = stream.peer_cred().ok().map(|credentials| credentials.uid());
-    serve(stream, Peer::Unix(user), served, shutdown).await;
+    serve(stream, Peer::Unix(user), served).await;
 }
 
-async fn serve<S: Stream>(stream: S, peer: Peer, served: &Served, shutdown: Shutdown) {
-    let name = Arc::clone(&served.name);
-    let connection = Connection::new(stream, name, peer, served.limits.deadlines, shutdown);
+async fn serve<S: Stream>(stream: S, peer: Peer, served: &Served) {
+    let connection = Connection::new(stream, peer, Arc::clone(&served.terms));
     connection.run(async |connection| served.service.answer(connection).await).await;
 }
 
@@ -179,7 +243,9 @@ impl Pause {
     }
 
     /// Says what is wrong, not too often, and waits.
-    async fn after(&mut self, service: &str, act: &'static str, error: &io::Error) {
+    async fn after(&mut self, served: &Served, act: &'static str, error: &io::Error) {
+        served.counts().note_trouble();
+        let service = &**served.name();
         if self.said.is_none_or(|said| said.elapsed() >= SAY_AGAIN) {
             self.said = Some(Instant::now());
             let remedy = match Errno::from_io_error(error) {
@@ -220,26 +286,30 @@ impl DatagramSocket {
         Ok(Self { socket, state })
     }
 
-    /// Answers datagrams for ever, in one task and in memory that does not grow.
-    ///
-    /// `own_ports` are the ports at which this daemon receives datagrams.
-    pub async fn answer(self, time: Arc<TimeService>, served: Arc<Served>, own_ports: Arc<[u16]>) {
-        let Self { socket, state } = self;
+    /// Answers datagrams, in one task and in memory that does not grow, until the sender of
+    /// `orders` is dropped.
+    pub async fn answer(self: Arc<Self>, orders: watch::Receiver<Duty>) {
+        follow(orders, |duty| self.answer_for(duty)).await;
+    }
+
+    async fn answer_for(&self, duty: Duty) {
+        // The configuration does not give such a socket to a service that answers no datagrams.
+        let Some(time) = duty.served.service.datagrams() else { return pending().await };
         let mut buffer = vec![0; BATCH_SIZE * DATAGRAM];
         let mut metas = [RecvMeta::default(); BATCH_SIZE];
         let mut reply = Vec::new();
         let mut pause = Pause::default();
         loop {
-            let received = socket.async_io(Interest::READABLE, || {
+            let received = self.socket.async_io(Interest::READABLE, || {
                 let mut pieces = buffer.chunks_mut(DATAGRAM);
                 let mut slices: [IoSliceMut<'_>; BATCH_SIZE] =
                     array::from_fn(|_| IoSliceMut::new(pieces.next().unwrap_or_default()));
-                state.recv((&socket).into(), &mut slices, &mut metas)
+                self.state.recv((&self.socket).into(), &mut slices, &mut metas)
             });
             let received = match received.await {
                 Ok(received) => received,
                 Err(error) => {
-                    pause.after(&served.name, "cannot receive datagrams", &error).await;
+                    pause.after(&duty.served, "cannot receive datagrams", &error).await;
                     continue;
                 }
             };
@@ -249,23 +319,36 @@ impl DatagramSocket {
                 let payload = payload.get(..meta.len).unwrap_or_default();
                 // The kernel may hand over several datagrams of one sender as one.
                 for datagram in segments(payload, meta.stride) {
-                    let resembles = || time.resembles_reply(datagram);
-                    let answered = may_be_answered(meta.addr, meta.dst_ip, &own_ports, resembles)
-                        && served.admit_datagram(meta.addr.ip(), now)
-                        && {
-                            reply.clear();
-                            time.tell(&mut reply).is_ok()
-                        }
-                        // A queue that is full drops the answer, as any network may.
-                        && state.try_send((&socket).into(), &answer_to(meta, &reply)).is_ok();
-                    let counts = &served.counts;
-                    let count = if answered { &counts.answered } else { &counts.dropped };
-                    count.fetch_add(1, Ordering::Relaxed);
+                    let answered = self.answer_one(meta, datagram, now, &duty, time, &mut reply);
+                    let became = answered.err().unwrap_or(Datagram::Answered);
+                    duty.served.counts().datagrams.add(became);
                 }
             }
             // A flood of datagrams must not keep the other tasks of this thread waiting.
             tokio::task::consume_budget().await;
         }
+    }
+
+    /// Answers a datagram if it may be; or says why not.
+    fn answer_one(
+        &self,
+        meta: &RecvMeta,
+        datagram: &[u8],
+        now: Instant,
+        duty: &Duty,
+        time: &TimeService,
+        reply: &mut Vec<u8>,
+    ) -> Result<(), Datagram> {
+        let resembles_reply = || time.resembles_reply(datagram);
+        if !may_be_answered(meta.addr, meta.dst_ip, &duty.own_ports, resembles_reply) {
+            return Err(Datagram::Unanswerable);
+        }
+        duty.served.admit_datagram(meta.addr.ip(), now)?;
+        reply.clear();
+        time.tell(reply).map_err(|_| Datagram::Failed)?;
+        // A queue that is full drops the answer, as any network may.
+        let sent = self.state.try_send((&self.socket).into(), &answer_to(meta, reply));
+        sent.map_err(|_| Datagram::Failed)
     }
 }
 
@@ -288,6 +371,11 @@ fn answer_to<'a>(meta: &RecvMeta, reply: &'a [u8]) -> Transmit<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::Format;
+    use crate::connection::Shutdown;
+    use crate::limits::Limits;
+    use crate::services::Service;
+    use crate::services::time::Settings;
 
     #[test]
     fn an_aborted_connection_is_told_from_a_lack_of_descriptors() {
@@ -308,15 +396,20 @@ mod tests {
     async fn pauses_grow_to_a_second_and_begin_anew() {
         let mut pause = Pause::default();
         let error = Errno::MFILE.into();
+        let settings =
+            Settings { format: Format::Python, zone: jiff::tz::TimeZone::UTC, newline: true };
+        let service = Service::Time(TimeService::new(settings).into());
+        let limits = Limits::default();
+        let served = Served::new("time.clock".into(), service, limits, Shutdown::default());
         let start = tokio::time::Instant::now();
         for _ in 0..10 {
-            pause.after("time.clock", "cannot accept connections", &error).await;
+            pause.after(&served, "cannot accept connections", &error).await;
         }
         let waited = start.elapsed();
         assert!((Duration::from_secs(4)..Duration::from_secs(5)).contains(&waited), "{waited:?}");
         pause.reset();
         let start = tokio::time::Instant::now();
-        pause.after("time.clock", "cannot accept connections", &error).await;
+        pause.after(&served, "cannot accept connections", &error).await;
         assert!(start.elapsed() < Duration::from_millis(20));
     }
 }

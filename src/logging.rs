@@ -8,11 +8,11 @@ use std::env;
 use std::io::{self, IsTerminal};
 use std::os::unix::fs::MetadataExt;
 
-use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
+use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_journald::{Priority, PriorityMappings};
-use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
 use crate::config::{Log, LogFormat};
 
@@ -36,24 +36,58 @@ pub fn check_filter(filter: &str) -> Result<(), String> {
 /// not keep the services waiting.
 const WAITING_LINES: usize = 10_000;
 
-/// Begins to log. What is logged until the guard is dropped is written.
-///
-/// # Errors
-/// If the journal was asked for and cannot be reached, or something logs already.
-pub fn start(log: &Log) -> io::Result<WorkerGuard> {
+/// All that becomes of a log line: which are wanted, what they look like, where they go.
+type Lines = Box<dyn Layer<Registry> + Send + Sync>;
+
+/// The log, which can be changed while it runs. What is logged until it is dropped is written.
+pub struct Logger {
+    current: reload::Handle<Lines, Registry>,
+    stderr: NonBlocking,
+    _writer: WorkerGuard,
+}
+
+impl Logger {
+    /// Begins to log.
+    ///
+    /// # Errors
+    /// If the journal was asked for and cannot be reached, or something logs already.
+    pub fn start(log: &Log) -> io::Result<Self> {
+        let (stderr, writer) = NonBlockingBuilder::default()
+            .buffered_lines_limit(WAITING_LINES)
+            .lossy(true)
+            .finish(io::stderr());
+        let (lines, current) = reload::Layer::new(lines(log, &stderr)?);
+        tracing_subscriber::registry().with(lines).try_init().map_err(io::Error::other)?;
+        Ok(Self { current, stderr, _writer: writer })
+    }
+
+    /// Prepares to log otherwise, and changes nothing yet.
+    ///
+    /// # Errors
+    /// If the journal was asked for and cannot be reached.
+    pub fn prepare(&self, log: &Log) -> io::Result<Prepared> {
+        lines(log, &self.stderr).map(Prepared)
+    }
+
+    /// Logs as it was prepared, from now on.
+    pub fn change(&self, prepared: Prepared) {
+        // It fails only if there is no log any more.
+        let _ = self.current.reload(prepared.0);
+    }
+}
+
+/// Another way to log.
+pub struct Prepared(Lines);
+
+fn lines(log: &Log, stderr: &NonBlocking) -> io::Result<Lines> {
     let filter = EnvFilter::try_new(&log.level).map_err(io::Error::other)?;
-    let registry = tracing_subscriber::registry().with(filter);
-    let (writer, guard) = NonBlockingBuilder::default()
-        .buffered_lines_limit(WAITING_LINES)
-        .lossy(true)
-        .finish(io::stderr());
-    let stderr = tracing_subscriber::fmt::layer().with_writer(writer);
+    let stderr = tracing_subscriber::fmt::layer().with_writer(stderr.clone()).with_target(false);
     let format = match log.format {
         LogFormat::Auto if stderr_is_the_journal() => LogFormat::Journald,
         LogFormat::Auto => LogFormat::Text,
         other => other,
     };
-    let started = match format {
+    Ok(match format {
         LogFormat::Journald => {
             // Without the library's prefix, so that `journalctl SERVICE=time.clock` finds them.
             let journal = tracing_journald::layer()?
@@ -63,19 +97,18 @@ pub fn start(log: &Log) -> io::Result<WorkerGuard> {
                     debug: Priority::Debug,
                     ..PriorityMappings::new()
                 });
-            registry.with(journal).try_init()
+            filter.and_then(journal).boxed()
         }
         LogFormat::Json => {
             let json = stderr.json().flatten_event(true).with_current_span(false);
-            registry.with(json.with_span_list(false).with_target(false)).try_init()
+            filter.and_then(json.with_span_list(false)).boxed()
         }
         LogFormat::Text | LogFormat::Auto => {
             let colour =
                 io::stderr().is_terminal() && env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
-            registry.with(stderr.with_ansi(colour).with_target(false)).try_init()
+            filter.and_then(stderr.with_ansi(colour)).boxed()
         }
-    };
-    started.map(|()| guard).map_err(io::Error::other)
+    })
 }
 
 /// Whether standard error is the journal's stream (systemd.exec(5), `JOURNAL_STREAM`).

@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
@@ -11,10 +12,13 @@ use handout::client;
 use handout::client::fetch::Order;
 use handout::client::names::escape;
 use handout::client::progress::Progress;
-use handout::config::{Config, Sources};
+use handout::config::{Config, Faults, Sources};
 use handout::daemon::{Daemon, Orders};
-use handout::logging;
+use handout::errors::chain;
+use handout::logging::{self, Logger};
+use handout::sockets::Inherited;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
 
 /// Wrong configuration (sysexits(3), `EX_CONFIG`), which a restart does not mend.
 const WRONG_CONFIGURATION: u8 = 78;
@@ -24,8 +28,8 @@ const EXIT_TIME: Duration = Duration::from_millis(100);
 
 fn main() -> ExitCode {
     match Cli::parse().command {
-        Command::Serve(arguments) => configured(&arguments.into(), serve),
-        Command::Check(file) => configured(&file.into(), check),
+        Command::Serve(arguments) => serve(arguments.into()),
+        Command::Check(file) => check(&file.into()),
         Command::Time(arguments) => in_client(time(&arguments)),
         Command::Fetch(arguments) => match arguments.order() {
             Ok(order) => in_client(fetch(&arguments, &order)),
@@ -38,17 +42,6 @@ fn main() -> ExitCode {
         }
         Command::Manual { page } => {
             page.render().map_or_else(|error| fail(&error), |page| print(page.as_bytes()))
-        }
-    }
-}
-
-/// Goes on with the configuration, or says every fault of it.
-fn configured(sources: &Sources, go_on: fn(&Config) -> ExitCode) -> ExitCode {
-    match Config::load(sources) {
-        Ok(config) => go_on(&config),
-        Err(faults) => {
-            complain(&faults.to_string());
-            ExitCode::from(WRONG_CONFIGURATION)
         }
     }
 }
@@ -116,7 +109,11 @@ async fn fetch(arguments: &cli::Fetch, order: &Order) -> ExitCode {
     }
 }
 
-fn check(config: &Config) -> ExitCode {
+fn check(sources: &Sources) -> ExitCode {
+    let config = match Config::load(sources) {
+        Ok(config) => config,
+        Err(faults) => return refuse(&faults),
+    };
     let lines = config.services.iter().map(|service| {
         let listen: Vec<_> = service.listen.iter().map(ToString::to_string).collect();
         format!("{} on {}\n", service.name, listen.join(", "))
@@ -124,14 +121,24 @@ fn check(config: &Config) -> ExitCode {
     print(lines.chain(["no fault found\n".to_owned()]).collect::<String>().as_bytes())
 }
 
-fn serve(config: &Config) -> ExitCode {
+fn serve(sources: Sources) -> ExitCode {
+    // Before anything is opened, as they are known by their numbers.
+    let inherited = match Inherited::take_all() {
+        Ok(inherited) => inherited,
+        Err(error) => return fail(&error),
+    };
+    let config = match Config::load(&sources) {
+        Ok(config) => config,
+        Err(faults) => return refuse(&faults),
+    };
     let served = || -> Result<(), Box<dyn Error>> {
-        let _log = logging::start(&config.log)?;
+        let log = Logger::start(&config.log)?;
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         let served = runtime.block_on(async {
             let orders = orders()?;
-            tokio::spawn(heed_hangups()?);
-            Ok(Daemon::start(config)?.run(orders).await?)
+            tokio::spawn(reload_on_hangup(Arc::clone(&orders.reload))?);
+            let daemon = Daemon::start(sources, &config, inherited, log).await?;
+            Ok(daemon.run(orders).await?)
         });
         runtime.shutdown_timeout(EXIT_TIME);
         served
@@ -160,31 +167,25 @@ fn orders() -> io::Result<Orders> {
     Ok(orders)
 }
 
-/// A terminal that closes, or an administrator's habit, does not end the daemon.
-fn heed_hangups() -> io::Result<impl Future<Output = ()>> {
+fn reload_on_hangup(reload: Arc<Notify>) -> io::Result<impl Future<Output = ()>> {
     let mut hangup = signal(SignalKind::hangup())?;
     Ok(async move {
         while hangup.recv().await.is_some() {
-            tracing::warn!("SIGHUP: a reload is not supported yet; restart to change something");
+            // Several that come during a reload are one more.
+            reload.notify_one();
         }
     })
+}
+
+/// Says every fault of the configuration.
+fn refuse(faults: &Faults) -> ExitCode {
+    complain(&faults.to_string());
+    ExitCode::from(WRONG_CONFIGURATION)
 }
 
 fn fail(error: &dyn Error) -> ExitCode {
     complain(&chain(error));
     ExitCode::FAILURE
-}
-
-/// An error with its causes.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// Prints a result. Who stops reading has what it wants.

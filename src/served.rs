@@ -1,60 +1,99 @@
 //! A running service with what its listeners share: its limits, who is connected, what is counted.
 
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
+use crate::connection::{Shutdown, Terms};
+use crate::counts::{Counts, Datagram, Refusal};
 use crate::limits::{ClientGuard, Clients, DatagramRate, Limits};
 use crate::services::Service;
 
-/// A running service.
+/// A running service, as the configuration has it. When a reload changes it, a successor takes its
+/// place, and the connections that began with it end with it.
 #[derive(Debug)]
 pub struct Served {
-    /// Its name in the log, as `time.clock`.
-    pub name: Arc<str>,
     /// What answers.
     pub service: Service,
     /// What it may take.
     pub limits: Limits,
-    /// What is summed up in the log.
-    pub counts: Counts,
+    /// What its connections have in common.
+    pub terms: Arc<Terms>,
     /// One permit for each connection that it may have.
     permits: Arc<Semaphore>,
     clients: Arc<Clients>,
-    datagrams: Mutex<DatagramRate>,
-}
-
-/// What strangers can cause at will: counted, not logged one by one.
-#[derive(Debug, Default)]
-pub struct Counts {
-    /// Datagrams that were answered.
-    pub answered: AtomicU64,
-    /// Datagrams that were not.
-    pub dropped: AtomicU64,
-    /// Connections that their clients gave up before they were accepted.
-    pub aborted: AtomicU64,
-    /// Connections that were reset, as the access lists do not permit them.
-    pub denied: AtomicU64,
-    /// Connections that were reset, as their client had as many as it may.
-    pub crowded: AtomicU64,
+    datagrams: Arc<Mutex<DatagramRate>>,
 }
 
 impl Served {
-    /// A service that nobody is connected to yet.
-    pub fn new(name: Arc<str>, service: Service, limits: Limits) -> Self {
-        let permits = usize::try_from(limits.max_connections.get()).unwrap_or(usize::MAX);
+    /// A service that nobody is connected to yet; `name` is its name in the log, as `time.clock`.
+    pub fn new(name: Arc<str>, service: Service, limits: Limits, shutdown: Shutdown) -> Self {
         Self {
-            name,
             service,
-            counts: Counts::default(),
-            permits: Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS))),
-            clients: Arc::new(Clients::new(limits.max_per_client)),
-            datagrams: Mutex::new(DatagramRate::new(limits.datagrams, Instant::now())),
+            terms: Arc::new(Terms {
+                service: name,
+                deadlines: limits.deadlines,
+                shutdown,
+                counts: Arc::default(),
+            }),
+            permits: Arc::new(Semaphore::new(places(&limits))),
+            clients: Arc::default(),
+            datagrams: rate(&limits),
             limits,
         }
+    }
+
+    /// What follows this service after a reload. Who is connected still counts, and counting goes
+    /// on; the number of places is changed by [`Served::take_over`].
+    #[must_use]
+    pub fn successor(&self, service: Service, limits: Limits) -> Self {
+        Self {
+            service,
+            terms: Arc::new(Terms {
+                service: Arc::clone(&self.terms.service),
+                deadlines: limits.deadlines,
+                shutdown: self.terms.shutdown.clone(),
+                counts: Arc::clone(&self.terms.counts),
+            }),
+            permits: Arc::clone(&self.permits),
+            clients: Arc::clone(&self.clients),
+            datagrams: if limits.datagrams == self.limits.datagrams {
+                Arc::clone(&self.datagrams)
+            } else {
+                rate(&limits)
+            },
+            limits,
+        }
+    }
+
+    /// Gives the service as many places as it now has, `before` being what it succeeds.
+    pub fn take_over(&self, before: &Self) {
+        let [now, before] = [self, before].map(|served| places(&served.limits));
+        if now >= before {
+            self.permits.add_permits(now - before);
+        } else {
+            let fewer = u32::try_from(before - now).unwrap_or(u32::MAX);
+            // Places that are taken go when they are given back; until then, as a semaphore is
+            // fair, nobody gets a new one.
+            let permits = Arc::clone(&self.permits);
+            tokio::spawn(async move {
+                if let Ok(fewer) = permits.acquire_many(fewer).await {
+                    fewer.forget();
+                }
+            });
+        }
+    }
+
+    /// Its name in the log, as `time.clock`.
+    pub fn name(&self) -> &Arc<str> {
+        &self.terms.service
+    }
+
+    /// What it counts.
+    pub fn counts(&self) -> &Counts {
+        &self.terms.counts
     }
 
     /// Waits for a place for one more connection.
@@ -65,22 +104,42 @@ impl Served {
         Arc::clone(&self.permits).acquire_owned().await
     }
 
+    /// A place for one more connection, if there is one.
+    pub fn free_place(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.permits).try_acquire_owned().ok()
+    }
+
     /// Whether a client with this address is served, which is counted if not.
     pub fn admit(&self, address: IpAddr) -> Option<ClientGuard> {
         if !self.limits.access.permits(address) {
-            self.counts.denied.fetch_add(1, Ordering::Relaxed);
+            self.counts().refusals.add(Refusal::Access);
             return None;
         }
-        let guard = self.clients.enter(address);
+        let guard = self.clients.enter(address, self.limits.max_per_client);
         if guard.is_none() {
-            self.counts.crowded.fetch_add(1, Ordering::Relaxed);
+            self.counts().refusals.add(Refusal::MaxPerClient);
         }
         guard
     }
 
     /// Whether a datagram from this address is answered at `now`.
-    pub fn admit_datagram(&self, address: IpAddr, now: Instant) -> bool {
-        let rate = || self.datagrams.lock().unwrap_or_else(PoisonError::into_inner);
-        self.limits.access.permits(address) && rate().admit(address, now)
+    ///
+    /// # Errors
+    /// Why it is not.
+    pub fn admit_datagram(&self, address: IpAddr, now: Instant) -> Result<(), Datagram> {
+        if !self.limits.access.permits(address) {
+            return Err(Datagram::Access);
+        }
+        let mut rate = self.datagrams.lock().unwrap_or_else(PoisonError::into_inner);
+        if rate.admit(address, now) { Ok(()) } else { Err(Datagram::Rate) }
     }
+}
+
+fn places(limits: &Limits) -> usize {
+    let places = limits.max_connections.get();
+    usize::try_from(places).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS)
+}
+
+fn rate(limits: &Limits) -> Arc<Mutex<DatagramRate>> {
+    Arc::new(Mutex::new(DatagramRate::new(limits.datagrams, Instant::now())))
 }

@@ -1,18 +1,22 @@
-//! Sockets that are bound here, with the options that they need.
+//! Sockets that were inherited from the service manager or are bound here, with the options that
+//! they need.
 
 use std::fmt;
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::net::SocketType;
+use rustix::net::sockopt::{set_socket_reuseport, socket_acceptconn, socket_type};
 use socket2::{Domain, Protocol, Type};
 
 use crate::config::Endpoint;
+use crate::kernel;
 
 /// The longest queue of connections that wait to be accepted; the kernel shortens it to its
 /// `net.core.somaxconn`.
@@ -23,8 +27,8 @@ const BACKLOG: i32 = 4096;
 pub enum Socket {
     /// Accepts TCP connections.
     Tcp(OwnedFd),
-    /// Accepts Unix connections.
-    Unix(OwnedFd, SocketFile),
+    /// Accepts Unix connections. The file of one that was inherited is the service manager's.
+    Unix(OwnedFd, Option<SocketFile>),
     /// Receives datagrams.
     Udp(std::net::UdpSocket),
 }
@@ -54,25 +58,92 @@ impl fmt::Display for BindError {
     }
 }
 
-/// Binds a socket to `endpoint`.
+/// Binds a socket to `endpoint`; also if a socket that has called [`share_port`] is in the way, if
+/// `shared`.
 ///
 /// # Errors
 /// Names the endpoint, the cause and, where there is one, the remedy.
-pub fn bind(endpoint: &Endpoint) -> Result<Socket, BindError> {
+pub fn bind(endpoint: &Endpoint, shared: bool) -> Result<Socket, BindError> {
     let bound = match endpoint {
-        Endpoint::Tcp(address) => bind_tcp(*address),
-        Endpoint::Udp(address) => bind_udp(*address),
+        Endpoint::Tcp(address) => bind_tcp(*address, shared),
+        Endpoint::Udp(address) => bind_udp(*address, shared),
         Endpoint::Unix(path) => bind_unix(path),
     };
     bound.map_err(|source| BindError { endpoint: endpoint.clone(), source })
 }
 
+/// A descriptor of the service manager's that cannot be served.
+#[derive(Debug, thiserror::Error)]
+#[error("the descriptor that systemd passed under the name {name:?} cannot be served")]
+pub struct InheritError {
+    name: String,
+    source: io::Error,
+}
+
+/// A socket that the service manager has passed.
+#[derive(Debug)]
+pub struct Inherited {
+    /// The socket itself.
+    pub socket: Socket,
+    /// Where it is bound.
+    pub endpoint: Endpoint,
+    /// Its `FileDescriptorName=`.
+    pub name: String,
+}
+
+impl Inherited {
+    /// Every socket that the service manager has passed; once, and then no more.
+    ///
+    /// # Errors
+    /// If one is not a socket that listens or receives datagrams.
+    pub fn take_all() -> Result<Vec<Self>, InheritError> {
+        let descriptors = kernel::inherited_descriptors()
+            .map_err(|source| InheritError { name: "LISTEN_FDS".to_owned(), source })?;
+        let take = |(fd, name)| match Socket::inherit(fd) {
+            Ok((socket, endpoint)) => Ok(Self { socket, endpoint, name }),
+            Err(source) => Err(InheritError { name, source }),
+        };
+        descriptors.into_iter().map(take).collect()
+    }
+}
+
 impl Socket {
-    /// The address that it has got, which tells the port where any was asked for.
+    fn inherit(fd: OwnedFd) -> io::Result<(Self, Endpoint)> {
+        let other = || {
+            let expected = "expected a socket that listens or receives datagrams (ListenStream= \
+                            with Accept=no, or ListenDatagram=)";
+            io::Error::new(io::ErrorKind::InvalidInput, expected)
+        };
+        let kind = socket_type(&fd).map_err(|_| other())?;
+        let listens = socket_acceptconn(&fd)?;
+        let address = socket2::SockRef::from(&fd).local_addr()?;
+        socket2::SockRef::from(&fd).set_nonblocking(true)?;
+        match (kind, listens, address.as_socket()) {
+            (SocketType::STREAM, true, Some(address)) => {
+                prepare_tcp(&socket2::SockRef::from(&fd))?;
+                Ok((Self::Tcp(fd), Endpoint::Tcp(address)))
+            }
+            (SocketType::DGRAM, _, Some(address)) => {
+                Ok((Self::Udp(fd.into()), Endpoint::Udp(address)))
+            }
+            (SocketType::STREAM, true, None) if address.is_unix() => {
+                let abstract_name = || {
+                    let name = address.as_abstract_namespace().unwrap_or_default();
+                    PathBuf::from(format!("@{}", name.escape_ascii()))
+                };
+                let path = address.as_pathname().map_or_else(abstract_name, Path::to_owned);
+                Ok((Self::Unix(fd, None), Endpoint::Unix(path)))
+            }
+            _ => Err(other()),
+        }
+    }
+
+    /// The address that a socket has got that was to be bound to `wanted`, which tells the port
+    /// where any was asked for.
     ///
     /// # Errors
     /// None is expected of a bound socket.
-    pub fn endpoint(&self) -> io::Result<Endpoint> {
+    pub fn endpoint(&self, wanted: &Endpoint) -> io::Result<Endpoint> {
         let internet =
             |address: Option<SocketAddr>| address.ok_or(io::ErrorKind::Unsupported.into());
         match self {
@@ -81,27 +152,43 @@ impl Socket {
                 internet(address.as_socket()).map(Endpoint::Tcp)
             }
             Self::Udp(socket) => socket.local_addr().map(Endpoint::Udp),
-            Self::Unix(_, file) => Ok(Endpoint::Unix(file.path.clone())),
+            Self::Unix(..) => Ok(wanted.clone()),
         }
     }
 }
 
-fn bind_tcp(address: SocketAddr) -> io::Result<Socket> {
+/// Lets another socket of this user be bound beside this one, to an address that includes this
+/// one's or is included in it: a reload binds the new one before it closes the old one.
+///
+/// # Errors
+/// None is expected of an Internet socket.
+pub fn share_port(socket: impl AsFd) -> io::Result<()> {
+    Ok(set_socket_reuseport(socket, true)?)
+}
+
+fn bind_tcp(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     let socket = internet_socket(address, Type::STREAM, Protocol::TCP)?;
     // So that a restart does not wait for the connections of before.
     socket.set_reuse_address(true)?;
-    // Inherited by the connections: a reply's last part does not wait for an acknowledgement.
-    socket.set_tcp_nodelay(true)?;
-    // Inherited, too: a connection that is closed is reset, unless it was finished; also by the
-    // kernel, when it closes what a killed process had open.
-    socket.set_linger(Some(Duration::ZERO))?;
+    set_socket_reuseport(&socket, shared)?;
+    prepare_tcp(&socket)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(Socket::Tcp(socket.into()))
 }
 
-fn bind_udp(address: SocketAddr) -> io::Result<Socket> {
+/// Sets what the connections inherit from their listening socket.
+fn prepare_tcp(socket: &socket2::Socket) -> io::Result<()> {
+    // A reply's last part does not wait for an acknowledgement.
+    socket.set_tcp_nodelay(true)?;
+    // A connection that is closed is reset, unless it was finished; also by the kernel, when it
+    // closes what a killed process had open.
+    socket.set_linger(Some(Duration::ZERO))
+}
+
+fn bind_udp(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     let socket = internet_socket(address, Type::DGRAM, Protocol::UDP)?;
+    set_socket_reuseport(&socket, shared)?;
     socket.bind(&address.into())?;
     Ok(Socket::Udp(socket.into()))
 }
@@ -132,7 +219,7 @@ fn bind_unix(path: &Path) -> io::Result<Socket> {
     listener.set_nonblocking(true)?;
     // Whoever may enter the folder may ask, as with a TCP port.
     fs::set_permissions(path, fs::Permissions::from_mode(0o666))?;
-    Ok(Socket::Unix(listener.into(), file))
+    Ok(Socket::Unix(listener.into(), Some(file)))
 }
 
 /// Removes a socket file that nobody listens on, as a killed process leaves behind.

@@ -11,6 +11,13 @@ pub fn ready(status: &str) {
     tell(&[NotifyState::Ready, NotifyState::Status(status)]);
 }
 
+/// A reload begins; [`ready`] ends it.
+pub fn reloading() {
+    // Without a clock there is nothing to say, and the manager does not wait for it.
+    let Ok(now) = NotifyState::monotonic_usec_now() else { return };
+    tell(&[NotifyState::Reloading, now]);
+}
+
 /// The order to stop has come.
 pub fn stopping(status: &str) {
     tell(&[NotifyState::Stopping, NotifyState::Status(status)]);

@@ -25,7 +25,7 @@ use crate::services::{self, KINDS, Kind, Settings};
 
 pub use fault::{Fault, Faults, Place};
 pub use table::{Located, Noted, Source, Table};
-pub use values::{Endpoint, duration, size};
+pub use values::{Endpoint, Listen, duration, size};
 
 /// The largest file that is taken for a configuration.
 const MAX_FILE: u64 = 1 << 20;
@@ -96,7 +96,7 @@ pub struct Service {
     /// Its kind and name, as `time.clock`.
     pub name: Arc<str>,
     /// Where it listens; at least one.
-    pub listen: Vec<Endpoint>,
+    pub listen: Vec<Listen>,
     /// What it may take.
     pub limits: Limits,
     /// What it serves.
@@ -122,7 +122,7 @@ pub struct Sources {
 }
 
 /// Services with the places that said where they listen.
-type Found<'a> = Vec<(Service, Vec<Located<'a, Endpoint>>)>;
+type Found<'a> = Vec<(Service, Vec<Located<'a, Listen>>)>;
 
 impl Config {
     /// Reads and checks everything.
@@ -286,17 +286,18 @@ fn read_service<'a>(
     mut table: Table<'a>,
     context: &Context<'_>,
     limits: &Limits,
-) -> Result<(Service, Vec<Located<'a, Endpoint>>), Noted> {
+) -> Result<(Service, Vec<Located<'a, Listen>>), Noted> {
     let named = check_name(name).map_err(|expected| table.fault_here(expected));
     let listen = table.texts_or("listen", kind.default_listen, |text| {
-        let endpoints = Endpoint::parse(text, context.folder)?;
-        if !kind.datagrams && endpoints.iter().any(|one| matches!(one, Endpoint::Udp(_))) {
+        let listen = Listen::parse(text, context.folder)?;
+        let datagrams = |listen: &Listen| matches!(listen, Listen::At(Endpoint::Udp(_)));
+        if !kind.datagrams && listen.iter().any(datagrams) {
             return Err(format!(
                 "a {} service answers no datagrams; expected TCP or unix:",
                 kind.name
             ));
         }
-        Ok(endpoints)
+        Ok(listen)
     });
     let listen = listen.and_then(|listen| match listen.len() {
         0 => Err(table.fault("listen", "empty; expected at least one address")),
@@ -309,7 +310,7 @@ fn read_service<'a>(
     let listen = listen?;
     let service = Service {
         name: format!("{}.{name}", kind.name).into(),
-        listen: listen.iter().map(|endpoint| endpoint.value.clone()).collect(),
+        listen: listen.iter().map(|listen| listen.value.clone()).collect(),
         limits: limits?,
         settings: settings?,
     };
@@ -331,7 +332,7 @@ fn check_name(name: &str) -> Result<(), String> {
 
 /// Notes every address that two services, or one twice, want to listen on.
 fn note_conflicts(found: &Found<'_>) {
-    let mut taken: Vec<(&Service, &Endpoint)> = Vec::new();
+    let mut taken: Vec<(&Service, &Listen)> = Vec::new();
     for (service, listen) in found {
         for endpoint in listen {
             if taken.len() == MAX_ADDRESSES {
@@ -386,7 +387,7 @@ impl Argument<'_> {
         &self,
         number: usize,
         limits: &Limits,
-    ) -> Result<(Service, Vec<Located<'_, Endpoint>>), Noted> {
+    ) -> Result<(Service, Vec<Located<'_, Listen>>), Noted> {
         let name = format!("argument-{}", number + 1);
         let table = Table::named(&self.source, format!("{}.{name}", self.kind.name), &self.entries);
         // Relative to where the command was typed.

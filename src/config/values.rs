@@ -40,7 +40,72 @@ pub fn size(text: &str) -> Result<u64, String> {
     text.parse::<ByteSize>().map(|size| size.as_u64()).map_err(|_| expected())
 }
 
-/// Where a service listens.
+/// The longest name of an inherited socket (systemd.socket(5), `FileDescriptorName=`).
+const MAX_SOCKET_NAME: usize = 255;
+
+/// Where a service listens, as it is configured.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Listen {
+    /// On this address: by a socket that was inherited with it, or by one that is bound.
+    At(Endpoint),
+    /// On whatever the service manager has passed under this name.
+    Inherited(String),
+}
+
+impl Listen {
+    /// Reads what [`Endpoint::parse`] reads, or `systemd:NAME`.
+    ///
+    /// # Errors
+    /// Says what was expected.
+    pub fn parse(text: &str, folder: &Path) -> Result<Vec<Self>, String> {
+        let Some(name) = text.strip_prefix("systemd:") else {
+            return Ok(Endpoint::parse(text, folder)?.into_iter().map(Self::At).collect());
+        };
+        let fits = (1..=MAX_SOCKET_NAME).contains(&name.len())
+            && name.chars().all(|c| c.is_ascii_graphic() && c != ':');
+        if fits {
+            Ok(vec![Self::Inherited(name.to_owned())])
+        } else {
+            Err("expected the FileDescriptorName= of a socket unit after systemd:".to_owned())
+        }
+    }
+
+    /// The address, if it is one.
+    pub fn endpoint(&self) -> Option<&Endpoint> {
+        match self {
+            Self::At(endpoint) => Some(endpoint),
+            Self::Inherited(_) => None,
+        }
+    }
+
+    /// The name of an inherited socket, if it is one.
+    pub fn inherited(&self) -> Option<&str> {
+        match self {
+            Self::At(_) => None,
+            Self::Inherited(name) => Some(name),
+        }
+    }
+
+    /// Whether both cannot be had at one time.
+    pub fn conflicts_with(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::At(one), Self::At(two)) => one.conflicts_with(two),
+            (Self::Inherited(one), Self::Inherited(two)) => one == two,
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::At(endpoint) => endpoint.fmt(f),
+            Self::Inherited(name) => write!(f, "systemd:{name}"),
+        }
+    }
+}
+
+/// An address of a socket.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Endpoint {
     /// TCP on one address.
@@ -115,7 +180,7 @@ fn addresses(text: &str) -> Result<Vec<SocketAddr>, String> {
             address => Ok(vec![address]),
         };
     }
-    let expected = "expected HOST:PORT, tcp:HOST:PORT, udp:HOST:PORT or unix:PATH";
+    let expected = "expected HOST:PORT, tcp:HOST:PORT, udp:HOST:PORT, unix:PATH or systemd:NAME";
     let (host, port) = text.rsplit_once(':').ok_or(expected)?;
     let port: u16 = port.parse().map_err(|_| "expected a port from 0 to 65535".to_owned())?;
     if host.is_empty() || host.contains([':', '[', ']', '/']) {
@@ -186,6 +251,18 @@ mod tests {
         assert!(endpoint("[fe80::1%2]:80").is_ok());
         assert!(endpoint("127.0.0.1:65536").unwrap_err().contains("0 to 65535"));
         assert!(endpoint(&format!("unix:/{}", "x".repeat(200))).unwrap_err().contains("108"));
+    }
+
+    #[test]
+    fn an_inherited_socket_has_the_name_that_its_unit_gives_it() {
+        let parse = |text: &str| Listen::parse(text, Path::new("/base"));
+        assert_eq!(parse("systemd:clock"), Ok(vec![Listen::Inherited("clock".to_owned())]));
+        assert_eq!(parse("systemd:clock").unwrap()[0].to_string(), "systemd:clock");
+        assert_eq!(parse("127.0.0.1:80"), Ok(vec![Listen::At(one("127.0.0.1:80"))]));
+        for bad in ["systemd:", "systemd:a b", "systemd:a:b", "systemd:\u{e4}"] {
+            assert!(parse(bad).unwrap_err().contains("FileDescriptorName="), "{bad}");
+        }
+        assert!(parse(&format!("systemd:{}", "x".repeat(256))).is_err());
     }
 
     #[test]

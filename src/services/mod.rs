@@ -28,6 +28,13 @@ pub enum Settings {
     Folder(folder::Settings),
 }
 
+impl Settings {
+    /// Whether such a service answers datagrams.
+    pub fn datagrams(&self) -> bool {
+        matches!(self, Self::Time(_))
+    }
+}
+
 /// A kind of service as the configuration knows it.
 pub struct Kind {
     /// The name of its table.
@@ -137,9 +144,9 @@ impl Service {
     }
 
     /// What answers datagrams, if this service does.
-    pub fn datagrams(&self) -> Option<Arc<time::TimeService>> {
+    pub fn datagrams(&self) -> Option<&time::TimeService> {
         match self {
-            Self::Time(time) => Some(Arc::clone(time)),
+            Self::Time(time) => Some(time),
             Self::File(_) | Self::Folder(_) => None,
         }
     }
