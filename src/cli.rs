@@ -68,8 +68,8 @@ Exit codes: 0 done, 1 it failed, 2 wrong usage.")]
     /// Save what a file service hands out
     #[command(after_help = "\
 Examples:
-  handout fetch 192.0.2.1                   what it pushes, under its name
-  handout fetch 192.0.2.1 -o picture.jpg    the same under a name of yours
+  handout fetch 192.0.2.1                   what it pushes, by its own name
+  handout fetch 192.0.2.1 -o picture.jpg    the same by a name of yours
   handout fetch 192.0.2.1 --list            the files that it has
   handout fetch 192.0.2.1 a.txt sub/b.txt   some of them
   handout fetch 192.0.2.1 --all -o mirror/  all of them, with sub-folders

@@ -184,7 +184,7 @@ impl Shutdown {
 }
 
 /// What the connections of one service have in common.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Terms {
     /// The service's name in the log.
     pub service: Arc<str>,
@@ -194,6 +194,8 @@ pub struct Terms {
     pub shutdown: Shutdown,
     /// Where they are counted.
     pub counts: Arc<Counts>,
+    /// Their lines would bury the others': monitoring comes again and again.
+    pub log_at_debug: bool,
 }
 
 /// A connection that a service answers on.
@@ -431,9 +433,13 @@ impl<S: Stream> Drop for Connection<S> {
         if let Some(Outcome::Broken(Broken::Service(cause))) = &self.outcome {
             let message = format_args!("{service}: {peer} {outcome}: {cause}");
             tracing::warn!(service, %peer, bytes, duration, outcome, %cause, "{message}");
+            return;
+        }
+        // The message alone is what `journalctl` shows.
+        let message = format_args!("{service}: {peer} {outcome}");
+        if self.terms.log_at_debug {
+            tracing::debug!(service, %peer, bytes, duration, outcome, "{message}");
         } else {
-            // The message alone is what `journalctl` shows.
-            let message = format_args!("{service}: {peer} {outcome}");
             tracing::info!(service, %peer, bytes, duration, outcome, "{message}");
         }
     }
@@ -520,6 +526,7 @@ mod tests {
             deadlines,
             shutdown: shutdown.clone(),
             counts: Arc::default(),
+            log_at_debug: false,
         };
         let connection = Connection::new(memory, peer, Arc::new(terms));
         Tried { client, connection, unacknowledged, reset, shutdown }

@@ -131,15 +131,13 @@ impl Durations {
         self.microseconds.fetch_add(microseconds, Ordering::Relaxed);
     }
 
-    /// How many there were in each bucket alone, with its upper bound.
-    pub fn buckets(&self) -> Vec<(f64, u64)> {
-        let bounds = DURATION_BOUNDS.into_iter().chain([f64::MAX]);
-        bounds.zip(&self.buckets).map(|(b, n)| (b, n.load(Ordering::Relaxed))).collect()
-    }
-
-    /// All of them together, in seconds.
-    pub fn sum(&self) -> f64 {
-        Duration::from_micros(self.microseconds.load(Ordering::Relaxed)).as_secs_f64()
+    /// All of them together in seconds; and how many there were in each bucket alone, with its
+    /// upper bound.
+    pub fn read(&self) -> (f64, Vec<(f64, u64)>) {
+        let sum = Duration::from_micros(self.microseconds.load(Ordering::Relaxed)).as_secs_f64();
+        let bounds = DURATION_BOUNDS.into_iter().chain([f64::INFINITY]);
+        let counts = self.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed));
+        (sum, bounds.zip(counts).collect())
     }
 }
 
@@ -267,10 +265,10 @@ mod tests {
         for milliseconds in [0, 1, 2, 1_000, 3_600_000, 3_600_001] {
             durations.add(Duration::from_millis(milliseconds));
         }
-        let counted: Vec<_> =
-            durations.buckets().into_iter().filter(|(_, count)| *count > 0).collect();
-        assert_eq!(counted, [(0.001, 2), (0.005, 1), (1.0, 1), (3600.0, 1), (f64::MAX, 1)]);
-        assert!((durations.sum() - 7201.004).abs() < 1e-6);
+        let (sum, buckets) = durations.read();
+        let counted: Vec<_> = buckets.into_iter().filter(|(_, count)| *count > 0).collect();
+        assert_eq!(counted, [(0.001, 2), (0.005, 1), (1.0, 1), (3600.0, 1), (f64::INFINITY, 1)]);
+        assert!((sum - 7201.004).abs() < 1e-6);
     }
 
     #[test]

@@ -8,12 +8,13 @@ use std::time::Duration;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::Notify;
 use tokio::task::JoinError;
-use tokio::time::{Instant, interval, interval_at, timeout};
+use tokio::time::{Instant, interval, interval_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, Faults, Sources};
 use crate::errors::chain;
 use crate::logging::Logger;
+use crate::metrics::Reload;
 use crate::running::{self, Running, Summary};
 use crate::sockets::Inherited;
 use crate::systemd;
@@ -98,9 +99,7 @@ impl Daemon {
         let ended = loop {
             tokio::select! {
                 () = orders.stop.cancelled() => break Ok(()),
-                Some(ended) = self.running.serving.tasks.join_next() => if let Err(error) = ended {
-                    break Err(Ended(error));
-                },
+                error = self.running.failure() => break Err(Ended(error)),
                 _ = sums.tick() => self.sum_up(),
                 () = orders.reload.notified() => tokio::select! {
                     () = orders.stop.cancelled() => break Ok(()),
@@ -119,6 +118,7 @@ impl Daemon {
         let before = self.status();
         let status = match self.try_to_reload().await {
             Ok(summary) => {
+                self.running.monitor.count_reload(Reload::Done);
                 let Summary { added, changed, removed, kept } = summary;
                 let status = self.status();
                 tracing::info!(
@@ -132,6 +132,7 @@ impl Daemon {
                 status
             }
             Err(error) => {
+                self.running.monitor.count_reload(Reload::Failed);
                 let text = chain(&error);
                 for problem in text.lines() {
                     tracing::error!("reload failed, nothing was changed: {problem}");
@@ -159,8 +160,7 @@ impl Daemon {
 
     async fn stop(&mut self, orders: &Orders) {
         systemd::stopping("finishing the connections that are under way");
-        let connections = self.running.serving.connections.clone();
-        self.running.drain().await;
+        let connections = self.running.drain().await;
         let under_way = connections.len();
         tracing::info!(connections = under_way, "stopping: {under_way} connections may finish");
         tokio::select! {
@@ -169,9 +169,7 @@ impl Daemon {
             () = orders.stop_now.cancelled() => {}
         }
         let reset = connections.len();
-        self.running.serving.shutdown.abort.cancel();
-        // What does not go in time goes with the process.
-        let _ = timeout(RESET_TIME, connections.wait()).await;
+        self.running.end(RESET_TIME).await;
         self.sum_up();
         tracing::info!(reset, "stopped: {reset} connections reset");
     }

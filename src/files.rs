@@ -138,13 +138,21 @@ impl Folder {
     /// there is no safe substitute.
     pub fn open(path: &Path) -> io::Result<Self> {
         let folder = Self { path: path.to_owned() };
-        match beneath(&folder.root()?, Path::new("."), OFlags::RDONLY | OFlags::DIRECTORY) {
+        folder.look().map(|()| folder)
+    }
+
+    /// Looks whether the folder can be read.
+    ///
+    /// # Errors
+    /// As [`Folder::open`].
+    pub fn look(&self) -> io::Result<()> {
+        match beneath(&self.root()?, Path::new("."), OFlags::RDONLY | OFlags::DIRECTORY) {
             Err(Errno::NOSYS | Errno::PERM) => Err(io::Error::new(
                 io::ErrorKind::Unsupported,
                 "the kernel lacks openat2 (Linux 5.6), or a filter forbids it; \
                  without it no folder can be handed out safely",
             )),
-            result => result.map(|_| folder).map_err(io::Error::from),
+            result => result.map(|_| ()).map_err(io::Error::from),
         }
     }
 

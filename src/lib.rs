@@ -47,6 +47,7 @@ pub mod limits;
 pub mod listener;
 pub mod logging;
 pub mod manual;
+pub mod metrics;
 pub mod reload;
 pub mod running;
 pub mod served;

@@ -225,3 +225,241 @@ fn datagrams_unanswered<'a>(
         })
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Format;
+    use crate::limits::Limits;
+    use crate::services::{Settings, time};
+    use jiff::tz::TimeZone;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+    use std::num::NonZeroU32;
+
+    fn service(name: &str, listen: &[Listen], newline: bool, max: u32) -> Service {
+        let settings = time::Settings { format: Format::Python, zone: TimeZone::UTC, newline };
+        let max_connections = NonZeroU32::new(max).unwrap();
+        Service {
+            name: name.into(),
+            listen: listen.to_vec(),
+            limits: Limits { max_connections, ..Limits::default() },
+            settings: Settings::Time(settings),
+        }
+    }
+
+    fn tcp(port: u16) -> Endpoint {
+        Endpoint::Tcp(([127, 0, 0, 1], port).into())
+    }
+
+    fn at(port: u16) -> Listen {
+        Listen::At(tcp(port))
+    }
+
+    fn inherited(port: u16, name: &str) -> Held {
+        Held { endpoint: tcp(port), inherited: Some(name.to_owned()), service: None }
+    }
+
+    /// What is held after a difference was carried out, and by whom.
+    fn carried_out(held: &[Held], wanted: &[Service], difference: &Difference) -> Vec<Held> {
+        let sockets = wanted.iter().zip(&difference.steps).flat_map(|(service, step)| {
+            step.sockets.iter().map(|origin| {
+                let socket = match origin {
+                    Origin::Held(index) => held[*index].clone(),
+                    Origin::Bind(endpoint) => {
+                        Held { endpoint: endpoint.clone(), inherited: None, service: None }
+                    }
+                };
+                Held { service: Some(Arc::clone(&service.name)), ..socket }
+            })
+        });
+        sockets.collect()
+    }
+
+    fn started(held: &[Held], wanted: &[Service]) -> Vec<Held> {
+        carried_out(held, wanted, &difference(&[], held, wanted).unwrap())
+    }
+
+    #[test]
+    fn a_start_binds_what_was_not_inherited() {
+        let wanted = [service("time.a", &[at(1), at(2)], true, 1)];
+        let difference = difference(&[], &[inherited(2, "x.socket")], &wanted).unwrap();
+        let sockets = vec![Origin::Bind(tcp(1)), Origin::Held(0)];
+        assert_eq!(difference.steps, [Step { change: Change::Add, sockets }]);
+    }
+
+    #[test]
+    fn a_name_stands_for_every_inherited_socket_that_no_address_names() {
+        let named = Listen::Inherited("x".to_owned());
+        let wanted = [service("time.a", &[named], true, 1), service("time.b", &[at(2)], true, 1)];
+        let held = [inherited(1, "x"), inherited(2, "x"), inherited(3, "x")];
+        let difference = difference(&[], &held, &wanted).unwrap();
+        assert_eq!(difference.steps[0].sockets, [Origin::Held(0), Origin::Held(2)]);
+        assert_eq!(difference.steps[1].sockets, [Origin::Held(1)]);
+    }
+
+    #[test]
+    fn an_inherited_socket_that_nothing_names_is_a_mismatch_and_so_is_a_name_without_one() {
+        let wanted = [service("time.a", &[Listen::Inherited("y".to_owned())], true, 1)];
+        let mismatches = difference(&[], &[inherited(1, "x")], &wanted).unwrap_err();
+        let said: Vec<_> = mismatches.iter().map(ToString::to_string).collect();
+        assert!(said[0].starts_with("time.a: systemd passed no socket of the name \"y\""));
+        assert!(said[1].starts_with("no service listens on 127.0.0.1:1"), "{said:?}");
+        assert_eq!(said.len(), 2);
+    }
+
+    #[test]
+    fn a_service_that_answers_no_datagrams_is_given_none() {
+        let mut file = service("file.a", &[Listen::Inherited("x".to_owned())], true, 1);
+        let folder = std::env::temp_dir();
+        file.settings = Settings::Folder(crate::services::folder::Settings {
+            folder: crate::files::Folder::open(&folder).unwrap(),
+            cache_limit: 0,
+            max_files: NonZeroU32::MIN,
+        });
+        let udp = Endpoint::Udp(([127, 0, 0, 1], 1).into());
+        let held = [Held { endpoint: udp, ..inherited(1, "x") }];
+        let mismatches = difference(&[], &held, &[file]).unwrap_err();
+        assert!(mismatches[0].to_string().contains("answers no datagrams"), "{mismatches:?}");
+    }
+
+    #[test]
+    fn what_changed_is_told_from_what_it_may_take() {
+        let before = service("time.a", &[at(1)], true, 1);
+        let change = |after: &Service| change(&[&before], after);
+        assert_eq!(change(&before), Change::Keep(0));
+        assert_eq!(change(&service("time.a", &[at(2)], true, 1)), Change::Keep(0));
+        assert_eq!(change(&service("time.a", &[at(1)], true, 2)), Change::Limit(0));
+        assert_eq!(change(&service("time.a", &[at(1)], false, 2)), Change::Replace(0));
+        assert_eq!(change(&service("time.b", &[at(1)], true, 1)), Change::Add);
+    }
+
+    #[test]
+    fn a_socket_goes_with_its_address_to_another_service() {
+        let before = [service("time.a", &[at(1), at(2)], true, 1)];
+        let held = started(&[], &before);
+        let after = [service("time.b", &[at(2)], true, 1), service("time.a", &[at(3)], true, 1)];
+        let difference = difference(&[&before[0]], &held, &after).unwrap();
+        assert_eq!(difference.steps[0].sockets, [Origin::Held(1)]);
+        assert_eq!(difference.steps[1].sockets, [Origin::Bind(tcp(3))]);
+        assert_eq!(difference.closed, [0]);
+        assert!(difference.removed.is_empty());
+    }
+
+    /// Up to four services on addresses of their own.
+    fn services() -> impl Strategy<Value = Vec<Service>> {
+        let ports = Just((1..=8).collect::<Vec<u16>>()).prop_shuffle();
+        let names = prop::sample::subsequence(vec!["time.a", "time.b", "time.c", "time.d"], 0..=4);
+        let settings = prop::collection::vec((any::<bool>(), 1u32..3, 1usize..=2), 4);
+        (names.prop_shuffle(), ports, settings).prop_map(|(names, ports, settings)| {
+            let mut ports = ports.into_iter();
+            let each = names.into_iter().zip(settings);
+            let service = |(name, (newline, max, count)): (&str, (bool, u32, usize))| {
+                let listen: Vec<_> = ports.by_ref().take(count).map(at).collect();
+                service(name, &listen, newline, max)
+            };
+            each.map(service).collect()
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn carried_out_it_leads_to_what_is_wanted(before in services(), after in services()) {
+            let held = started(&[], &before);
+            let running: Vec<_> = before.iter().collect();
+            let difference = difference(&running, &held, &after).unwrap();
+
+            // The services: each that stays, changes or is new is wanted, each other is removed.
+            for (wanted, step) in after.iter().zip(&difference.steps) {
+                let was = before.iter().position(|before| before.name == wanted.name);
+                match (step.change, was) {
+                    (Change::Add, None) => {}
+                    (Change::Keep(index), Some(was)) => {
+                        prop_assert_eq!(index, was);
+                        prop_assert_eq!(&before[was].settings, &wanted.settings);
+                        prop_assert_eq!(&before[was].limits, &wanted.limits);
+                    }
+                    (Change::Limit(index), Some(was)) => {
+                        prop_assert_eq!(index, was);
+                        prop_assert_eq!(&before[was].settings, &wanted.settings);
+                        prop_assert_ne!(&before[was].limits, &wanted.limits);
+                    }
+                    (Change::Replace(index), Some(was)) => {
+                        prop_assert_eq!(index, was);
+                        prop_assert_ne!(&before[was].settings, &wanted.settings);
+                    }
+                    (change, was) => prop_assert!(false, "{change:?} of {was:?}"),
+                }
+            }
+            for (index, service) in before.iter().enumerate() {
+                let stays = after.iter().any(|after| after.name == service.name);
+                prop_assert_eq!(difference.removed.contains(&index), !stays);
+            }
+
+            // The sockets: exactly those that are wanted, for those who want them.
+            let now = carried_out(&held, &after, &difference);
+            let have: BTreeSet<_> =
+                now.iter().map(|held| (held.service.clone().unwrap(), held.endpoint.clone())).collect();
+            let want: BTreeSet<_> = after
+                .iter()
+                .flat_map(|service| {
+                    let name = Arc::clone(&service.name);
+                    service.listen.iter().map(move |at| (name.clone(), at.endpoint().unwrap().clone()))
+                })
+                .collect();
+            prop_assert_eq!(now.len(), want.len());
+            prop_assert_eq!(have, want);
+
+            // No socket that is still wanted is closed or bound anew, and none is used twice.
+            let mut used: Vec<_> = difference.closed.clone();
+            for step in &difference.steps {
+                for origin in &step.sockets {
+                    match origin {
+                        Origin::Held(index) => used.push(*index),
+                        Origin::Bind(at) => {
+                            prop_assert!(held.iter().all(|held| held.endpoint != *at));
+                        }
+                    }
+                }
+            }
+            used.sort_unstable();
+            prop_assert_eq!(used, (0..held.len()).collect::<Vec<_>>());
+        }
+
+        #[test]
+        fn to_what_runs_already_there_is_no_difference(services in services()) {
+            let held = started(&[], &services);
+            let running: Vec<_> = services.iter().collect();
+            let difference = difference(&running, &held, &services).unwrap();
+            prop_assert!(difference.removed.is_empty() && difference.closed.is_empty());
+            for (index, step) in difference.steps.iter().enumerate() {
+                prop_assert_eq!(step.change, Change::Keep(index));
+            }
+            prop_assert_eq!(carried_out(&held, &services, &difference), held);
+        }
+
+        #[test]
+        fn an_inherited_socket_is_never_closed(
+            before in services(),
+            after in services(),
+            passed in prop::sample::subsequence((1..=8u16).collect::<Vec<_>>(), 0..=8),
+        ) {
+            let passed: Vec<_> = passed.into_iter().map(|port| inherited(port, "x")).collect();
+            let Ok(start) = difference(&[], &passed, &before) else { return Ok(()) };
+            let held = carried_out(&passed, &before, &start);
+            let running: Vec<_> = before.iter().collect();
+            match difference(&running, &held, &after) {
+                Ok(difference) => {
+                    prop_assert!(difference.closed.iter().all(|at| held[*at].inherited.is_none()));
+                }
+                Err(mismatches) => {
+                    let named = |held: &Held| {
+                        after.iter().any(|service| service.listen.contains(&Listen::At(held.endpoint.clone())))
+                    };
+                    let unnamed = held.iter().filter(|held| held.inherited.is_some() && !named(held));
+                    prop_assert_eq!(mismatches.len(), unnamed.count());
+                }
+            }
+        }
+    }
+}

@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::{self, Config, Endpoint};
 use crate::connection::Shutdown;
 use crate::listener::{DatagramSocket, Duty, Family, Listener};
+use crate::metrics::Monitor;
 use crate::reload::{Change, Difference, Held, Mismatch, Origin, difference};
 use crate::served::Served;
 use crate::services::Service;
@@ -57,13 +58,30 @@ pub enum Error {
 
 /// Tasks and connections that end together.
 #[derive(Debug, Default)]
-pub struct Scope {
-    /// What ends them.
-    pub shutdown: Shutdown,
-    /// The connections that are under way.
-    pub connections: TaskTracker,
+struct Scope {
+    shutdown: Shutdown,
+    /// Those that are under way.
+    connections: TaskTracker,
     /// The listeners, and what services do by themselves.
-    pub tasks: JoinSet<()>,
+    tasks: JoinSet<()>,
+}
+
+#[derive(Debug, Default)]
+struct Scopes {
+    /// What the daemon is there for.
+    serving: Scope,
+    /// What tells of that, until there is nothing more to tell.
+    monitoring: Scope,
+}
+
+impl Scopes {
+    fn of(&self, service: &Service) -> &Scope {
+        if service.is_for_monitoring() { &self.monitoring } else { &self.serving }
+    }
+
+    fn of_mut(&mut self, service: &Service) -> &mut Scope {
+        if service.is_for_monitoring() { &mut self.monitoring } else { &mut self.serving }
+    }
 }
 
 /// All that runs.
@@ -71,8 +89,9 @@ pub struct Scope {
 pub struct Running {
     services: Vec<RunningService>,
     sockets: Vec<OpenSocket>,
-    /// What clients use.
-    pub serving: Scope,
+    scopes: Scopes,
+    /// What monitoring is told.
+    pub monitor: Arc<Monitor>,
 }
 
 #[derive(Debug, Clone)]
@@ -197,8 +216,8 @@ impl Running {
         let (served, work) = match change {
             Change::Add => {
                 summary.added += 1;
-                let service = start(config).await?;
-                let shutdown = self.serving.shutdown.child();
+                let service = self.start(config).await?;
+                let shutdown = self.scopes.of(&service).shutdown.child();
                 (Served::new(Arc::clone(&config.name), service, limits, shutdown), None)
             }
             Change::Keep(index) => {
@@ -214,7 +233,7 @@ impl Running {
             }
             Change::Replace(index) => {
                 summary.changed += 1;
-                (running(index)?.served.successor(start(config).await?, limits), None)
+                (running(index)?.served.successor(self.start(config).await?, limits), None)
             }
         };
         let served = Arc::new(served);
@@ -237,6 +256,7 @@ impl Running {
         self.sockets = sockets;
         self.begin_work();
         self.give_orders();
+        self.monitor.watch(self.services().cloned().collect());
         for gone in removed {
             drain(&gone.served, grace);
         }
@@ -245,10 +265,11 @@ impl Running {
 
     fn begin_work(&mut self) {
         for service in self.services.iter_mut().filter(|service| service.work.is_none()) {
-            let end = self.serving.shutdown.drain.child_token();
-            service.work = Some(Arc::new(end.clone().drop_guard()));
             let served = Arc::clone(&service.served);
-            self.serving.tasks.spawn(async move {
+            let scope = self.scopes.of_mut(&served.service);
+            let end = scope.shutdown.drain.child_token();
+            service.work = Some(Arc::new(end.clone().drop_guard()));
+            scope.tasks.spawn(async move {
                 end.run_until_cancelled(served.service.work()).await;
             });
         }
@@ -264,33 +285,64 @@ impl Running {
         for socket in &mut self.sockets {
             let name = socket.held.service.as_ref();
             let service = self.services.iter().find(|service| Some(&service.config.name) == name);
-            let Some(service) = service else { continue };
+            let Some(RunningService { served, .. }) = service else { continue };
+            let scope = self.scopes.of_mut(&served.service);
             let duty = Duty {
-                served: Arc::clone(&service.served),
-                connections: self.serving.connections.clone(),
+                served: Arc::clone(served),
+                connections: scope.connections.clone(),
                 own_ports: Arc::clone(&own_ports),
             };
-            socket.order(duty, &mut self.serving.tasks);
+            socket.order(duty, &mut scope.tasks);
+        }
+    }
+
+    /// Waits until a task has failed, which none should; the others end when they are told to.
+    pub async fn failure(&mut self) -> JoinError {
+        let Scopes { serving, monitoring } = &mut self.scopes;
+        loop {
+            let ended = tokio::select! {
+                Some(ended) = serving.tasks.join_next() => ended,
+                Some(ended) = monitoring.tasks.join_next() => ended,
+                else => std::future::pending().await,
+            };
+            if let Err(error) = ended {
+                return error;
+            }
         }
     }
 
     /// Closes every listener, after those who are in its queue, and lets connections finish what
-    /// they have begun.
-    pub async fn drain(&mut self) {
-        self.serving.shutdown.drain.cancel();
-        self.sockets.clear();
-        self.services.iter_mut().for_each(|service| service.work = None);
-        while self.serving.tasks.join_next().await.is_some() {}
-        self.serving.connections.close();
+    /// they have begun, which are returned. Monitoring goes on.
+    pub async fn drain(&mut self) -> TaskTracker {
+        self.monitor.note_draining();
+        let scope = &mut self.scopes.serving;
+        scope.shutdown.drain.cancel();
+        self.sockets.retain(OpenSocket::is_for_monitoring);
+        while scope.tasks.join_next().await.is_some() {}
+        scope.connections.close();
+        scope.connections.clone()
     }
-}
 
-/// Starts what is to be served. Files are read, which can take its time.
-async fn start(config: &config::Service) -> Result<Service, Error> {
-    let (name, settings) = (Arc::clone(&config.name), config.settings.clone());
-    let starting = tokio::task::spawn_blocking(move || Service::start(&name, &settings));
-    let started = starting.await.map_err(|error| Error::Lost(Some(error)))?;
-    started.map_err(|source| Error::Open { service: Arc::clone(&config.name), source })
+    /// Resets what is left, and ends monitoring, which may take so long.
+    pub async fn end(&mut self, time: Duration) {
+        let Scopes { serving, monitoring } = &self.scopes;
+        serving.shutdown.abort.cancel();
+        monitoring.shutdown.drain.cancel();
+        self.sockets.clear();
+        monitoring.connections.close();
+        // What does not go in time goes with the process.
+        let all = async { (serving.connections.wait().await, monitoring.connections.wait().await) };
+        let _ = tokio::time::timeout(time, all).await;
+    }
+
+    /// Starts what is to be served. Files are read, which can take its time.
+    async fn start(&self, config: &config::Service) -> Result<Service, Error> {
+        let (name, settings) = (Arc::clone(&config.name), config.settings.clone());
+        let monitor = Arc::clone(&self.monitor);
+        let starting = tokio::task::spawn_blocking(|| Service::start(name, settings, monitor));
+        let started = starting.await.map_err(|error| Error::Lost(Some(error)))?;
+        started.map_err(|source| Error::Open { service: Arc::clone(&config.name), source })
+    }
 }
 
 /// Lets the connections of a service that is gone finish what they have begun.
@@ -369,6 +421,11 @@ impl OpenSocket {
             Registered::Listener(listener) => tasks.spawn(listener.accept(receiver)),
             Registered::Datagrams(datagrams) => tasks.spawn(datagrams.answer(receiver)),
         };
+    }
+
+    fn is_for_monitoring(&self) -> bool {
+        let duty = self.orders.as_ref().map(|orders| orders.borrow());
+        duty.is_some_and(|duty| duty.served.service.is_for_monitoring())
     }
 
     fn say_where(&self) {

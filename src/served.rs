@@ -31,13 +31,14 @@ impl Served {
     /// A service that nobody is connected to yet; `name` is its name in the log, as `time.clock`.
     pub fn new(name: Arc<str>, service: Service, limits: Limits, shutdown: Shutdown) -> Self {
         Self {
-            service,
             terms: Arc::new(Terms {
                 service: name,
                 deadlines: limits.deadlines,
                 shutdown,
                 counts: Arc::default(),
+                log_at_debug: service.is_for_monitoring(),
             }),
+            service,
             permits: Arc::new(Semaphore::new(places(&limits))),
             clients: Arc::default(),
             datagrams: rate(&limits),
@@ -50,13 +51,8 @@ impl Served {
     #[must_use]
     pub fn successor(&self, service: Service, limits: Limits) -> Self {
         Self {
+            terms: Arc::new(Terms { deadlines: limits.deadlines, ..Terms::clone(&self.terms) }),
             service,
-            terms: Arc::new(Terms {
-                service: Arc::clone(&self.terms.service),
-                deadlines: limits.deadlines,
-                shutdown: self.terms.shutdown.clone(),
-                counts: Arc::clone(&self.terms.counts),
-            }),
             permits: Arc::clone(&self.permits),
             clients: Arc::clone(&self.clients),
             datagrams: if limits.datagrams == self.limits.datagrams {
@@ -94,6 +90,14 @@ impl Served {
     /// What it counts.
     pub fn counts(&self) -> &Counts {
         &self.terms.counts
+    }
+
+    /// What is not well with it, if anything.
+    pub fn trouble(&self) -> Option<String> {
+        let listener = self.counts().in_trouble();
+        listener
+            .then(|| "its clients cannot be accepted".to_owned())
+            .or_else(|| self.service.trouble())
     }
 
     /// Waits for a place for one more connection.

@@ -10,6 +10,7 @@ mod values;
 use std::fmt::Display;
 use std::fs;
 use std::io::{self, Read};
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use toml::de::{DeArray, DeTable, DeValue};
 use crate::connection::Deadlines;
 use crate::limits::{Access, DatagramLimits, Limits, network};
 use crate::logging;
-use crate::services::{self, KINDS, Kind, Settings};
+use crate::services::{self, KINDS, Kind, METRICS, Settings};
 
 pub use fault::{Fault, Faults, Place};
 pub use table::{Located, Noted, Source, Table};
@@ -161,9 +162,14 @@ impl Config {
         for kind in KINDS {
             for (name, table) in root.tables(kind.name) {
                 named += 1;
-                found.extend(read_service(kind, name, table, &context, &limits_or_default).ok());
+                found.extend(read_named(kind, name, table, &context, &limits_or_default).ok());
             }
         }
+        // Its clients are not those that [limits] is about.
+        let metrics = root.table(METRICS.name).map(|table| {
+            read_service(&METRICS, METRICS.name.into(), table, &context, &metrics_limits())
+        });
+        found.extend(metrics.and_then(Result::ok));
         root.finish();
 
         let arguments = Arguments::new(sources);
@@ -280,14 +286,36 @@ fn values_of<T>(located: Vec<Located<'_, T>>) -> Vec<T> {
     located.into_iter().map(|located| located.value).collect()
 }
 
-fn read_service<'a>(
+/// The limits of `[metrics]` unless it sets its own: those who monitor are few and quick.
+fn metrics_limits() -> Limits {
+    let places = |number| NonZeroU32::new(number).unwrap_or(NonZeroU32::MIN);
+    Limits {
+        max_connections: places(64),
+        max_per_client: places(32),
+        deadlines: Deadlines { idle: Duration::from_secs(5), total: Duration::from_secs(10) },
+        ..Limits::default()
+    }
+}
+
+fn read_named<'a>(
     kind: &Kind,
     name: &str,
-    mut table: Table<'a>,
+    table: Table<'a>,
     context: &Context<'_>,
     limits: &Limits,
 ) -> Result<(Service, Vec<Located<'a, Listen>>), Noted> {
     let named = check_name(name).map_err(|expected| table.fault_here(expected));
+    let read = read_service(kind, format!("{}.{name}", kind.name).into(), table, context, limits);
+    named.and(read)
+}
+
+fn read_service<'a>(
+    kind: &Kind,
+    name: Arc<str>,
+    mut table: Table<'a>,
+    context: &Context<'_>,
+    limits: &Limits,
+) -> Result<(Service, Vec<Located<'a, Listen>>), Noted> {
     let listen = table.texts_or("listen", kind.default_listen, |text| {
         let listen = Listen::parse(text, context.folder)?;
         let datagrams = |listen: &Listen| matches!(listen, Listen::At(Endpoint::Udp(_)));
@@ -306,10 +334,9 @@ fn read_service<'a>(
     let limits = read_limits(&mut table, limits);
     let settings = (kind.read)(&mut table, context);
     table.finish();
-    named?;
     let listen = listen?;
     let service = Service {
-        name: format!("{}.{name}", kind.name).into(),
+        name,
         listen: listen.iter().map(|listen| listen.value.clone()).collect(),
         limits: limits?,
         settings: settings?,
@@ -392,7 +419,7 @@ impl Argument<'_> {
         let table = Table::named(&self.source, format!("{}.{name}", self.kind.name), &self.entries);
         // Relative to where the command was typed.
         let context = Context { folder: Path::new("") };
-        read_service(self.kind, &name, table, &context, limits)
+        read_named(self.kind, &name, table, &context, limits)
     }
 }
 

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
@@ -18,6 +19,7 @@ use crate::document;
 use crate::files::{OpenFile, Stamp};
 
 use super::stream;
+use super::trouble::Trouble;
 
 /// How often the file is looked at. Two looks and the reading fit into a second.
 const LOOK_EVERY: Duration = Duration::from_millis(400);
@@ -51,6 +53,7 @@ pub struct FileService {
     name: Arc<str>,
     settings: Settings,
     versions: Mutex<Versions>,
+    trouble: Trouble,
 }
 
 #[derive(Debug)]
@@ -114,14 +117,8 @@ fn read_document(settings: &Settings, file: &OpenFile) -> io::Result<Vec<u8>> {
     Ok(document)
 }
 
-/// What is seen of the file between two looks.
-#[derive(Debug, Default)]
-struct Sight {
-    /// The file is being rewritten: its stamp at the last look, and since when.
-    rewrite: Option<(Stamp, Instant)>,
-    /// Why the file cannot be read, if so; said once.
-    trouble: Option<String>,
-}
+/// A file that is being rewritten: its stamp at the last look, and since when.
+type Rewrite = Option<(Stamp, Instant)>;
 
 impl FileService {
     /// Opens the file. `name` is the service's in the log.
@@ -135,12 +132,22 @@ impl FileService {
             io::Error::new(error.kind(), problem)
         })?;
         let versions = Versions { current: Arc::new(current), older: VecDeque::new() };
-        Ok(Self { name, settings, versions: Mutex::new(versions) })
+        Ok(Self { name, settings, versions: Mutex::new(versions), trouble: Trouble::default() })
     }
 
     fn versions(&self) -> MutexGuard<'_, Versions> {
         // Nothing that holds this lock can leave the versions half changed.
         self.versions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why the file cannot be read, if so.
+    pub fn trouble(&self) -> Option<String> {
+        self.trouble.get()
+    }
+
+    /// When the content that is served was last modified.
+    pub fn version(&self) -> Timestamp {
+        self.versions().current.stamp.modified()
     }
 
     /// Sends the file as it is now.
@@ -175,28 +182,28 @@ impl FileService {
     /// Follows the file: a new version is served as soon as it is there, and as long as there is
     /// none, the last one.
     pub async fn follow(self: &Arc<Self>) {
-        let mut sight = Sight::default();
+        let mut rewrite = None;
         let mut looks = interval(LOOK_EVERY);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             looks.tick().await;
             let file = Arc::clone(self);
             let look = tokio::task::spawn_blocking(move || {
-                file.look(&mut sight);
-                sight
+                file.look(&mut rewrite);
+                rewrite
             });
             // It does not panic, and if it did, the next look would begin anew.
-            sight = look.await.unwrap_or_default();
+            rewrite = look.await.unwrap_or_default();
         }
     }
 
-    fn look(&self, sight: &mut Sight) {
+    fn look(&self, rewrite: &mut Rewrite) {
         let service = &*self.name;
         let path = self.settings.path.to_string_lossy();
         let path = path.escape_debug();
-        match self.newer_version(sight) {
+        match self.newer_version(rewrite) {
             Ok(newer) => {
-                if sight.trouble.take().is_some() {
+                if self.trouble.end() {
                     tracing::info!(service, %path, "{service}: {path} is back");
                 }
                 if let Some(version) = newer {
@@ -207,37 +214,36 @@ impl FileService {
             }
             Err(error) => {
                 let cause = error.to_string();
-                if sight.trouble.as_ref() != Some(&cause) {
+                if self.trouble.begin(&format!("{path} cannot be read: {cause}")) {
                     let message = format_args!(
                         "{service}: {path} cannot be read ({cause}); \
                          its last version goes on being served"
                     );
                     tracing::warn!(service, %path, cause, "{message}");
-                    sight.trouble = Some(cause);
                 }
             }
         }
     }
 
     /// Looks whether there is another version, and loads it once it is whole.
-    fn newer_version(&self, sight: &mut Sight) -> io::Result<Option<Version>> {
+    fn newer_version(&self, rewrite: &mut Rewrite) -> io::Result<Option<Version>> {
         let seen = Stamp::of(&fs::metadata(&self.settings.path)?);
         let current = self.versions().current.stamp;
         if seen == current {
-            sight.rewrite = None;
+            *rewrite = None;
             return Ok(None);
         }
         // It may be half written, in place or under the name of one that was removed: it is whole
         // when it has come to rest.
         let now = Instant::now();
-        let since = sight.rewrite.map_or(now, |(_, since)| since);
-        let rests = sight.rewrite.is_some_and(|(last, _)| last == seen);
+        let since = rewrite.map_or(now, |(_, since)| since);
+        let rests = rewrite.is_some_and(|(last, _)| last == seen);
         if !rests && now.duration_since(since) < LONGEST_REWRITE {
-            sight.rewrite = Some((seen, since));
+            *rewrite = Some((seen, since));
             return Ok(None);
         }
         let version = Version::load(&self.settings)?;
-        sight.rewrite = None;
+        *rewrite = None;
         Ok(Some(version))
     }
 

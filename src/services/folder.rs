@@ -16,6 +16,7 @@ use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 use sha2::{Digest, Sha256};
 use tokio::sync::Mutex;
+use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::codec::{AnyDelimiterCodec, Decoder};
 
 use crate::connection::{Broken, Connection, Stream};
@@ -23,6 +24,7 @@ use crate::document;
 use crate::files::{Entry, Folder, MAX_NAME, OpenFile, Stamp};
 
 use super::stream;
+use super::trouble::Trouble;
 
 /// How many digests of files that are not kept themselves are remembered.
 const DIGESTS: usize = 4096;
@@ -46,6 +48,9 @@ const MAX_LIST: usize = 16 << 20;
 /// A fault that clients can cause again and again is said so often at most.
 const SAY_AGAIN: Duration = Duration::from_mins(1);
 
+/// How often it is seen whether the folder can be read.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
 /// The settings of one folder service.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
@@ -68,6 +73,7 @@ pub struct FolderService {
     in_memory: Arc<AtomicU64>,
     list: Mutex<Option<(Instant, Arc<str>)>>,
     complained: std::sync::Mutex<Option<Instant>>,
+    trouble: Trouble,
 }
 
 /// A whole document in memory.
@@ -119,6 +125,40 @@ impl FolderService {
             in_memory: Arc::default(),
             list: Mutex::default(),
             complained: std::sync::Mutex::default(),
+            trouble: Trouble::default(),
+        }
+    }
+
+    /// Why the folder cannot be read, if so.
+    pub fn trouble(&self) -> Option<String> {
+        self.trouble.get()
+    }
+
+    /// Watches whether the folder can be read. Requests do not ask: each opens it anew.
+    pub async fn follow(self: &Arc<Self>) {
+        let mut looks = interval(LOOK_EVERY);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            looks.tick().await;
+            let folder = Arc::clone(self);
+            // It does not panic, and if it did, the next look would begin anew.
+            let _ = tokio::task::spawn_blocking(move || folder.look()).await;
+        }
+    }
+
+    fn look(&self) {
+        let service = &*self.name;
+        match self.settings.folder.look() {
+            Ok(()) if self.trouble.end() => {
+                tracing::info!(service, "{service}: the folder is back");
+            }
+            Ok(()) => {}
+            Err(error) => {
+                if self.trouble.begin(&format!("the folder cannot be read: {error}")) {
+                    let message = format_args!("{service}: the folder cannot be read: {error}");
+                    tracing::warn!(service, cause = %error, "{message}");
+                }
+            }
         }
     }
 

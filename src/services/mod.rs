@@ -5,17 +5,22 @@
 
 pub mod file;
 pub mod folder;
+pub mod metrics;
 mod stream;
 pub mod time;
+mod trouble;
 
 use std::fs;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
+use jiff::Timestamp;
+
 use crate::config::{self, Context, Noted, Table};
 use crate::connection::{Broken, Connection, Stream};
 use crate::files::{Folder, OpenFile};
+use crate::metrics::Monitor;
 
 /// The checked settings of a service.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,6 +31,8 @@ pub enum Settings {
     File(file::Settings),
     /// `[file.NAME]` whose path is a folder.
     Folder(folder::Settings),
+    /// `[metrics]`
+    Metrics(metrics::Settings),
 }
 
 impl Settings {
@@ -63,7 +70,15 @@ pub static FILE: Kind = Kind {
     read: read_file_or_folder,
 };
 
-/// Every kind of service.
+/// `[metrics]`, of which there is one at most.
+pub static METRICS: Kind = Kind {
+    name: "metrics",
+    default_listen: "127.0.0.1:9467",
+    datagrams: false,
+    read: |table, _| metrics::Settings::read(table).map(Settings::Metrics),
+};
+
+/// Every kind of service of which there can be many.
 pub static KINDS: [&Kind; 2] = [&TIME, &FILE];
 
 fn read_file_or_folder(table: &mut Table<'_>, context: &Context<'_>) -> Result<Settings, Noted> {
@@ -110,22 +125,27 @@ pub enum Service {
     File(Arc<file::FileService>),
     /// Hands out the files of a folder.
     Folder(Arc<folder::FolderService>),
+    /// Tells how the others are.
+    Metrics(Arc<metrics::MetricsService>),
 }
 
 impl Service {
-    /// Opens and prepares all that the service needs. `name` is its name in the log.
+    /// Opens and prepares all that the service needs. `name` is its name in the log, `monitor` what
+    /// it tells of if it is there for monitoring.
     ///
     /// # Errors
     /// If what it serves cannot be opened.
-    pub fn start(name: &Arc<str>, settings: &Settings) -> io::Result<Self> {
-        let name = Arc::clone(name);
-        Ok(match settings.clone() {
+    pub fn start(name: Arc<str>, settings: Settings, monitor: Arc<Monitor>) -> io::Result<Self> {
+        Ok(match settings {
             Settings::Time(settings) => Self::Time(Arc::new(time::TimeService::new(settings))),
             Settings::File(settings) => {
                 Self::File(Arc::new(file::FileService::open(name, settings)?))
             }
             Settings::Folder(settings) => {
                 Self::Folder(Arc::new(folder::FolderService::new(name, settings)))
+            }
+            Settings::Metrics(metrics::Settings) => {
+                Self::Metrics(Arc::new(metrics::MetricsService::new(monitor)))
             }
         })
     }
@@ -140,6 +160,7 @@ impl Service {
             Self::File(file) => file.answer(connection).await,
             // Apart, so that the others' connections are not as large as its.
             Self::Folder(folder) => Box::pin(folder.answer(connection)).await,
+            Self::Metrics(metrics) => Box::pin(metrics.answer(connection)).await,
         }
     }
 
@@ -147,15 +168,39 @@ impl Service {
     pub fn datagrams(&self) -> Option<&time::TimeService> {
         match self {
             Self::Time(time) => Some(time),
-            Self::File(_) | Self::Folder(_) => None,
+            Self::File(_) | Self::Folder(_) | Self::Metrics(_) => None,
+        }
+    }
+
+    /// Whether it tells of the daemon, as long as that lives, and is no part of what it is there
+    /// for.
+    pub fn is_for_monitoring(&self) -> bool {
+        matches!(self, Self::Metrics(_))
+    }
+
+    /// Why it cannot read what it serves, if so.
+    pub fn trouble(&self) -> Option<String> {
+        match self {
+            Self::Time(_) | Self::Metrics(_) => None,
+            Self::File(file) => file.trouble(),
+            Self::Folder(folder) => folder.trouble(),
+        }
+    }
+
+    /// When the content of the file that it serves was last modified.
+    pub fn version(&self) -> Option<Timestamp> {
+        match self {
+            Self::Time(_) | Self::Folder(_) | Self::Metrics(_) => None,
+            Self::File(file) => Some(file.version()),
         }
     }
 
     /// What the service does by itself while it runs; it does not end.
     pub async fn work(&self) {
         match self {
-            Self::Time(_) | Self::Folder(_) => std::future::pending().await,
+            Self::Time(_) | Self::Metrics(_) => std::future::pending().await,
             Self::File(file) => file.follow().await,
+            Self::Folder(folder) => folder.follow().await,
         }
     }
 }
