@@ -135,8 +135,9 @@ pub struct Time {
     #[arg(long)]
     udp: bool,
     /// The zone of a reply that does not say it: local, UTC or a name such as Asia/Shanghai
-    #[arg(long, value_name = "ZONE", default_value = "local", value_parser = find_zone)]
-    pub timezone: TimeZone,
+    /// [default: local]
+    #[arg(long, value_name = "ZONE", value_parser = find_zone)]
+    timezone: Option<TimeZone>,
     /// How long all may take
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = config::duration)]
     timeout: Duration,
@@ -147,6 +148,15 @@ impl Time {
     pub fn question(&self) -> Question {
         let Self { server, udp, rfc868, timeout, .. } = self;
         Question { server: server.clone(), udp: *udp, rfc868: *rfc868, timeout: *timeout }
+    }
+
+    /// The zone of a reply that does not say it. The machine's own is looked for only now: one
+    /// that has none, as in an initramfs, can still be told the time.
+    ///
+    /// # Errors
+    /// If this machine's own is wanted and not known.
+    pub fn timezone(&self) -> Result<TimeZone, String> {
+        self.timezone.clone().map_or_else(|| find_zone("local"), Ok)
     }
 }
 

@@ -8,16 +8,20 @@
 //! | [`manual`] | the manual pages, from the command line and from the shipped configuration |
 //! | [`client`] | the clients: ask the time, fetch files, trust no server |
 //! | [`config`] | file and arguments to a checked [`config::Config`], every fault at once |
-//! | [`daemon`] | the supervisor: bind, ready, serve, drain |
-//! | [`sockets`] | sockets bound with the options that they need |
+//! | [`daemon`] | the supervisor: ready, serve, reload, drain |
+//! | [`running`] | what runs, and how it becomes what another configuration says |
+//! | [`reload`] | the difference between what runs and what is configured |
+//! | [`sockets`] | sockets inherited or bound, with the options that they need |
 //! | [`listener`] | the only accept loop, the only datagram loop |
 //! | [`connection`] | deliver every byte or reset; deadlines; the log line of a connection |
 //! | [`limits`] | what a service may take; the rates of datagrams |
 //! | [`served`] | a running service with what its listeners share |
+//! | [`counts`], [`metrics`] | what services count, and what monitoring is told of it |
 //! | [`datagram`] | which datagrams are answered |
 //! | [`services`] | one file for each service, and their registry |
 //! | [`document`] | the document that carries a file: written here, read by the client |
 //! | [`files`] | regular files, and folders that no name leads out of |
+//! | [`errors`] | errors as people read them |
 //! | [`clock`] | the forms of the time, and the health of the kernel's clock |
 //! | [`kernel`] | the only unsafe code: what no safe function exists for |
 //! | [`logging`], [`systemd`] | what the operator and the service manager are told |

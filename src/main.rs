@@ -79,15 +79,15 @@ async fn time(arguments: &cli::Time) -> ExitCode {
         let answer = client::time::ask(arguments.question()).await?;
         let mut lines = answer.line()? + "\n";
         if arguments.offset {
-            let (offset, round_trip) = answer.offset(&arguments.timezone)?;
+            let (offset, round_trip) = answer.offset(&arguments.timezone()?)?;
             let (offset, round_trip) = (offset.as_secs_f64(), round_trip.as_secs_f64());
             lines += &format!("offset {offset:+.6} s, round trip {round_trip:.6} s\n");
         }
-        Ok::<_, client::time::Error>(lines)
+        Ok::<_, Box<dyn Error>>(lines)
     };
     match told.await {
         Ok(lines) => print(lines.as_bytes()),
-        Err(error) => fail(&error),
+        Err(error) => fail(&*error),
     }
 }
 

@@ -84,7 +84,7 @@ pub enum Error {
     #[error(transparent)]
     Connect(#[from] ConnectError),
     /// The connection failed.
-    #[error("the connection failed: {0}")]
+    #[error("the connection failed")]
     Network(#[source] io::Error),
     /// The server was silent for too long.
     #[error("the server sent nothing for {0:?} (--idle-timeout)")]
@@ -93,7 +93,7 @@ pub enum Error {
     #[error("it took longer than {0:?} (--timeout)")]
     Timeout(Duration),
     /// The document is wrong.
-    #[error("the document is wrong: {0}")]
+    #[error("the document is wrong")]
     Document(#[from] ReadError),
     /// The server refused.
     #[error("the server says: {0}")]
@@ -129,7 +129,7 @@ pub enum Error {
     #[error("{} is the place of another file that was asked for", .0.display())]
     SamePlace(PathBuf),
     /// It could not be written.
-    #[error("cannot write {}: {source}", .path.display())]
+    #[error("cannot write {}", .path.display())]
     Write {
         /// What.
         path: PathBuf,

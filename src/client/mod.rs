@@ -78,7 +78,7 @@ impl fmt::Display for Server {
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     /// Its name stands for no address.
-    #[error("cannot look up {host}: {source}")]
+    #[error("cannot look up {host}")]
     Lookup {
         /// The name.
         host: String,

@@ -5,6 +5,8 @@ use std::time::Instant;
 
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::errors::chain;
+
 use super::fetch::{Error, Report, Saved};
 use super::names::escape;
 
@@ -80,8 +82,8 @@ impl Report for Progress {
     fn failed(&mut self, name: Option<&str>, error: &Error) {
         self.bar.reset();
         match name {
-            Some(name) => self.line(&format!("handout: {}: {error}", escape(name))),
-            None => self.line(&format!("handout: {error}")),
+            Some(name) => self.line(&format!("handout: {}: {}", escape(name), chain(error))),
+            None => self.line(&format!("handout: {}", chain(error))),
         }
     }
 }

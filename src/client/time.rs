@@ -43,7 +43,7 @@ pub enum Error {
     #[error(transparent)]
     Connect(#[from] ConnectError),
     /// The network failed.
-    #[error("{server}: {source}")]
+    #[error("{server}")]
     Network {
         /// Whom.
         server: Server,

@@ -266,6 +266,26 @@ fn a_name_with_several_addresses_is_tried_at_each_of_them() {
 }
 
 #[test]
+fn a_machine_that_does_not_know_its_zone_is_told_the_time_all_the_same() {
+    let daemon = Daemon::start("[time.clock]\nlisten = [\"127.0.0.1:0\"]");
+    let ask = |arguments: &[&str]| {
+        let mut command = bounded();
+        command.arg("time").arg(daemon.tcp("time.clock").to_string()).args(arguments);
+        Outcome::of(run(command.env("TZ", ":/nowhere/zone")))
+    };
+    assert_eq!(ask(&[]).succeeded().text().len(), 27);
+    ask(&["--offset"]).failed_with(&["the zone of this machine", "UTC"]);
+    is_right(&ask(&["--offset", "--timezone", "UTC"]));
+}
+
+#[test]
+fn a_name_that_cannot_be_looked_up_is_named_with_its_cause_once() {
+    let outcome = Outcome::of(run(bounded().args(["time", "no-such-host.invalid"])));
+    outcome.failed_with(&["cannot look up no-such-host.invalid: "]);
+    assert_eq!(outcome.stderr.matches("failed to lookup").count(), 1, "{outcome:?}");
+}
+
+#[test]
 fn wrong_usage_is_told_apart_from_failure() {
     for arguments in [
         &[][..],

@@ -72,8 +72,7 @@ impl Daemon {
     /// The same in a folder that is there already.
     pub fn start_in(folder: TempDir, config: &str, prepare: impl FnOnce(&mut Command)) -> Self {
         let path = folder.path().join("handout.toml");
-        let log = if config.contains("[log]") { "" } else { "[log]\nformat = \"json\"\n" };
-        fs::write(&path, format!("{log}{config}")).unwrap();
+        configure(&path, config);
         let mut command = program();
         command.args(["serve", "--config"]).arg(path);
         command.env("TZ", "UTC").stderr(Stdio::piped());
@@ -86,6 +85,20 @@ impl Daemon {
             says(line, "ready: ") || line.as_str().is_some_and(|line| line.contains(" ready: "))
         });
         daemon
+    }
+
+    /// Orders a reload of this configuration and waits for what comes of it: the line that says so.
+    pub fn reload(&self, config: &str) -> Value {
+        let ended = |line: &Value| says(line, "reloaded: ") || says(line, "reload failed");
+        let before = self.lines().iter().filter(|line| ended(line)).count();
+        configure(&self.path("handout.toml"), config);
+        self.signal(Signal::HUP);
+        let mut line = None;
+        eventually("the end of the reload", || {
+            line = self.lines().into_iter().filter(ended).nth(before);
+            line.is_some()
+        });
+        line.unwrap()
     }
 
     pub fn pid(&self) -> Pid {
@@ -171,6 +184,12 @@ impl Daemon {
     }
 }
 
+/// Writes the configuration, with a log that can be read unless it says how to log.
+fn configure(path: &Path, config: &str) {
+    let log = if config.contains("[log]") { "" } else { "[log]\nformat = \"json\"\n" };
+    fs::write(path, format!("{log}{config}")).unwrap();
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
         let _ = self.child.kill();
@@ -230,6 +249,23 @@ pub fn read_all(address: SocketAddr) -> Vec<u8> {
     let mut reply = Vec::new();
     connect(address).read_to_end(&mut reply).unwrap();
     reply
+}
+
+/// The head and the body of a reply to an HTTP request for this path.
+pub fn http_get(address: SocketAddr, path: &str) -> (String, String) {
+    let mut stream = connect(address);
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+    let mut reply = String::new();
+    stream.read_to_string(&mut reply).unwrap();
+    let (head, body) = reply.split_once("\r\n\r\n").unwrap();
+    (head.to_owned(), body.to_owned())
+}
+
+/// The value of one metric, by its name with all its labels.
+pub fn metric(address: SocketAddr, name: &str) -> f64 {
+    let (_, metrics) = http_get(address, "/metrics");
+    let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.unwrap_or_else(|| panic!("no {name} in {metrics}")).parse().unwrap()
 }
 
 /// The name and the bytes in a pushed document.

@@ -100,7 +100,7 @@ fn the_shipped_configuration_says_the_defaults() {
     let shipped = load(&fs::read_to_string(root().join("config/handout.toml")).unwrap());
     let bare = load(
         "[time.clock]\nlisten = [\"127.0.0.1:6789\", \"udp:127.0.0.1:6789\"]\n\
-         [file.picture]\npath = \"picture.jpg\"",
+         [file.picture]\npath = \"picture.jpg\"\n[metrics]",
     );
     assert_eq!(shipped, bare);
 }

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod activation;
 mod ask;
 mod check;
 mod clients;
@@ -14,7 +15,9 @@ mod folder;
 mod limits;
 mod logs;
 mod manual;
+mod metrics;
 mod package;
+mod reload;
 mod servers;
 mod shutdown;
 mod systemd;
