@@ -13,6 +13,7 @@ mod file;
 mod folder;
 mod limits;
 mod logs;
+mod monitoring;
 mod servers;
 mod shutdown;
 mod systemd;
