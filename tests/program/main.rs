@@ -16,5 +16,6 @@ mod logs;
 mod monitoring;
 mod servers;
 mod shutdown;
+mod soak;
 mod systemd;
 mod time;
