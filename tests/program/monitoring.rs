@@ -24,7 +24,7 @@ const EXPOSITION: &str = "\
 # TYPE handout_clock_max_error_seconds gauge
 # TYPE handout_file_version_timestamp_seconds gauge
 # TYPE handout_service_healthy gauge
-# TYPE handout_build info
+# TYPE handout_build_info gauge
 ";
 
 /// Every name under which something can be asked for, as OpenMetrics forms it from the family's.
@@ -37,7 +37,6 @@ fn exported(exposition: &str) -> BTreeSet<String> {
             "gauge" => "",
             // What quantiles are calculated from.
             "histogram" => "_bucket",
-            "info" => "_info",
             other => panic!("{name} is a {other}"),
         };
         name.starts_with("handout_").then(|| format!("{name}{suffix}"))

@@ -113,9 +113,7 @@ fn soak() {
             assert_eq!(daemon.child.try_wait().unwrap(), None, "the daemon ended");
             memory.note(&soak, &daemon);
             if second % 3 == 0 {
-                let guest = if second % 2 == 0 { CONFIG_OF_A_GUEST } else { "" };
-                replace(&daemon.path("handout.toml"), format!("{CONFIG}{guest}").as_bytes());
-                daemon.signal(Signal::HUP);
+                reload(&daemon, if second % 2 == 0 { CONFIG_OF_A_GUEST } else { "" });
             }
             if second % 10 == 0 {
                 println!("{}", soak.line(&daemon));
@@ -128,6 +126,7 @@ fn soak() {
     println!("{}", soak.line(&daemon));
     println!("{}", soak.table());
     soak.assert_that_all_is_well();
+    reload(&daemon, "");
     eventually("every descriptor to be closed", || daemon.usage().1 == descriptors);
     eventually("the last version of every file", || {
         let versions = [
@@ -149,6 +148,12 @@ fn soak() {
         assert!(line.is_object() && line["level"] != "ERROR", "{line}");
         assert_ne!(line["outcome"], "panic", "{line}");
     }
+}
+
+/// Lets the daemon read its configuration anew, with something more in it.
+fn reload(daemon: &Daemon, more: &str) {
+    replace(&daemon.path("handout.toml"), format!("{CONFIG}{more}").as_bytes());
+    daemon.signal(Signal::HUP);
 }
 
 type Ask = fn(&Places, u64) -> io::Result<()>;
