@@ -1,0 +1,734 @@
+//! Good clients are served, all of them, while bad ones of every kind do what they can; memory and
+//! descriptors stay where they were.
+//!
+//! It takes minutes and is not part of the test suite: `tests/soak [MINUTES]`. The bad ones have
+//! other addresses than the good ones, as only these tell the daemon who is who: what is shown
+//! here is that its limits hold, not that it looks through anybody.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Condvar, Mutex};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use rustix::process::Signal;
+use serde_json::Value;
+use socket2::{Domain, SockRef, Socket, Type};
+
+use crate::common::{Daemon, eventually, replace, sample};
+
+/// The longest that a good client waits for a connection or for the next byte.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// When the daemon must have ended every connection of a client that wants nothing but to stay:
+/// `max-duration`, and what a busy machine adds.
+const LET_GO: Duration = Duration::from_secs(30);
+
+/// Each kind of bad client has an address of its own, and all of them together fewer places
+/// (`max-per-client`) than there are (`max-connections`): the good ones find one at any time.
+const CONFIG: &str = "
+[log]
+format = \"json\"
+level = \"info,handout::connection=warn\"    # not a line for each connection
+[limits]
+max-connections = 500
+max-per-client = 40
+idle-timeout = \"2s\"
+max-duration = \"20s\"
+deny = [\"127.0.0.250\"]
+[time.clock]
+listen = [\"127.0.0.1:0\", \"udp:127.0.0.1:0\", \"unix:clock.sock\"]
+format = \"json\"
+[file.small]
+listen = [\"127.0.0.1:0\", \"unix:small.sock\"]
+path = \"small.bin\"
+[file.large]
+listen = [\"127.0.0.1:0\"]
+path = \"large.bin\"
+cache-limit = \"1MiB\"
+[file.rewritten]
+listen = [\"127.0.0.1:0\"]
+path = \"rewritten.bin\"
+cache-limit = \"1MiB\"
+[file.folder]
+listen = [\"127.0.0.1:0\"]
+path = \"files\"
+cache-limit = \"1MiB\"
+";
+
+/// Comes and goes with every second SIGHUP.
+const CONFIG_OF_A_GUEST: &str = "[time.guest]\nlisten = [\"127.0.0.1:0\", \"udp:127.0.0.1:0\"]\n";
+
+const SMALL: usize = 200_000;
+const LARGE: usize = 20_000_000;
+const REWRITTEN: usize = 2_000_000;
+/// Small enough to be kept by the folder service, and too large for it.
+const FOLDER_FILES: [(&str, usize); 2] = [("one.bin", 50_000), ("sub/two.bin", 1_000_000)];
+
+const GOOD: u8 = 1;
+const DENIED: u8 = 250;
+
+#[test]
+#[ignore = "takes minutes: tests/soak"]
+fn soak() {
+    let minutes = std::env::var("SOAK_MINUTES").map_or(10.0, |minutes| minutes.parse().unwrap());
+    let length = Duration::from_secs_f64(60.0 * minutes);
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir_all(folder.path().join("files/sub")).unwrap();
+    write_files(folder.path(), 0);
+    let mut daemon = Daemon::start_in(folder, CONFIG, |_| {});
+    let places = Places::of(&daemon);
+    let descriptors = daemon.usage().1;
+    let soak = Soak::begin();
+    let mut memory = Memory::default();
+
+    let last_version = thread::scope(|scope| {
+        let over = Over(&soak);
+        for (kind, every, ask) in GOOD_CLIENTS {
+            let (soak, places) = (&soak, &places);
+            scope.spawn(move || soak.ask_again_and_again(kind, every, |round| ask(places, round)));
+        }
+        for ((kind, every, act), address) in BAD_CLIENTS.into_iter().zip(2..) {
+            let soak = &soak;
+            let client = Bad { soak, places: &places, kind, address };
+            scope.spawn(move || {
+                while soak.rest(every) {
+                    act(&client);
+                }
+            });
+        }
+        let files = scope.spawn(|| replace_files(&soak, daemon.folder.path()));
+
+        let mut second = 0;
+        while soak.start.elapsed() < length && soak.failures() < 100 {
+            thread::park_timeout(Duration::from_secs(1));
+            second += 1;
+            assert_eq!(daemon.child.try_wait().unwrap(), None, "the daemon ended");
+            memory.note(&soak, &daemon);
+            if second % 3 == 0 {
+                reload(&daemon, if second % 2 == 0 { CONFIG_OF_A_GUEST } else { "" });
+            }
+            if second % 10 == 0 {
+                println!("{}", soak.line(&daemon));
+            }
+        }
+        drop(over);
+        files.join().unwrap()
+    });
+
+    println!("{}", soak.line(&daemon));
+    println!("{}", soak.table());
+    soak.assert_that_all_is_well();
+    reload(&daemon, "");
+    eventually("every descriptor to be closed", || daemon.usage().1 == descriptors);
+    eventually("the last version of every file", || {
+        let versions = [
+            pushed(places.small, "small.bin", SMALL, 0),
+            pushed(places.large, "large.bin", LARGE, 0),
+            pushed(places.rewritten, "rewritten.bin", REWRITTEN, 0),
+        ];
+        versions.into_iter().all(|version| version.is_ok_and(|version| version == last_version))
+    });
+    for (kind, _, ask) in GOOD_CLIENTS {
+        ask(&places, 0).unwrap_or_else(|error| panic!("{kind}, at the end: {error}"));
+    }
+    // Once more, when everybody has gone.
+    memory.note(&soak, &daemon);
+    memory.assert_that_it_is_flat(length);
+    assert!(daemon.stop().success());
+    for line in daemon.lines() {
+        // A panic's own words are the only thing that is not JSON.
+        assert!(line.is_object() && line["level"] != "ERROR", "{line}");
+        assert_ne!(line["outcome"], "panic", "{line}");
+    }
+}
+
+/// Lets the daemon read its configuration anew, with something more in it.
+fn reload(daemon: &Daemon, more: &str) {
+    replace(&daemon.path("handout.toml"), format!("{CONFIG}{more}").as_bytes());
+    daemon.signal(Signal::HUP);
+}
+
+type Ask = fn(&Places, u64) -> io::Result<()>;
+
+/// What it is, the pause in milliseconds before it asks again, and how it asks, which must come out
+/// well each time: for who is denied, too, it is certain what that is. Each is a thread of its own.
+const GOOD_CLIENTS: [(&str, u64, Ask); 9] = [
+    ("time by TCP", 20, |places, round| ask_time(internet(places.clock)?, round)),
+    ("time by Unix socket", 20, |places, round| {
+        ask_time(unix(&places.folder.join("clock.sock"))?, round)
+    }),
+    ("time by UDP", 50, |places, _| ask_time_by_datagram(places.clock_datagrams)),
+    ("small file", 50, |places, round| pushed(places.small, "small.bin", SMALL, round).map(drop)),
+    ("small file by Unix socket", 50, |places, round| {
+        let stream = unix(&places.folder.join("small.sock"))?;
+        read_document(stream, "small.bin", SMALL, round).map(drop)
+    }),
+    ("large file", 500, |places, round| pushed(places.large, "large.bin", LARGE, round).map(drop)),
+    // Rewritten while it is sent it cannot be finished, and must not look as if it were.
+    ("rewritten file, or a reset", 100, |places, round| {
+        let asked = pushed(places.rewritten, "rewritten.bin", REWRITTEN, round);
+        // Who writes or half-closes after the reset is told of it in other words.
+        asked.map(drop).or_else(|error| match error.kind() {
+            ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::NotConnected => Ok(()),
+            _ => Err(error),
+        })
+    }),
+    ("folder", 50, |places, _| ask_folder(places.folder_service)),
+    ("denied, and reset", 50, |places, round| be_denied(places, round)),
+];
+
+type Act = fn(&Bad<'_>);
+
+/// What it is, the pause in milliseconds before it acts again, and what it does.
+const BAD_CLIENTS: [(&str, u64, Act); 11] = [
+    ("says nothing", 0, |bad| {
+        bad.stay(30, bad.places.folder_service, 200, |stream| stream.read(&mut [0; 1000]));
+    }),
+    ("never reads", 0, |bad| {
+        bad.stay(30, bad.places.large, 200, |stream| {
+            stream.take_error()?.map_or(Err(ErrorKind::WouldBlock.into()), Err)
+        });
+    }),
+    ("reads a byte a second", 0, |bad| {
+        bad.stay(20, bad.places.large, 1000, |stream| {
+            // What it has already could be read long after the reset.
+            stream.take_error()?.map_or_else(|| stream.read(&mut [0]), Err)
+        });
+    }),
+    ("sends a byte a second", 0, |bad| {
+        bad.stay(20, bad.places.folder_service, 1000, |stream| stream.write(b"x"));
+    }),
+    ("half-closes and leaves", 20, |bad| {
+        bad.with_every_service(|stream| drop(stream.shutdown(Shutdown::Write)));
+    }),
+    ("resets at once", 20, |bad| {
+        bad.with_every_service(|stream| {
+            drop(SockRef::from(&*stream).set_linger(Some(Duration::ZERO)));
+        });
+    }),
+    ("sends megabytes", 500, |bad| {
+        bad.with_every_service(|stream| {
+            // Twice as much as is read of it, or until nothing more is taken.
+            drop(stream.set_write_timeout(Some(Duration::from_millis(300))));
+            drop((0..512).try_for_each(|_| stream.write_all(&[b'x'; 65536])));
+        });
+    }),
+    ("sends garbage", 100, |bad| {
+        for garbage in garbage() {
+            bad.with(bad.places.folder_service, |stream| {
+                drop(stream.write_all(&garbage));
+                drop(stream.read(&mut [0; 1000]));
+            });
+        }
+    }),
+    ("holds what it can get", 100, |bad| {
+        // More than max-per-client: what is over is reset.
+        let held: Vec<_> = (0..60).flat_map(|_| bad.places.internet()).collect();
+        let held: Vec<_> = held.into_iter().filter_map(|to| bad.connect(to).ok()).collect();
+        bad.soak.rest(5000);
+        drop(held);
+    }),
+    ("holds Unix sockets", 100, |bad| {
+        let paths = ["clock.sock", "small.sock"].repeat(30);
+        let held: Vec<_> =
+            paths.into_iter().filter_map(|path| unix(&bad.places.folder.join(path)).ok()).collect();
+        bad.soak.count_bad(bad.kind, held.len());
+        bad.soak.rest(5000);
+        drop(held);
+    }),
+    ("floods with datagrams", 50, flood),
+];
+
+/// Where the services are.
+struct Places {
+    folder: PathBuf,
+    clock: SocketAddr,
+    clock_datagrams: SocketAddr,
+    small: SocketAddr,
+    large: SocketAddr,
+    rewritten: SocketAddr,
+    folder_service: SocketAddr,
+}
+
+impl Places {
+    fn of(daemon: &Daemon) -> Self {
+        Self {
+            folder: daemon.folder.path().to_owned(),
+            clock: daemon.tcp("time.clock"),
+            clock_datagrams: daemon.udp("time.clock"),
+            small: daemon.tcp("file.small"),
+            large: daemon.tcp("file.large"),
+            rewritten: daemon.tcp("file.rewritten"),
+            folder_service: daemon.tcp("file.folder"),
+        }
+    }
+
+    fn internet(&self) -> [SocketAddr; 5] {
+        [self.clock, self.small, self.large, self.rewritten, self.folder_service]
+    }
+}
+
+/// What all the clients share.
+struct Soak {
+    start: Instant,
+    over: Mutex<bool>,
+    changed: Condvar,
+    counts: Mutex<Counts>,
+}
+
+#[derive(Default)]
+struct Counts {
+    /// How many requests of each kind were served, and the longest that one took.
+    good: BTreeMap<&'static str, (u64, Duration)>,
+    /// Connections, or datagrams, of each kind.
+    bad: BTreeMap<&'static str, u64>,
+    failures: Vec<String>,
+}
+
+/// Sends everybody home when it is dropped, however this comes about.
+struct Over<'a>(&'a Soak);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        *self.0.over.lock().unwrap() = true;
+        self.0.changed.notify_all();
+    }
+}
+
+impl Soak {
+    fn begin() -> Self {
+        Self {
+            start: Instant::now(),
+            over: Mutex::new(false),
+            changed: Condvar::new(),
+            counts: Mutex::default(),
+        }
+    }
+
+    /// Waits for so many milliseconds; false if it is over.
+    fn rest(&self, milliseconds: u64) -> bool {
+        let time = Duration::from_millis(milliseconds);
+        let over = self.over.lock().unwrap();
+        !*self.changed.wait_timeout_while(over, time, |over| !*over).unwrap().0
+    }
+
+    fn ask_again_and_again(
+        &self,
+        kind: &'static str,
+        pause: u64,
+        ask: impl Fn(u64) -> io::Result<()>,
+    ) {
+        for round in 0.. {
+            if !self.rest(pause) {
+                break;
+            }
+            let begun = Instant::now();
+            let asked = ask(round);
+            match asked {
+                Ok(()) => {
+                    let mut counts = self.counts.lock().unwrap();
+                    let (served, longest) = counts.good.entry(kind).or_default();
+                    *served += 1;
+                    *longest = begun.elapsed().max(*longest);
+                }
+                Err(error) => self.fail(&format!("{kind}, after {:?}: {error}", begun.elapsed())),
+            }
+        }
+    }
+
+    fn count_bad(&self, kind: &'static str, count: usize) {
+        *self.counts.lock().unwrap().bad.entry(kind).or_default() += count as u64;
+    }
+
+    fn fail(&self, what: &str) {
+        let failure = format!("at {:.1?}: {what}", self.start.elapsed());
+        println!("FAILURE {failure}");
+        self.counts.lock().unwrap().failures.push(failure);
+    }
+
+    fn failures(&self) -> usize {
+        self.counts.lock().unwrap().failures.len()
+    }
+
+    /// How it goes.
+    fn line(&self, daemon: &Daemon) -> String {
+        let counts = self.counts.lock().unwrap();
+        let good: u64 = counts.good.values().map(|(served, _)| served).sum();
+        let bad: u64 = counts.bad.values().sum();
+        let (memory, descriptors) = daemon.usage();
+        let threads = threads(daemon);
+        format!(
+            "{:4} s: {good} good served, {} failed; {bad} bad connections and datagrams; {:.1} MiB, {descriptors} \
+             descriptors, {threads} threads",
+            self.start.elapsed().as_secs(),
+            counts.failures.len(),
+            mebibytes(memory),
+        )
+    }
+
+    fn table(&self) -> String {
+        let counts = self.counts.lock().unwrap();
+        let mut table = String::new();
+        for (kind, (served, longest)) in &counts.good {
+            writeln!(table, "{served:10} {kind}; the slowest took {longest:.3?}").unwrap();
+        }
+        for (kind, count) in &counts.bad {
+            writeln!(table, "{count:10} {kind}").unwrap();
+        }
+        table
+    }
+
+    fn assert_that_all_is_well(&self) {
+        let counts = self.counts.lock().unwrap();
+        assert!(counts.failures.is_empty(), "{:#?}", counts.failures);
+        // Nothing is shown by clients that did not come.
+        for (kind, ..) in GOOD_CLIENTS {
+            assert!(counts.good.contains_key(kind), "none of: {kind}");
+        }
+        for (kind, ..) in BAD_CLIENTS {
+            assert!(counts.bad.get(kind).is_some_and(|count| *count > 0), "none of: {kind}");
+        }
+    }
+}
+
+/// The daemon's resident memory and its threads, every second.
+#[derive(Default)]
+struct Memory(Vec<(Duration, u64, u64)>);
+
+impl Memory {
+    fn note(&mut self, soak: &Soak, daemon: &Daemon) {
+        self.0.push((soak.start.elapsed(), daemon.usage().0, threads(daemon)));
+    }
+
+    /// The same clients do the same all the time, so that whatever is needed at once was needed in
+    /// the first minute. A leak grows with the connections that have been: a hundred bytes for
+    /// each of the hundred thousands of ten minutes are tens of megabytes. What is allowed is what
+    /// the allocator's scattered free pieces come to, and the memory of threads: those that read
+    /// files grow in number with the worst moment so far, but never beyond 512.
+    fn assert_that_it_is_flat(&self, length: Duration) {
+        let highest = |from: Duration, to: Duration| {
+            let within = || self.0.iter().filter(|(at, ..)| (from..to).contains(at));
+            let bytes = within().map(|(_, bytes, _)| *bytes).max().unwrap_or(0);
+            (bytes, within().map(|(.., threads)| *threads).max().unwrap_or(0))
+        };
+        let minute = Duration::from_secs(60).min(length / 4);
+        let (early, early_threads) = highest(Duration::ZERO, minute);
+        let (late, late_threads) = highest(length / 2, Duration::MAX);
+        let allowed = early
+            + early / 4
+            + (4 << 20)
+            + late_threads.saturating_sub(early_threads) * MEMORY_OF_A_THREAD;
+        println!(
+            "memory: {:.1} MiB and {early_threads} threads at most in the first {minute:?}, \
+             {:.1} MiB and {late_threads} threads in the second half; {:.1} MiB would be too much",
+            mebibytes(early),
+            mebibytes(late),
+            mebibytes(allowed),
+        );
+        assert!(late <= allowed, "memory grew");
+    }
+}
+
+/// A piece of a file on its stack, and what the allocator keeps for it.
+const MEMORY_OF_A_THREAD: u64 = 80 << 10;
+
+fn threads(daemon: &Daemon) -> u64 {
+    fs::read_dir(format!("/proc/{}/task", daemon.child.id())).unwrap().count() as u64
+}
+
+#[expect(clippy::cast_precision_loss, reason = "only to be read by people")]
+fn mebibytes(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+/// The content of a version of a file; no part of it is like that of another version.
+fn content(version: u64, size: usize) -> Vec<u8> {
+    let mut content = version.to_le_bytes().to_vec();
+    content.extend(sample(version, size - content.len()));
+    content
+}
+
+/// Writes each file as every careful program does.
+fn write_files(folder: &Path, version: u64) {
+    for (name, size) in [("small.bin", SMALL), ("large.bin", LARGE), ("rewritten.bin", REWRITTEN)] {
+        replace(&folder.join(name), &content(version, size));
+    }
+    for (name, size) in FOLDER_FILES {
+        replace(&folder.join("files").join(name), &content(version, size));
+    }
+}
+
+/// Gives each file a new version every second, and tells the last.
+fn replace_files(soak: &Soak, folder: &Path) -> u64 {
+    let mut version = 0;
+    while soak.rest(1000) {
+        version += 1;
+        let small = content(version, SMALL);
+        if version % 2 == 0 {
+            replace(&folder.join("small.bin"), &small);
+        } else {
+            fs::write(folder.join("small.bin"), &small).unwrap();
+        }
+        replace(&folder.join("large.bin"), &content(version, LARGE));
+        fs::write(folder.join("rewritten.bin"), content(version, REWRITTEN)).unwrap();
+        for (name, size) in FOLDER_FILES {
+            // The folder service does not know files that are hidden.
+            let beside = folder.join("files/.new");
+            fs::write(&beside, content(version, size)).unwrap();
+            fs::rename(beside, folder.join("files").join(name)).unwrap();
+        }
+    }
+    version
+}
+
+fn wrong(what: impl Into<String>) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, what.into())
+}
+
+fn connect_from(last: u8, to: SocketAddr) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    socket.bind(&SocketAddr::from(([127, 0, 0, last], 0)).into())?;
+    socket.connect_timeout(&to.into(), PATIENCE)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_write_timeout(Some(PATIENCE))?;
+    Ok(socket.into())
+}
+
+fn internet(to: SocketAddr) -> io::Result<Socket> {
+    connect_from(GOOD, to).map(Socket::from)
+}
+
+fn unix(path: &Path) -> io::Result<Socket> {
+    let stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    Ok(stream.into())
+}
+
+/// Reads to the end, in turn without a word, after having typed something, and half-closed.
+fn read_all(mut stream: Socket, round: u64) -> io::Result<Vec<u8>> {
+    match round % 3 {
+        0 => {}
+        1 => stream.write_all(b"\r\n")?,
+        _ => stream.shutdown(Shutdown::Write)?,
+    }
+    let mut reply = Vec::new();
+    stream.read_to_end(&mut reply)?;
+    Ok(reply)
+}
+
+fn pushed(address: SocketAddr, name: &str, size: usize, round: u64) -> io::Result<u64> {
+    read_document(internet(address)?, name, size, round)
+}
+
+/// Reads a pushed document and tells its version.
+fn read_document(stream: Socket, name: &str, size: usize, round: u64) -> io::Result<u64> {
+    let document = read_all(stream, round)?;
+    let value: Value = serde_json::from_slice(&document)?;
+    if value["filename"] != name || value.as_object().is_none_or(|keys| keys.len() != 2) {
+        return Err(wrong(format!("not the document of {name}")));
+    }
+    version_of(&value, size)
+}
+
+/// The version of a file of which every byte is as it should be.
+fn version_of(document: &Value, size: usize) -> io::Result<u64> {
+    let data = STANDARD.decode(document["filedata"].as_str().unwrap_or_default());
+    let data = data.map_err(io::Error::other)?;
+    let version = data.first_chunk().map(|version| u64::from_le_bytes(*version));
+    let version = version.ok_or_else(|| wrong(format!("{} bytes", data.len())))?;
+    if data == content(version, size) {
+        Ok(version)
+    } else {
+        Err(wrong(format!("{} bytes, not those of version {version}", data.len())))
+    }
+}
+
+fn ask_time(stream: Socket, round: u64) -> io::Result<()> {
+    let before = SystemTime::now();
+    check_time(&read_all(stream, round)?, before)
+}
+
+/// A datagram may be lost; ten are not.
+fn ask_time_by_datagram(to: SocketAddr) -> io::Result<()> {
+    for _ in 0..10 {
+        let socket = UdpSocket::bind(SocketAddr::from(([127, 0, 0, GOOD], 0)))?;
+        socket.connect(to)?;
+        socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+        let before = SystemTime::now();
+        socket.send(b"time?")?;
+        let mut reply = [0; 1000];
+        if let Ok(length) = socket.recv(&mut reply) {
+            return check_time(reply.get(..length).unwrap_or_default(), before);
+        }
+    }
+    Err(ErrorKind::TimedOut.into())
+}
+
+/// The reply must tell a time between the question and now, to a second.
+fn check_time(reply: &[u8], before: SystemTime) -> io::Result<()> {
+    let seconds = |time: SystemTime| {
+        time.duration_since(SystemTime::UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+    };
+    let value: Value = serde_json::from_slice(reply)?;
+    let told = value["unix"].as_f64().unwrap_or_default();
+    let possible = seconds(before) - 1.0..seconds(SystemTime::now()) + 1.0;
+    if possible.contains(&told) && reply.ends_with(b"}\n") {
+        Ok(())
+    } else {
+        Err(wrong(format!("{value} is not in {possible:?}")))
+    }
+}
+
+/// Asks for the list, for each file and for one that is not there, all at once.
+fn ask_folder(to: SocketAddr) -> io::Result<()> {
+    let mut stream = internet(to)?;
+    let names: String = FOLDER_FILES.iter().map(|(name, _)| format!("{name}\n")).collect();
+    write!(stream, "\n{names}none\n")?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut replies = BufReader::new(stream).lines();
+    let mut next = || -> io::Result<Value> {
+        let line = replies.next().ok_or(ErrorKind::UnexpectedEof)??;
+        Ok(serde_json::from_str(&line)?)
+    };
+    let list = next()?;
+    let listed = list["files"].as_array().map_or(0, Vec::len);
+    if listed != FOLDER_FILES.len() {
+        return Err(wrong(list.to_string()));
+    }
+    for (name, size) in FOLDER_FILES {
+        let reply = next()?;
+        if reply["filename"] != name || reply["size"] != size {
+            return Err(wrong(format!("not the reply to {name}")));
+        }
+        version_of(&reply, size)?;
+    }
+    let refusal = next()?;
+    if refusal["error"] != "no such file" {
+        return Err(wrong(refusal.to_string()));
+    }
+    match replies.next() {
+        None => Ok(()),
+        Some(line) => Err(wrong(line?)),
+    }
+}
+
+/// Who is denied gets no byte, neither by TCP nor by UDP.
+fn be_denied(places: &Places, round: u64) -> io::Result<()> {
+    let mut reply = Vec::new();
+    let addresses = places.internet();
+    let to = addresses.into_iter().cycle().nth(usize::try_from(round % 5).unwrap_or(0));
+    // The reset may be there before the connection is said to be.
+    let ended = connect_from(DENIED, to.unwrap_or(places.clock))
+        .and_then(|mut stream| stream.read_to_end(&mut reply));
+    if !reply.is_empty() || !ended.as_ref().is_err_and(|e| e.kind() == ErrorKind::ConnectionReset) {
+        return Err(wrong(format!("{ended:?} after {} bytes", reply.len())));
+    }
+    let socket = UdpSocket::bind(SocketAddr::from(([127, 0, 0, DENIED], 0)))?;
+    socket.connect(places.clock_datagrams)?;
+    socket.set_read_timeout(Some(Duration::from_millis(20)))?;
+    socket.send(b"time?")?;
+    match socket.recv(&mut [0; 1000]) {
+        Ok(_) => Err(wrong("a datagram was answered")),
+        Err(_) => Ok(()),
+    }
+}
+
+/// A kind of bad client.
+struct Bad<'a> {
+    soak: &'a Soak,
+    places: &'a Places,
+    kind: &'static str,
+    /// The last part of its address.
+    address: u8,
+}
+
+impl Bad<'_> {
+    fn connect(&self, to: SocketAddr) -> io::Result<TcpStream> {
+        let stream = connect_from(self.address, to)?;
+        self.soak.count_bad(self.kind, 1);
+        Ok(stream)
+    }
+
+    /// Connects, does something, and leaves. What comes of it is not the point.
+    fn with(&self, to: SocketAddr, act: impl FnOnce(&mut TcpStream)) {
+        if let Ok(mut stream) = self.connect(to) {
+            act(&mut stream);
+        }
+    }
+
+    fn with_every_service(&self, act: impl Fn(&mut TcpStream)) {
+        for to in self.places.internet() {
+            self.with(to, &act);
+        }
+    }
+
+    /// Keeps so many connections, and does something with each of them every so many
+    /// milliseconds, until the daemon ends them: which it must.
+    fn stay(
+        &self,
+        count: usize,
+        to: SocketAddr,
+        every: u64,
+        act: impl Fn(&mut TcpStream) -> io::Result<usize>,
+    ) {
+        let mut staying: Vec<(Instant, TcpStream)> = Vec::new();
+        while self.soak.rest(every) {
+            while staying.len() < count {
+                let Ok(stream) = self.connect(to) else { break };
+                drop(SockRef::from(&stream).set_recv_buffer_size(4096));
+                drop(stream.set_nonblocking(true));
+                staying.push((Instant::now(), stream));
+            }
+            staying.retain_mut(|(since, stream)| {
+                if since.elapsed() > LET_GO {
+                    self.soak.fail(&format!("{}: it was not let go", self.kind));
+                    return false;
+                }
+                match act(stream) {
+                    Ok(0) => false,
+                    Ok(_) => true,
+                    Err(error) => error.kind() == ErrorKind::WouldBlock,
+                }
+            });
+        }
+    }
+}
+
+/// What no client of a folder service should say.
+fn garbage() -> [Vec<u8>; 8] {
+    [
+        sample(1, 4000),
+        sample(2, 100_000),
+        vec![0; 10_000],
+        vec![b'x'; 10_000],
+        b"\xff\xfe\n\x1b[2J\n../../etc/passwd\n/etc/passwd\nsub/../../handout.toml\n.new\n"
+            .to_vec(),
+        [vec![b'/'; 4090], b"\n".to_vec()].concat(),
+        b"one.b".to_vec(),
+        // Far more replies than it takes.
+        b"sub/two.bin\n\n".repeat(1000),
+    ]
+}
+
+/// Sends junk, nothing, what could be a reply, and questions, faster than any client should.
+fn flood(bad: &Bad<'_>) {
+    let reply = br#"{"time":"2026-11-22T13:46:01.123456Z","unix":1795326361.123456,"synchronized":true,"max-error-us":1234}
+"#;
+    let junk = sample(bad.soak.start.elapsed().as_secs(), 60_000);
+    let Ok(socket) = UdpSocket::bind(SocketAddr::from(([127, 0, 0, bad.address], 0))) else {
+        return;
+    };
+    let kinds = [b"", &b"time?"[..], reply, &junk[..1400], &junk];
+    let sent = kinds.iter().cycle().take(200);
+    let sent = sent.filter(|bytes| socket.send_to(bytes, bad.places.clock_datagrams).is_ok());
+    bad.soak.count_bad(bad.kind, sent.count());
+}
