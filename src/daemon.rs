@@ -100,7 +100,10 @@ impl Daemon {
             tokio::select! {
                 () = orders.stop.cancelled() => break Ok(()),
                 error = self.running.failure() => break Err(Ended(error)),
-                _ = sums.tick() => self.sum_up(),
+                _ = sums.tick() => {
+                    self.sum_up();
+                    self.running.forget_who_has_left();
+                }
                 () = orders.reload.notified() => tokio::select! {
                     () = orders.stop.cancelled() => break Ok(()),
                     () = self.reload() => {}

@@ -27,7 +27,7 @@ use crate::datagram::may_be_answered;
 use crate::kernel::Watched;
 use crate::served::Served;
 use crate::services::time::TimeService;
-use crate::sockets::SocketFile;
+use crate::sockets::{BACKLOG, SocketFile};
 
 /// The longest datagram, or several of one sender that the kernel hands over as one. Only what is
 /// used of the buffers takes memory.
@@ -121,10 +121,20 @@ impl Listener {
         let last = orders.clone();
         follow(orders, |duty| self.accept_for(duty)).await;
         let duty = last.borrow().clone();
-        while let Some(place) = duty.served.free_place() {
-            let Ok(accepted) = self.accept_next() else { break };
-            begin(accepted, place, &duty);
+        // No more than a queue's length, as others may go on coming.
+        for _ in 0..BACKLOG {
+            let Some(place) = duty.served.free_place() else { break };
+            match self.accept_next() {
+                Ok(accepted) => begin(accepted, place, &duty),
+                Err(error) if ends_one_connection_only(&error) => {}
+                Err(_) => break,
+            }
         }
+    }
+
+    /// Whether clients cannot find it any more: somebody has removed its file.
+    pub fn is_out_of_reach(&self) -> bool {
+        matches!(&self.family, Family::Unix(Some(file)) if !file.is_there())
     }
 
     async fn accept_for(&self, duty: Duty) {
@@ -267,6 +277,8 @@ impl Pause {
 pub struct DatagramSocket {
     socket: UdpSocket,
     state: UdpSocketState,
+    /// Used by one task after the other: memory that was written once stays.
+    buffer: tokio::sync::Mutex<Vec<u8>>,
 }
 
 impl DatagramSocket {
@@ -279,7 +291,8 @@ impl DatagramSocket {
         // The library asks the kernel for each datagram's destination: on a wildcard address, the
         // answer must leave from where the question went to.
         let state = UdpSocketState::new((&socket).into())?;
-        Ok(Self { socket, state })
+        let buffer = vec![0; BATCH_SIZE * DATAGRAM].into();
+        Ok(Self { socket, state, buffer })
     }
 
     /// Answers datagrams, in one task and in memory that does not grow, until the sender of
@@ -291,7 +304,7 @@ impl DatagramSocket {
     async fn answer_for(&self, duty: Duty) {
         // The configuration does not give such a socket to a service that answers no datagrams.
         let Some(time) = duty.served.service.datagrams() else { return pending().await };
-        let mut buffer = vec![0; BATCH_SIZE * DATAGRAM];
+        let mut buffer = self.buffer.lock().await;
         let mut metas = [RecvMeta::default(); BATCH_SIZE];
         let mut reply = Vec::new();
         let mut pause = Pause::default();

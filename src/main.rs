@@ -16,12 +16,17 @@ use handout::config::{Config, Faults, Sources};
 use handout::daemon::{Daemon, Orders};
 use handout::errors::chain;
 use handout::logging::{self, Logger};
+use handout::running;
 use handout::sockets::Inherited;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
 /// Wrong configuration (sysexits(3), `EX_CONFIG`), which a restart does not mend.
 const WRONG_CONFIGURATION: u8 = 78;
+
+/// How many threads may read files at one time. More only wait for each other, or for a file system
+/// that hangs.
+const MAX_READERS: usize = 128;
 
 /// How long a reader that hangs in the file system may delay the exit.
 const EXIT_TIME: Duration = Duration::from_millis(100);
@@ -133,7 +138,10 @@ fn serve(sources: Sources) -> ExitCode {
     };
     let served = || -> Result<(), Box<dyn Error>> {
         let log = Logger::start(&config.log)?;
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .enable_all()
+            .max_blocking_threads(MAX_READERS)
+            .build()?;
         let served = runtime.block_on(async {
             let orders = orders()?;
             tokio::spawn(reload_on_hangup(Arc::clone(&orders.reload))?);
@@ -143,7 +151,17 @@ fn serve(sources: Sources) -> ExitCode {
         runtime.shutdown_timeout(EXIT_TIME);
         served
     };
-    served().map_or_else(|error| fail(&*error), |()| ExitCode::SUCCESS)
+    match served() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let code = fail(&*error);
+            // It does not fit the sockets that it is given, which a restart does not mend.
+            match error.downcast_ref() {
+                Some(running::Error::Inherited(_)) => ExitCode::from(WRONG_CONFIGURATION),
+                _ => code,
+            }
+        }
+    }
 }
 
 /// Turns signals into orders: the first asks, the second insists.

@@ -186,10 +186,9 @@ impl Snapshot {
         let help = "1 if the last reload took effect, or none was ordered yet";
         let successful = truth(self.last_reload_successful);
         gauge("config_last_reload_successful", help, None, successful)?;
-        let help = "1 if the kernel says that its clock is synchronized";
-        let synchronized = self.clock.is_some_and(|clock| clock.synchronized);
-        gauge("clock_synchronized", help, None, truth(synchronized))?;
         if let Some(clock) = self.clock {
+            let help = "1 if the kernel says that its clock is synchronized";
+            gauge("clock_synchronized", help, None, truth(clock.synchronized))?;
             let help = "By how much the clock may be wrong, as the kernel says";
             #[expect(clippy::cast_precision_loss, reason = "the kernel stops at 16 seconds")]
             let seconds = clock.max_error_us as f64 / 1e6;

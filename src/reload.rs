@@ -1,7 +1,7 @@
 //! The difference between what runs and what is configured: which services stay as they are, and
 //! where each socket comes from.
 //!
-//! Everything here is arithmetic on names and addresses; [`crate::daemon`] carries it out. A start
+//! Everything here is arithmetic on names and addresses; [`crate::running`] carries it out. A start
 //! is a reload of a daemon that has nothing but the sockets that it inherited.
 
 use std::sync::Arc;
@@ -17,6 +17,8 @@ pub struct Held {
     pub inherited: Option<String>,
     /// The service that it is for; none yet if it has just been inherited.
     pub service: Option<Arc<str>>,
+    /// It serves no longer, as the file of a Unix socket that somebody has removed.
+    pub stale: bool,
 }
 
 /// What becomes of a service.
@@ -67,7 +69,8 @@ pub enum Mismatch {
     /// Clients of this socket would wait for ever.
     #[error(
         "no service listens on {endpoint}, which was inherited from systemd under the name \
-         {name:?}: name it in a `listen`, or take it out of the socket unit and restart that"
+         {name:?}: say so in a `listen`, by its address or as \"systemd:{name}\", or take it out of \
+         the socket unit and restart that"
     )]
     Unnamed {
         /// The socket's address.
@@ -177,7 +180,7 @@ impl Assignment<'_> {
     fn take(&mut self, fits: impl Fn(&Held) -> bool) -> Option<usize> {
         let free = self.held.iter().zip(&mut self.taken).enumerate();
         let (index, (_, taken)) =
-            free.into_iter().find(|(_, (held, taken))| !**taken && fits(held))?;
+            free.into_iter().find(|(_, (held, taken))| !(**taken || held.stale) && fits(held))?;
         *taken = true;
         Some(index)
     }
@@ -257,7 +260,7 @@ mod tests {
     }
 
     fn inherited(port: u16, name: &str) -> Held {
-        Held { endpoint: tcp(port), inherited: Some(name.to_owned()), service: None }
+        Held { endpoint: tcp(port), inherited: Some(name.to_owned()), service: None, stale: false }
     }
 
     /// What is held after a difference was carried out, and by whom.
@@ -266,9 +269,12 @@ mod tests {
             step.sockets.iter().map(|origin| {
                 let socket = match origin {
                     Origin::Held(index) => held[*index].clone(),
-                    Origin::Bind(endpoint) => {
-                        Held { endpoint: endpoint.clone(), inherited: None, service: None }
-                    }
+                    Origin::Bind(endpoint) => Held {
+                        endpoint: endpoint.clone(),
+                        inherited: None,
+                        service: None,
+                        stale: false,
+                    },
                 };
                 Held { service: Some(Arc::clone(&service.name)), ..socket }
             })
@@ -321,6 +327,16 @@ mod tests {
         let held = [Held { endpoint: udp, ..inherited(1, "x") }];
         let mismatches = difference(&[], &held, &[file]).unwrap_err();
         assert!(mismatches[0].to_string().contains("answers no datagrams"), "{mismatches:?}");
+    }
+
+    #[test]
+    fn a_socket_that_serves_no_longer_is_closed_and_bound_anew() {
+        let wanted = [service("time.a", &[at(1)], true, 1)];
+        let mut held = started(&[], &wanted);
+        held[0].stale = true;
+        let difference = difference(&[&wanted[0]], &held, &wanted).unwrap();
+        assert_eq!(difference.steps[0].sockets, [Origin::Bind(tcp(1))]);
+        assert_eq!(difference.closed, [0]);
     }
 
     #[test]

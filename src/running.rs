@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::task::{JoinError, JoinSet};
+use tokio::task::{AbortHandle, JoinError, JoinSet};
 use tokio_util::sync::DropGuard;
 use tokio_util::task::TaskTracker;
 
@@ -20,6 +20,9 @@ use crate::reload::{Change, Difference, Held, Mismatch, Origin, difference};
 use crate::served::Served;
 use crate::services::Service;
 use crate::sockets::{self, BindError, Inherited, Socket};
+
+/// How often it is seen whether the connections of a service that is gone have ended.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Why the daemon cannot become what a configuration says.
 #[derive(Debug, thiserror::Error)]
@@ -56,14 +59,12 @@ pub enum Error {
     Lost(#[source] Option<JoinError>),
 }
 
-/// Tasks and connections that end together.
+/// Connections that end together.
 #[derive(Debug, Default)]
 struct Scope {
     shutdown: Shutdown,
     /// Those that are under way.
     connections: TaskTracker,
-    /// The listeners, and what services do by themselves.
-    tasks: JoinSet<()>,
 }
 
 #[derive(Debug, Default)]
@@ -78,10 +79,6 @@ impl Scopes {
     fn of(&self, service: &Service) -> &Scope {
         if service.is_for_monitoring() { &self.monitoring } else { &self.serving }
     }
-
-    fn of_mut(&mut self, service: &Service) -> &mut Scope {
-        if service.is_for_monitoring() { &mut self.monitoring } else { &mut self.serving }
-    }
 }
 
 /// All that runs.
@@ -89,6 +86,10 @@ impl Scopes {
 pub struct Running {
     services: Vec<RunningService>,
     sockets: Vec<OpenSocket>,
+    /// Services that are gone, while connections to them last.
+    leaving: Vec<Arc<Served>>,
+    /// The listeners, and what services do by themselves.
+    tasks: JoinSet<()>,
     scopes: Scopes,
     /// What monitoring is told.
     pub monitor: Arc<Monitor>,
@@ -109,8 +110,16 @@ struct OpenSocket {
     /// Where it listens, with the port that it has got.
     endpoint: Endpoint,
     socket: Registered,
-    /// Dropped, it ends the task; none before that has begun.
-    orders: Option<watch::Sender<Duty>>,
+    /// None before it has begun.
+    task: Option<ListenerTask>,
+}
+
+/// The task that serves on a socket.
+#[derive(Debug, Clone)]
+struct ListenerTask {
+    /// Dropped, it ends the task.
+    orders: watch::Sender<Duty>,
+    handle: AbortHandle,
 }
 
 /// A bound socket, registered with the reactor.
@@ -126,6 +135,8 @@ pub struct Prepared {
     services: Vec<RunningService>,
     sockets: Vec<OpenSocket>,
     removed: Vec<RunningService>,
+    /// Who listens no longer where.
+    closed: Vec<(Arc<str>, Endpoint)>,
     /// Services with what they succeed.
     successions: Vec<(Arc<Served>, Arc<Served>)>,
     summary: Summary,
@@ -136,7 +147,7 @@ pub struct Prepared {
 pub struct Summary {
     /// New ones.
     pub added: usize,
-    /// Those that serve something else, or by other limits.
+    /// Those that serve something else, elsewhere, or by other limits.
     pub changed: usize,
     /// Those that are gone.
     pub removed: usize,
@@ -151,7 +162,12 @@ impl Running {
     /// If one cannot be watched.
     pub fn new(inherited: Vec<Inherited>) -> Result<Self, Error> {
         let open = |Inherited { socket, endpoint, name }| {
-            let held = Held { endpoint: endpoint.clone(), inherited: Some(name), service: None };
+            let held = Held {
+                endpoint: endpoint.clone(),
+                inherited: Some(name),
+                service: None,
+                stale: false,
+            };
             OpenSocket::new(socket, endpoint, held)
         };
         let sockets = inherited.into_iter().map(open).collect::<Result<_, _>>()?;
@@ -175,31 +191,53 @@ impl Running {
     /// The first thing that fails.
     pub async fn prepare(&self, config: &Config) -> Result<Prepared, Error> {
         let running: Vec<_> = self.services.iter().map(|service| &service.config).collect();
-        let held: Vec<_> = self.sockets.iter().map(|socket| socket.held.clone()).collect();
+        let held: Vec<_> = self.sockets.iter().map(OpenSocket::as_held).collect();
         let Difference { steps, removed, closed } =
             difference(&running, &held, &config.services).map_err(Error::Inherited)?;
         let closing: Vec<_> = closed.iter().filter_map(|index| self.sockets.get(*index)).collect();
 
+        let removed: Vec<_> =
+            removed.iter().filter_map(|index| self.services.get(*index)).cloned().collect();
+        let whose = |socket: &&OpenSocket| {
+            socket.held.service.clone().map(|service| (service, socket.endpoint.clone()))
+        };
         let mut prepared = Prepared {
             services: Vec::new(),
             sockets: Vec::new(),
-            removed: removed
-                .iter()
-                .filter_map(|index| self.services.get(*index))
-                .cloned()
-                .collect(),
+            closed: closing.iter().filter_map(whose).collect(),
             successions: Vec::new(),
             summary: Summary { removed: removed.len(), ..Summary::default() },
+            removed,
         };
+        for (config, step) in config.services.iter().zip(&steps) {
+            self.prepare_service(config, step.change, &mut prepared).await?;
+        }
+        // Last and without a pause, as a new socket can take an old one's clients from it.
+        let mut bound = Vec::new();
         for (config, step) in config.services.iter().zip(steps) {
             for origin in step.sockets {
-                let socket = match origin {
-                    Origin::Held(index) => self.sockets.get(index).cloned(),
-                    Origin::Bind(endpoint) => Some(bind(&config.name, endpoint, &closing)?),
-                };
-                prepared.sockets.extend(socket.map(|socket| socket.of(&config.name)));
+                match origin {
+                    Origin::Held(index) => {
+                        let held = self.sockets.get(index).cloned();
+                        prepared.sockets.extend(held.map(|socket| socket.of(&config.name)));
+                    }
+                    Origin::Bind(endpoint) => {
+                        let giving_way = GivingWay::to(&endpoint, &closing);
+                        let socket = sockets::bind(&endpoint, !giving_way.0.is_empty());
+                        let socket = socket.map_err(|source| {
+                            let service = Arc::clone(&config.name);
+                            Error::Bind { service, source }
+                        })?;
+                        bound.push((&config.name, endpoint, socket, giving_way));
+                    }
+                }
             }
-            self.prepare_service(config, step.change, &mut prepared).await?;
+        }
+        // One socket may give way to several.
+        let mut giving_way = Vec::new();
+        for (name, endpoint, socket, way) in bound {
+            giving_way.push(way);
+            prepared.sockets.push(listen(name, &endpoint, socket)?.of(name));
         }
         Ok(prepared)
     }
@@ -218,36 +256,49 @@ impl Running {
                 summary.added += 1;
                 let service = self.start(config).await?;
                 let shutdown = self.scopes.of(&service).shutdown.child();
-                (Served::new(Arc::clone(&config.name), service, limits, shutdown), None)
+                let before = self.leaving.iter().find(|leaving| *leaving.name() == config.name);
+                match before {
+                    // It was gone and comes back: who is still connected counts.
+                    Some(before) => (before.successor(service, limits, shutdown), None),
+                    None => {
+                        (Served::new(Arc::clone(&config.name), service, limits, shutdown), None)
+                    }
+                }
             }
             Change::Keep(index) => {
-                summary.kept += 1;
-                let config = config.clone();
-                prepared.services.push(RunningService { config, ..running(index)?.clone() });
+                let running = running(index)?.clone();
+                let moved = running.config.listen != config.listen;
+                *(if moved { &mut summary.changed } else { &mut summary.kept }) += 1;
+                prepared.services.push(RunningService { config: config.clone(), ..running });
                 return Ok(());
             }
             Change::Limit(index) => {
                 summary.changed += 1;
                 let RunningService { served, work, .. } = running(index)?;
-                (served.successor(served.service.clone(), limits), work.clone())
+                let shutdown = served.terms.shutdown.clone();
+                (served.successor(served.service.clone(), limits, shutdown), work.clone())
             }
             Change::Replace(index) => {
                 summary.changed += 1;
-                (running(index)?.served.successor(self.start(config).await?, limits), None)
+                let served = &running(index)?.served;
+                let shutdown = served.terms.shutdown.clone();
+                (served.successor(self.start(config).await?, limits, shutdown), None)
             }
         };
         let served = Arc::new(served);
-        if let Change::Limit(index) | Change::Replace(index) = change {
-            let before = Arc::clone(&running(index)?.served);
-            prepared.successions.push((Arc::clone(&served), before));
-        }
+        let before = match change {
+            Change::Limit(index) | Change::Replace(index) => Some(&running(index)?.served),
+            _ => self.leaving.iter().find(|leaving| *leaving.name() == config.name),
+        };
+        let succession = before.map(|before| (Arc::clone(&served), Arc::clone(before)));
+        prepared.successions.extend(succession);
         prepared.services.push(RunningService { config: config.clone(), served, work });
         Ok(())
     }
 
     /// Becomes what was prepared. Connections to services that are gone may go on for `grace`.
     pub fn change(&mut self, prepared: Prepared, grace: Duration) -> Summary {
-        let Prepared { services, sockets, removed, successions, summary } = prepared;
+        let Prepared { services, sockets, removed, closed, successions, summary } = prepared;
         for (now, before) in successions {
             now.take_over(&before);
         }
@@ -256,20 +307,34 @@ impl Running {
         self.sockets = sockets;
         self.begin_work();
         self.give_orders();
-        self.monitor.watch(self.services().cloned().collect());
-        for gone in removed {
-            drain(&gone.served, grace);
+        for (service, address) in closed {
+            let service = &*service;
+            let message = format_args!("{service}: no longer listening on {address}");
+            tracing::info!(service, %address, "{message}");
         }
+        for RunningService { served, .. } in removed {
+            tokio::spawn(drain(Arc::clone(&served), grace));
+            self.leaving.push(served);
+        }
+        self.forget_who_has_left();
         summary
+    }
+
+    /// Tells monitoring which services there are, with those that still have connections.
+    pub fn forget_who_has_left(&mut self) {
+        let names: Vec<_> = self.services().map(|served| Arc::clone(served.name())).collect();
+        // One that came back has its predecessor's counts.
+        self.leaving
+            .retain(|served| served.counts().active() > 0 && !names.contains(served.name()));
+        self.monitor.watch(self.services().chain(&self.leaving).cloned().collect());
     }
 
     fn begin_work(&mut self) {
         for service in self.services.iter_mut().filter(|service| service.work.is_none()) {
             let served = Arc::clone(&service.served);
-            let scope = self.scopes.of_mut(&served.service);
-            let end = scope.shutdown.drain.child_token();
+            let end = self.scopes.of(&served.service).shutdown.drain.child_token();
             service.work = Some(Arc::new(end.clone().drop_guard()));
-            scope.tasks.spawn(async move {
+            self.tasks.spawn(async move {
                 end.run_until_cancelled(served.service.work()).await;
             });
         }
@@ -286,27 +351,22 @@ impl Running {
             let name = socket.held.service.as_ref();
             let service = self.services.iter().find(|service| Some(&service.config.name) == name);
             let Some(RunningService { served, .. }) = service else { continue };
-            let scope = self.scopes.of_mut(&served.service);
             let duty = Duty {
                 served: Arc::clone(served),
-                connections: scope.connections.clone(),
+                connections: self.scopes.of(&served.service).connections.clone(),
                 own_ports: Arc::clone(&own_ports),
             };
-            socket.order(duty, &mut scope.tasks);
+            socket.order(duty, &mut self.tasks);
         }
     }
 
     /// Waits until a task has failed, which none should; the others end when they are told to.
     pub async fn failure(&mut self) -> JoinError {
-        let Scopes { serving, monitoring } = &mut self.scopes;
         loop {
-            let ended = tokio::select! {
-                Some(ended) = serving.tasks.join_next() => ended,
-                Some(ended) = monitoring.tasks.join_next() => ended,
-                else => std::future::pending().await,
-            };
-            if let Err(error) = ended {
-                return error;
+            match self.tasks.join_next().await {
+                Some(Err(error)) => return error,
+                Some(Ok(())) => {}
+                None => std::future::pending().await,
             }
         }
     }
@@ -315,12 +375,17 @@ impl Running {
     /// they have begun, which are returned. Monitoring goes on.
     pub async fn drain(&mut self) -> TaskTracker {
         self.monitor.note_draining();
-        let scope = &mut self.scopes.serving;
-        scope.shutdown.drain.cancel();
-        self.sockets.retain(OpenSocket::is_for_monitoring);
-        while scope.tasks.join_next().await.is_some() {}
-        scope.connections.close();
-        scope.connections.clone()
+        let Scope { shutdown, connections } = &self.scopes.serving;
+        let connections = connections.clone();
+        shutdown.drain.cancel();
+        let closed = self.sockets.extract_if(.., |socket| !socket.is_for_monitoring());
+        let ending: Vec<_> =
+            closed.filter_map(|socket| socket.task.map(|task| task.handle)).collect();
+        while ending.iter().any(|task| !task.is_finished()) {
+            self.tasks.join_next().await;
+        }
+        connections.close();
+        connections
     }
 
     /// Resets what is left, and ends monitoring, which may take so long.
@@ -346,37 +411,58 @@ impl Running {
 }
 
 /// Lets the connections of a service that is gone finish what they have begun.
-fn drain(served: &Served, grace: Duration) {
+async fn drain(served: Arc<Served>, grace: Duration) {
     served.counts().sum_up(served.name());
-    let Shutdown { drain, abort } = served.terms.shutdown.clone();
+    let Shutdown { drain, abort } = &served.terms.shutdown;
     drain.cancel();
-    tokio::spawn(async move {
-        tokio::time::sleep(grace).await;
+    let gone = async {
+        while served.counts().active() > 0 {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    };
+    if tokio::time::timeout(grace, gone).await.is_err() {
         abort.cancel();
-    });
+    }
 }
 
-/// Binds a new socket, also where one is in the way that is about to be closed.
-fn bind(
-    service: &Arc<str>,
-    endpoint: Endpoint,
-    closing: &[&OpenSocket],
-) -> Result<OpenSocket, Error> {
-    let in_the_way = closing.iter().filter(|closing| closing.endpoint.conflicts_with(&endpoint));
-    let mut shared = false;
-    for socket in in_the_way {
-        shared = true;
-        // If that fails, so does the binding.
-        let _ = match &socket.socket {
-            Registered::Listener(listener) => sockets::share_port(&**listener),
-            Registered::Datagrams(datagrams) => sockets::share_port(&**datagrams),
-        };
+/// Sockets that are about to be closed and let new ones be bound in their place, until this is
+/// dropped.
+struct GivingWay<'a>(Vec<&'a OpenSocket>);
+
+impl<'a> GivingWay<'a> {
+    /// Those of `closing` that are in the way of a socket on `endpoint`.
+    fn to(endpoint: &Endpoint, closing: &[&'a OpenSocket]) -> Self {
+        let in_the_way = closing.iter().filter(|socket| socket.endpoint.conflicts_with(endpoint));
+        let giving_way = Self(in_the_way.copied().collect());
+        giving_way.share(true);
+        giving_way
     }
-    let socket = sockets::bind(&endpoint, shared)
+
+    fn share(&self, shared: bool) {
+        for socket in &self.0 {
+            // If that fails, so does the binding.
+            let _ = match &socket.socket {
+                Registered::Listener(listener) => sockets::share_port(&**listener, shared),
+                Registered::Datagrams(datagrams) => sockets::share_port(&**datagrams, shared),
+            };
+        }
+    }
+}
+
+impl Drop for GivingWay<'_> {
+    fn drop(&mut self) {
+        self.share(false);
+    }
+}
+
+/// Begins to listen on a socket that was bound to `endpoint`.
+fn listen(service: &Arc<str>, endpoint: &Endpoint, socket: Socket) -> Result<OpenSocket, Error> {
+    let register = |source| Error::Register { endpoint: endpoint.clone(), source };
+    sockets::listen(&socket, endpoint)
         .map_err(|source| Error::Bind { service: Arc::clone(service), source })?;
-    let bound = socket.endpoint(&endpoint);
-    let bound = bound.map_err(|source| Error::Register { endpoint: endpoint.clone(), source })?;
-    OpenSocket::new(socket, bound, Held { endpoint, inherited: None, service: None })
+    let bound = socket.endpoint(endpoint).map_err(register)?;
+    let held = Held { endpoint: endpoint.clone(), inherited: None, service: None, stale: false };
+    OpenSocket::new(socket, bound, held)
 }
 
 impl OpenSocket {
@@ -392,9 +478,18 @@ impl OpenSocket {
             }
         };
         match registered {
-            Ok(socket) => Ok(Self { held, endpoint, socket, orders: None }),
+            Ok(socket) => Ok(Self { held, endpoint, socket, task: None }),
             Err(source) => Err(Error::Register { endpoint, source }),
         }
+    }
+
+    /// What it is now.
+    fn as_held(&self) -> Held {
+        let stale = match &self.socket {
+            Registered::Listener(listener) => listener.is_out_of_reach(),
+            Registered::Datagrams(_) => false,
+        };
+        Held { stale, ..self.held.clone() }
     }
 
     /// The same for this service.
@@ -405,9 +500,9 @@ impl OpenSocket {
 
     /// Says what it is there for, and begins to serve if that has not begun.
     fn order(&mut self, duty: Duty, tasks: &mut JoinSet<()>) {
-        if let Some(orders) = &self.orders {
+        if let Some(task) = &self.task {
             // Who has the same to do is not disturbed.
-            orders.send_if_modified(|before| {
+            task.orders.send_if_modified(|before| {
                 let changed = !before.is(&duty);
                 *before = duty;
                 changed
@@ -416,15 +511,15 @@ impl OpenSocket {
         }
         self.say_where();
         let (orders, receiver) = watch::channel(duty);
-        self.orders = Some(orders);
-        match self.socket.clone() {
+        let handle = match self.socket.clone() {
             Registered::Listener(listener) => tasks.spawn(listener.accept(receiver)),
             Registered::Datagrams(datagrams) => tasks.spawn(datagrams.answer(receiver)),
         };
+        self.task = Some(ListenerTask { orders, handle });
     }
 
     fn is_for_monitoring(&self) -> bool {
-        let duty = self.orders.as_ref().map(|orders| orders.borrow());
+        let duty = self.task.as_ref().map(|task| task.orders.borrow());
         duty.is_some_and(|duty| duty.served.service.is_for_monitoring())
     }
 

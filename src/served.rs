@@ -49,9 +49,13 @@ impl Served {
     /// What follows this service after a reload. Who is connected still counts, and counting goes
     /// on; the number of places is changed by [`Served::take_over`].
     #[must_use]
-    pub fn successor(&self, service: Service, limits: Limits) -> Self {
+    pub fn successor(&self, service: Service, limits: Limits, shutdown: Shutdown) -> Self {
         Self {
-            terms: Arc::new(Terms { deadlines: limits.deadlines, ..Terms::clone(&self.terms) }),
+            terms: Arc::new(Terms {
+                deadlines: limits.deadlines,
+                shutdown,
+                ..Terms::clone(&self.terms)
+            }),
             service,
             permits: Arc::clone(&self.permits),
             clients: Arc::clone(&self.clients),
@@ -146,4 +150,49 @@ fn places(limits: &Limits) -> usize {
 
 fn rate(limits: &Limits) -> Arc<Mutex<DatagramRate>> {
     Arc::new(Mutex::new(DatagramRate::new(limits.datagrams, Instant::now())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Format;
+    use crate::services::time::{Settings, TimeService};
+    use jiff::tz::TimeZone;
+    use proptest::prelude::*;
+    use std::num::NonZeroU32;
+
+    fn limits(max: u32) -> Limits {
+        Limits { max_connections: NonZeroU32::new(max).unwrap(), ..Limits::default() }
+    }
+
+    fn service() -> Service {
+        let settings = Settings { format: Format::Python, zone: TimeZone::UTC, newline: true };
+        Service::Time(Arc::new(TimeService::new(settings)))
+    }
+
+    proptest! {
+        #[test]
+        fn there_are_as_many_places_as_the_last_reload_says(
+            steps in prop::collection::vec((1_u32..6, 0_usize..4), 1..40),
+        ) {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            runtime.block_on(async {
+                let shutdown = Shutdown::default();
+                let mut served = Served::new("t".into(), service(), limits(3), shutdown.clone());
+                let mut held = Vec::new();
+                for (max, given_back) in steps {
+                    let successor = served.successor(service(), limits(max), shutdown.clone());
+                    successor.take_over(&served);
+                    served = successor;
+                    // The places that have to go are asked for, and go as they are given back.
+                    tokio::task::yield_now().await;
+                    held.truncate(held.len().saturating_sub(given_back));
+                    tokio::task::yield_now().await;
+                    let before = held.len();
+                    held.extend(std::iter::from_fn(|| served.free_place()));
+                    assert_eq!(held.len(), before.max(max as usize));
+                }
+            });
+        }
+    }
 }

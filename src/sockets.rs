@@ -4,7 +4,7 @@
 use std::fmt;
 use std::fs;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
@@ -20,7 +20,7 @@ use crate::kernel;
 
 /// The longest queue of connections that wait to be accepted; the kernel shortens it to its
 /// `net.core.somaxconn`.
-const BACKLOG: i32 = 4096;
+pub const BACKLOG: i32 = 4096;
 
 /// A socket that is bound and does not block.
 #[derive(Debug)]
@@ -44,6 +44,12 @@ impl fmt::Display for BindError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "cannot listen on {}", self.endpoint)?;
         let remedy = match (self.source.kind(), &self.endpoint) {
+            (io::ErrorKind::AddrInUse, Endpoint::Tcp(address) | Endpoint::Udp(address))
+                if address.ip() == Ipv4Addr::UNSPECIFIED =>
+            {
+                "another program listens there, or a socket unit on [::] without \
+                 BindIPv6Only=ipv6-only: see `ss -lptnux`"
+            }
             (io::ErrorKind::AddrInUse, _) => "another program listens there: see `ss -lptnux`",
             (io::ErrorKind::AddrNotAvailable, _) => "this machine does not have that address",
             (io::ErrorKind::PermissionDenied, Endpoint::Tcp(address) | Endpoint::Udp(address))
@@ -58,8 +64,8 @@ impl fmt::Display for BindError {
     }
 }
 
-/// Binds a socket to `endpoint`; also if a socket that has called [`share_port`] is in the way, if
-/// `shared`.
+/// Binds a socket to `endpoint`; if `shared`, also where sockets are in the way of which each may
+/// [`share_port`].
 ///
 /// # Errors
 /// Names the endpoint, the cause and, where there is one, the remedy.
@@ -72,12 +78,20 @@ pub fn bind(endpoint: &Endpoint, shared: bool) -> Result<Socket, BindError> {
     bound.map_err(|source| BindError { endpoint: endpoint.clone(), source })
 }
 
-/// A descriptor of the service manager's that cannot be served.
+/// The sockets that the service manager has passed cannot be taken over.
 #[derive(Debug, thiserror::Error)]
-#[error("the descriptor that systemd passed under the name {name:?} cannot be served")]
-pub struct InheritError {
-    name: String,
-    source: io::Error,
+pub enum InheritError {
+    /// What it says of them makes no sense.
+    #[error("the sockets that systemd has passed cannot be found (LISTEN_FDS, LISTEN_FDNAMES)")]
+    Unknown(#[source] io::Error),
+    /// One cannot be served.
+    #[error("the descriptor that systemd passed under the name {name:?} cannot be served")]
+    Unfit {
+        /// Its `FileDescriptorName=`.
+        name: String,
+        /// Why.
+        source: io::Error,
+    },
 }
 
 /// A socket that the service manager has passed.
@@ -97,14 +111,30 @@ impl Inherited {
     /// # Errors
     /// If one is not a socket that listens or receives datagrams.
     pub fn take_all() -> Result<Vec<Self>, InheritError> {
-        let descriptors = kernel::inherited_descriptors()
-            .map_err(|source| InheritError { name: "LISTEN_FDS".to_owned(), source })?;
+        let descriptors = kernel::inherited_descriptors().map_err(InheritError::Unknown)?;
         let take = |(fd, name)| match Socket::inherit(fd) {
             Ok((socket, endpoint)) => Ok(Self { socket, endpoint, name }),
-            Err(source) => Err(InheritError { name, source }),
+            Err(source) => Err(InheritError::Unfit { name, source }),
         };
         descriptors.into_iter().map(take).collect()
     }
+}
+
+/// Begins to queue the clients of a socket that was bound to `endpoint`, which from then on shares
+/// its port with no other.
+///
+/// # Errors
+/// As [`bind`].
+pub fn listen(socket: &Socket, endpoint: &Endpoint) -> Result<(), BindError> {
+    let listening = match socket {
+        // Here the kernel looks once more whether the port is free.
+        Socket::Tcp(fd) => {
+            socket2::SockRef::from(fd).listen(BACKLOG).and_then(|()| share_port(fd, false))
+        }
+        Socket::Udp(socket) => share_port(socket, false),
+        Socket::Unix(fd, _) => socket2::SockRef::from(fd).listen(BACKLOG),
+    };
+    listening.map_err(|source| BindError { endpoint: endpoint.clone(), source })
 }
 
 impl Socket {
@@ -157,23 +187,22 @@ impl Socket {
     }
 }
 
-/// Lets another socket of this user be bound beside this one, to an address that includes this
-/// one's or is included in it: a reload binds the new one before it closes the old one.
+/// Whether another socket of this user may be bound beside this one, to an address that includes
+/// this one's or is included in it: a reload binds the new one before it closes the old one.
 ///
 /// # Errors
 /// None is expected of an Internet socket.
-pub fn share_port(socket: impl AsFd) -> io::Result<()> {
-    Ok(set_socket_reuseport(socket, true)?)
+pub fn share_port(socket: impl AsFd, shared: bool) -> io::Result<()> {
+    Ok(set_socket_reuseport(socket, shared)?)
 }
 
 fn bind_tcp(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     let socket = internet_socket(address, Type::STREAM, Protocol::TCP)?;
     // So that a restart does not wait for the connections of before.
     socket.set_reuse_address(true)?;
-    set_socket_reuseport(&socket, shared)?;
     prepare_tcp(&socket)?;
+    share_port(&socket, shared)?;
     socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
     Ok(Socket::Tcp(socket.into()))
 }
 
@@ -188,7 +217,7 @@ fn prepare_tcp(socket: &socket2::Socket) -> io::Result<()> {
 
 fn bind_udp(address: SocketAddr, shared: bool) -> io::Result<Socket> {
     let socket = internet_socket(address, Type::DGRAM, Protocol::UDP)?;
-    set_socket_reuseport(&socket, shared)?;
+    share_port(&socket, shared)?;
     socket.bind(&address.into())?;
     Ok(Socket::Udp(socket.into()))
 }
@@ -248,6 +277,11 @@ impl SocketFile {
     fn new(path: &Path) -> io::Result<Self> {
         Ok(Self { path: path.to_owned(), identity: identity(path)? })
     }
+
+    /// Whether it is still there, for clients to find.
+    pub fn is_there(&self) -> bool {
+        identity(&self.path).is_ok_and(|identity| identity == self.identity)
+    }
 }
 
 fn identity(path: &Path) -> io::Result<(u64, u64)> {
@@ -256,7 +290,7 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|identity| identity == self.identity) {
+        if self.is_there() {
             // If it cannot be removed, the next start replaces it.
             let _ = fs::remove_file(&self.path);
         }

@@ -6,9 +6,17 @@ use std::time::Duration;
 
 use sd_notify::NotifyState;
 
+/// The longest status in bytes. The manager ignores messages of 4096 bytes and more, and nobody
+/// reads as much on one line.
+const MAX_STATUS: usize = 1024;
+
 /// Everything is bound and opened.
 pub fn ready(status: &str) {
-    tell(&[NotifyState::Ready, NotifyState::Status(status)]);
+    tell(&[NotifyState::Ready, NotifyState::Status(short(status))]);
+}
+
+fn short(status: &str) -> &str {
+    status.get(..status.floor_char_boundary(MAX_STATUS)).unwrap_or(status)
 }
 
 /// A reload begins; [`ready`] ends it.

@@ -138,7 +138,9 @@ impl Config {
         };
         let source = Source::file(name.clone(), &text);
         let folder = sources.file.as_deref().and_then(Path::parent).unwrap_or(Path::new(""));
-        let context = Context { folder };
+        // An address of a socket is the same however the file was named.
+        let folder = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
+        let context = Context { folder: &folder };
         let (root, errors) = DeTable::parse_recoverable(&text);
         for error in &errors {
             let offset = error.span().map_or(0, |span| span.start);
@@ -165,9 +167,9 @@ impl Config {
                 found.extend(read_named(kind, name, table, &context, &limits_or_default).ok());
             }
         }
-        // Its clients are not those that [limits] is about.
         let metrics = root.table(METRICS.name).map(|table| {
-            read_service(&METRICS, METRICS.name.into(), table, &context, &metrics_limits())
+            let limits = metrics_limits(&limits_or_default);
+            read_service(&METRICS, METRICS.name.into(), table, &context, &limits)
         });
         found.extend(metrics.and_then(Result::ok));
         root.finish();
@@ -287,13 +289,13 @@ fn values_of<T>(located: Vec<Located<'_, T>>) -> Vec<T> {
 }
 
 /// The limits of `[metrics]` unless it sets its own: those who monitor are few and quick.
-fn metrics_limits() -> Limits {
+fn metrics_limits(limits: &Limits) -> Limits {
     let places = |number| NonZeroU32::new(number).unwrap_or(NonZeroU32::MIN);
     Limits {
         max_connections: places(64),
         max_per_client: places(32),
         deadlines: Deadlines { idle: Duration::from_secs(5), total: Duration::from_secs(10) },
-        ..Limits::default()
+        ..limits.clone()
     }
 }
 

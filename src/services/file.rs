@@ -203,7 +203,8 @@ impl FileService {
         let path = path.escape_debug();
         match self.newer_version(rewrite) {
             Ok(newer) => {
-                if self.trouble.end() {
+                // What is being rewritten has not been read yet.
+                if rewrite.is_none() && self.trouble.end() {
                     tracing::info!(service, %path, "{service}: {path} is back");
                 }
                 if let Some(version) = newer {

@@ -102,6 +102,10 @@ impl MetricsService {
             Ok(Status::Complete(length)) if length <= MAX_REQUEST => {
                 let (method, target) = (parsed.method?, parsed.path?);
                 let path = target.split_once('?').map_or(target, |(path, _)| path);
+                // The absolute form, which a server has to accept (RFC 9112, 3.2.2).
+                let path = path.strip_prefix("http://").map_or(path, |rest| {
+                    rest.find('/').and_then(|slash| rest.get(slash..)).unwrap_or("/")
+                });
                 return Some(match method {
                     "GET" => self.resource(path).to_http(true),
                     "HEAD" => self.resource(path).to_http(false),
@@ -149,6 +153,8 @@ mod tests {
     fn a_resource_is_told_and_anything_else_is_a_plain_error() {
         assert_eq!(status("GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"), "HTTP/1.1 200 OK");
         assert_eq!(status("GET /healthz?full=1 HTTP/1.0\n\n"), "HTTP/1.1 200 OK");
+        assert_eq!(status("GET http://x:1/healthz HTTP/1.1\r\n\r\n"), "HTTP/1.1 200 OK");
+        assert_eq!(status("GET http://x HTTP/1.1\r\n\r\n"), "HTTP/1.1 404 Not Found");
         assert_eq!(status("GET / HTTP/1.1\r\n\r\n"), "HTTP/1.1 404 Not Found");
         assert_eq!(status("POST /metrics HTTP/1.1\r\n\r\n"), "HTTP/1.1 405 Method Not Allowed");
         assert_eq!(status("hello there\r\n"), "HTTP/1.1 400 Bad Request");

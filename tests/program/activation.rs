@@ -181,20 +181,20 @@ fn what_does_not_fit_ends_the_start_and_is_named() {
     let clock = "[time.clock]\nlisten = [\"unix:clock.sock\"]\n";
     let listener = || OwnedFd::from(TcpListener::bind("127.0.0.1:0").unwrap());
     let (code, said) = refused(clock, vec![("web", listener())]);
-    assert_eq!(code, Some(1), "{said}");
+    assert_eq!(code, Some(78), "{said}");
     assert!(said.contains("no service listens on 127.0.0.1:"), "{said}");
     assert!(said.contains("under the name \"web\""), "{said}");
 
     let named = "[time.clock]\nlisten = [\"systemd:clock\"]\n";
     let (code, said) = refused(named, vec![("web", listener())]);
-    assert_eq!(code, Some(1), "{said}");
+    assert_eq!(code, Some(78), "{said}");
     assert!(said.contains("time.clock: systemd passed no socket of the name \"clock\""), "{said}");
     assert_eq!(said.lines().count(), 2, "{said}");
 
     let udp = OwnedFd::from(UdpSocket::bind("127.0.0.1:0").unwrap());
     let folder = "[file.x]\nlisten = [\"systemd:x\"]\npath = \".\"\n";
     let (code, said) = refused(folder, vec![("x", udp)]);
-    assert_eq!(code, Some(1), "{said}");
+    assert_eq!(code, Some(78), "{said}");
     assert!(said.contains("file.x: answers no datagrams"), "{said}");
 
     // Accept=yes passes a connection; a FIFO is none at all.

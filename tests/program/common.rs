@@ -87,6 +87,16 @@ impl Daemon {
         daemon
     }
 
+    /// What it says if it does not start with this configuration.
+    pub fn try_start(config: &str) -> Result<(), String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("handout.toml");
+        configure(&path, config);
+        let output = run(program().args(["serve", "--config"]).arg(path));
+        let said = String::from_utf8(output.stderr).unwrap();
+        if output.status.success() { Ok(()) } else { Err(said) }
+    }
+
     /// Orders a reload of this configuration and waits for what comes of it: the line that says so.
     pub fn reload(&self, config: &str) -> Value {
         let ended = |line: &Value| says(line, "reloaded: ") || says(line, "reload failed");

@@ -87,7 +87,7 @@ fn a_connection_under_way_is_active_and_a_refused_one_is_counted() {
 }
 
 #[test]
-fn curl_reads_it_and_promtool_parses_it() {
+fn curl_reads_it() {
     let daemon = daemon();
     let url = format!("http://{}/metrics", daemon.tcp("metrics"));
     let reply = run(Command::new("curl").args(["-sS", "--fail", "-i", &url]));
@@ -95,6 +95,16 @@ fn curl_reads_it_and_promtool_parses_it() {
     let reply = String::from_utf8(reply.stdout).unwrap();
     assert!(reply.contains("Content-Type: application/openmetrics-text; version=1.0.0"));
     assert!(reply.ends_with("# EOF\n"));
+}
+
+#[test]
+fn the_access_lists_of_all_hold_for_monitoring_too() {
+    let daemon = Daemon::start(&format!(
+        "[limits]\ndeny = [\"127.0.0.0/8\"]\n{}",
+        "[time.clock]\nlisten = [\"127.0.0.1:0\"]\n[metrics]\nlisten = [\"127.0.0.1:0\"]\n"
+    ));
+    let reset = connect(daemon.tcp("metrics")).read_to_end(&mut Vec::new()).unwrap_err();
+    assert_eq!(reset.kind(), ErrorKind::ConnectionReset);
 }
 
 #[test]

@@ -52,3 +52,37 @@ fn ready_comes_after_every_address_is_bound() {
     assert!(next(&manager).starts_with("READY=1\n"));
     std::os::unix::net::UnixStream::connect(daemon.path("clock.sock")).unwrap();
 }
+
+#[test]
+fn a_reload_and_what_came_of_it_are_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("notify.sock");
+    let manager = UnixDatagram::bind(&path).unwrap();
+    manager.set_read_timeout(Some(DEADLINE)).unwrap();
+    let clock = "[time.clock]\nlisten = [\"127.0.0.1:0\"]\n";
+    let daemon = Daemon::start_with(clock, &[], |command| {
+        command.env("NOTIFY_SOCKET", &path);
+    });
+    assert_eq!(next(&manager), "READY=1\nSTATUS=serving time.clock on 1 address\n");
+    // Longer than what the manager takes.
+    let long = format!("{clock}{} = 1\n", "x".repeat(5000));
+    for (config, status) in [
+        (
+            "[time.clock]\ncolour = 1\n",
+            "READY=1\nSTATUS=serving time.clock on 1 address; reload failed, nothing was changed: ",
+        ),
+        (
+            long.as_str(),
+            "READY=1\nSTATUS=serving time.clock on 1 address; reload failed, nothing was changed: ",
+        ),
+        (
+            "[time.other]\nlisten = [\"127.0.0.1:0\"]\n",
+            "READY=1\nSTATUS=serving time.other on 1 address\n",
+        ),
+    ] {
+        daemon.reload(config);
+        assert!(next(&manager).starts_with("RELOADING=1\nMONOTONIC_USEC="));
+        let told = next(&manager);
+        assert!(told.starts_with(status) && told.len() < 1200, "{told}");
+    }
+}
