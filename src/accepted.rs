@@ -72,7 +72,7 @@ impl AcceptedSocket {
             }
             if let Socket::Fresh(socket) = std::mem::replace(&mut self.socket, Socket::Lost) {
                 let both = Interest::READABLE | Interest::WRITABLE;
-                self.socket = Socket::Watched(Watched::new(socket, both)?);
+                self.socket = Socket::Watched(Watched::new(socket, both).map_err(unwatched)?);
             }
         }
         let Socket::Watched(socket) = &self.socket else {
@@ -85,6 +85,15 @@ impl AcceptedSocket {
             }
         }
     }
+}
+
+/// Says what to do when the kernel has no room for what is to be watched.
+fn unwatched(error: io::Error) -> io::Error {
+    let remedy = match error.kind() {
+        ErrorKind::StorageFull => " (raise the sysctl fs.epoll.max_user_watches)",
+        _ => "",
+    };
+    io::Error::new(error.kind(), format!("the client cannot be waited for: {error}{remedy}"))
 }
 
 impl Stream for AcceptedSocket {
