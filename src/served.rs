@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
@@ -75,14 +76,15 @@ impl Served {
             self.permits.add_permits(now - before);
         } else {
             let fewer = u32::try_from(before - now).unwrap_or(u32::MAX);
-            // Places that are taken go when they are given back; until then, as a semaphore is
-            // fair, nobody gets a new one.
-            let permits = Arc::clone(&self.permits);
-            tokio::spawn(async move {
-                if let Ok(fewer) = permits.acquire_many(fewer).await {
-                    fewer.forget();
-                }
-            });
+            // Places that are taken go when they are given back. As a semaphore is fair, nobody gets
+            // one before that who has not queued before: so this queues now, not when it is run.
+            let mut fewer = Box::pin(Arc::clone(&self.permits).acquire_many_owned(fewer));
+            match fewer.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+                Poll::Ready(gone) => gone.into_iter().for_each(OwnedSemaphorePermit::forget),
+                Poll::Pending => drop(tokio::spawn(async move {
+                    fewer.await.into_iter().for_each(OwnedSemaphorePermit::forget);
+                })),
+            }
         }
     }
 
@@ -184,8 +186,6 @@ mod tests {
                     let successor = served.successor(service(), limits(max), shutdown.clone());
                     successor.take_over(&served);
                     served = successor;
-                    // The places that have to go are asked for, and go as they are given back.
-                    tokio::task::yield_now().await;
                     held.truncate(held.len().saturating_sub(given_back));
                     tokio::task::yield_now().await;
                     let before = held.len();
