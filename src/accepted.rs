@@ -72,7 +72,8 @@ impl AcceptedSocket {
             }
             if let Socket::Fresh(socket) = std::mem::replace(&mut self.socket, Socket::Lost) {
                 let both = Interest::READABLE | Interest::WRITABLE;
-                self.socket = Socket::Watched(Watched::new(socket, both).map_err(unwatched)?);
+                self.socket =
+                    Socket::Watched(Watched::new(socket, both).map_err(|error| unwatched(&error))?);
             }
         }
         let Socket::Watched(socket) = &self.socket else {
@@ -88,7 +89,7 @@ impl AcceptedSocket {
 }
 
 /// Says what to do when the kernel has no room for what is to be watched.
-fn unwatched(error: io::Error) -> io::Error {
+fn unwatched(error: &io::Error) -> io::Error {
     let remedy = match error.kind() {
         ErrorKind::StorageFull => " (raise the sysctl fs.epoll.max_user_watches)",
         _ => "",

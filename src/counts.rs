@@ -14,6 +14,9 @@ use strum::{IntoStaticStr, VariantArray};
 /// pause after which it tries again.
 const TROUBLE_LASTS: Duration = Duration::from_secs(5);
 
+/// A fault that comes and goes is said so often at most.
+const SAY_AGAIN: Duration = Duration::from_mins(1);
+
 /// How a connection ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, VariantArray, IntoStaticStr)]
 #[strum(serialize_all = "kebab-case")]
@@ -154,9 +157,16 @@ pub struct Counts {
     /// How long the connections that ended have lasted.
     pub durations: Durations,
     sent: AtomicU64,
-    trouble: Mutex<Option<Instant>>,
+    trouble: Mutex<Trouble>,
     /// What the log has been told.
     summed_up: Mutex<Sums>,
+}
+
+/// When the listeners of a service last had a fault, and when that was last said.
+#[derive(Debug, Default)]
+struct Trouble {
+    last: Option<Instant>,
+    said: Option<Instant>,
 }
 
 /// What strangers can cause at will, which the log sums up.
@@ -232,16 +242,22 @@ impl Counts {
         }
     }
 
-    /// A listener ran into a fault that is not its clients'.
-    pub fn note_trouble(&self) {
+    /// A listener ran into a fault that is not its clients'. True if it is time to say so.
+    pub fn note_trouble(&self) -> bool {
         let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
-        *trouble = Some(Instant::now());
+        let now = Instant::now();
+        trouble.last = Some(now);
+        let said_lately = trouble.said.is_some_and(|said| now.duration_since(said) < SAY_AGAIN);
+        if !said_lately {
+            trouble.said = Some(now);
+        }
+        !said_lately
     }
 
     /// Whether a listener has had such a fault just now.
     pub fn in_trouble(&self) -> bool {
         let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
-        trouble.is_some_and(|last| last.elapsed() < TROUBLE_LASTS)
+        trouble.last.is_some_and(|last| last.elapsed() < TROUBLE_LASTS)
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::task::JoinError;
 use tokio::time::{Instant, interval, interval_at};
@@ -18,6 +19,7 @@ use crate::metrics::Reload;
 use crate::running::{self, Running, Summary};
 use crate::sockets::Inherited;
 use crate::systemd;
+use crate::workers::{self, Workers};
 
 /// How often what strangers can cause at will is summed up in the log.
 const SUM_UP_EVERY: Duration = Duration::from_secs(10);
@@ -74,10 +76,11 @@ impl Daemon {
         sources: Sources,
         config: &Config,
         inherited: Vec<Inherited>,
+        workers: Workers,
         log: Logger,
     ) -> Result<Self, running::Error> {
         raise_descriptor_limit();
-        let mut running = Running::new(inherited)?;
+        let mut running = Running::new(workers, inherited)?;
         let prepared = running.prepare(config).await?;
         let grace = config.daemon.grace;
         running.change(prepared, grace);
@@ -90,7 +93,7 @@ impl Daemon {
     /// # Errors
     /// If a part of it ended unasked.
     pub async fn run(mut self, orders: Orders) -> Result<(), Ended> {
-        let alive = tokio::spawn(keep_saying_alive());
+        let alive = tokio::spawn(keep_saying_alive(self.running.loops().to_vec()));
         let status = self.status();
         tracing::info!("ready: {status}");
         systemd::ready(&status);
@@ -190,11 +193,12 @@ impl Daemon {
     }
 }
 
-async fn keep_saying_alive() {
+async fn keep_saying_alive(loops: Vec<Handle>) {
     let Some(every) = systemd::alive_interval() else { return };
     let mut beats = interval(every);
     loop {
         beats.tick().await;
+        workers::turn(&loops).await;
         systemd::alive();
     }
 }

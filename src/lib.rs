@@ -11,6 +11,7 @@
 //! | [`daemon`] | the supervisor: ready, serve, reload, drain |
 //! | [`running`] | what runs, and how it becomes what another configuration says |
 //! | [`reload`] | the difference between what runs and what is configured |
+//! | [`workers`] | an event loop for each core |
 //! | [`sockets`] | sockets inherited or bound, with the options that they need |
 //! | [`listener`] | the only accept loop, the only datagram loop |
 //! | [`accepted`] | the socket of a connection, which is registered only when it has to wait |
@@ -60,3 +61,4 @@ pub mod served;
 pub mod services;
 pub mod sockets;
 pub mod systemd;
+pub mod workers;

@@ -36,9 +36,6 @@ const DATAGRAM: usize = 64 << 10;
 /// The first and the longest pause after an error that would only repeat itself.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 
-/// A fault that comes and goes is said so often at most.
-const SAY_AGAIN: Duration = Duration::from_mins(1);
-
 /// What a socket is there for at the moment.
 #[derive(Debug, Clone)]
 pub struct Duty {
@@ -240,7 +237,6 @@ fn ends_one_connection_only(error: &io::Error) -> bool {
 #[derive(Debug, Default)]
 struct Pause {
     next: Option<Duration>,
-    said: Option<Instant>,
 }
 
 impl Pause {
@@ -250,10 +246,8 @@ impl Pause {
 
     /// Says what is wrong, not too often, and waits.
     async fn after(&mut self, served: &Served, act: &'static str, error: &io::Error) {
-        served.counts().note_trouble();
-        let service = &**served.name();
-        if self.said.is_none_or(|said| said.elapsed() >= SAY_AGAIN) {
-            self.said = Some(Instant::now());
+        if served.counts().note_trouble() {
+            let service = &**served.name();
             let remedy = match Errno::from_io_error(error) {
                 Some(Errno::MFILE) => "raise LimitNOFILE= (ulimit -n) or lower max-connections",
                 Some(Errno::NFILE) => "raise the sysctl fs.file-max",

@@ -18,15 +18,12 @@ use handout::errors::chain;
 use handout::logging::{self, Logger};
 use handout::running;
 use handout::sockets::Inherited;
+use handout::workers::{self, Workers};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
 /// Wrong configuration (sysexits(3), `EX_CONFIG`), which a restart does not mend.
 const WRONG_CONFIGURATION: u8 = 78;
-
-/// How many threads may read files at one time. More only wait for each other, or for a file system
-/// that hangs.
-const MAX_READERS: usize = 128;
 
 /// How long a reader that hangs in the file system may delay the exit.
 const EXIT_TIME: Duration = Duration::from_millis(100);
@@ -53,7 +50,7 @@ fn main() -> ExitCode {
 
 /// Runs a client, which needs one thread, until it has done or a signal ends it.
 fn in_client(client: impl Future<Output = ExitCode>) -> ExitCode {
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    let runtime = match workers::event_loop() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error),
     };
@@ -138,14 +135,11 @@ fn serve(sources: Sources) -> ExitCode {
     };
     let served = || -> Result<(), Box<dyn Error>> {
         let log = Logger::start(&config.log)?;
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .enable_all()
-            .max_blocking_threads(MAX_READERS)
-            .build()?;
+        let runtime = workers::event_loop()?;
         let served = runtime.block_on(async {
             let orders = orders()?;
             tokio::spawn(reload_on_hangup(Arc::clone(&orders.reload))?);
-            let daemon = Daemon::start(sources, &config, inherited, log).await?;
+            let daemon = Daemon::start(sources, &config, inherited, Workers::start()?, log).await?;
             Ok(daemon.run(orders).await?)
         });
         runtime.shutdown_timeout(EXIT_TIME);

@@ -7,6 +7,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinError, JoinSet};
 use tokio_util::sync::DropGuard;
@@ -20,6 +21,7 @@ use crate::reload::{Change, Difference, Held, Mismatch, Origin, difference};
 use crate::served::Served;
 use crate::services::Service;
 use crate::sockets::{self, BindError, Inherited, Socket};
+use crate::workers::Workers;
 
 /// How often it is seen whether the connections of a service that is gone have ended.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -82,8 +84,9 @@ impl Scopes {
 }
 
 /// All that runs.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Running {
+    workers: Workers,
     services: Vec<RunningService>,
     sockets: Vec<OpenSocket>,
     /// Services that are gone, while connections to them last.
@@ -103,23 +106,24 @@ struct RunningService {
     work: Option<Arc<DropGuard>>,
 }
 
-/// A socket with the task that serves on it.
+/// An address with the tasks that serve on it.
 #[derive(Debug, Clone)]
 struct OpenSocket {
     held: Held,
     /// Where it listens, with the port that it has got.
     endpoint: Endpoint,
-    socket: Registered,
-    /// None before it has begun.
-    task: Option<ListenerTask>,
+    /// One, or for TCP one for each event loop, with that loop.
+    sockets: Vec<(Handle, Registered)>,
+    /// None before they have begun.
+    tasks: Option<ListenerTasks>,
 }
 
-/// The task that serves on a socket.
+/// The tasks that serve on the sockets of one address.
 #[derive(Debug, Clone)]
-struct ListenerTask {
-    /// Dropped, it ends the task.
+struct ListenerTasks {
+    /// Dropped, it ends them.
     orders: watch::Sender<Duty>,
-    handle: AbortHandle,
+    handles: Vec<AbortHandle>,
 }
 
 /// A bound socket, registered with the reactor.
@@ -160,7 +164,8 @@ impl Running {
     ///
     /// # Errors
     /// If one cannot be watched.
-    pub fn new(inherited: Vec<Inherited>) -> Result<Self, Error> {
+    pub fn new(workers: Workers, inherited: Vec<Inherited>) -> Result<Self, Error> {
+        let mut loops = workers.loops().iter().cycle();
         let open = |Inherited { socket, endpoint, name }| {
             let held = Held {
                 endpoint: endpoint.clone(),
@@ -168,10 +173,24 @@ impl Running {
                 service: None,
                 stale: false,
             };
-            OpenSocket::new(socket, endpoint, held)
+            // The service manager has made one socket, which cannot be divided.
+            OpenSocket::new(vec![socket], endpoint, held, loops.by_ref())
         };
         let sockets = inherited.into_iter().map(open).collect::<Result<_, _>>()?;
-        Ok(Self { sockets, ..Self::default() })
+        Ok(Self {
+            workers,
+            services: Vec::new(),
+            sockets,
+            leaving: Vec::new(),
+            tasks: JoinSet::new(),
+            scopes: Scopes::default(),
+            monitor: Arc::default(),
+        })
+    }
+
+    /// The event loops that serve.
+    pub fn loops(&self) -> &[Handle] {
+        self.workers.loops()
     }
 
     /// Every service.
@@ -235,9 +254,11 @@ impl Running {
         }
         // One socket may give way to several.
         let mut giving_way = Vec::new();
+        let mut loops = self.workers.loops().iter().cycle();
         for (name, endpoint, socket, way) in bound {
             giving_way.push(way);
-            prepared.sockets.push(listen(name, &endpoint, socket)?.of(name));
+            let queues = self.workers.loops().len();
+            prepared.sockets.push(listen(name, &endpoint, socket, queues, &mut loops)?.of(name));
         }
         Ok(prepared)
     }
@@ -380,7 +401,7 @@ impl Running {
         shutdown.drain.cancel();
         let closed = self.sockets.extract_if(.., |socket| !socket.is_for_monitoring());
         let ending: Vec<_> =
-            closed.filter_map(|socket| socket.task.map(|task| task.handle)).collect();
+            closed.filter_map(|socket| socket.tasks).flat_map(|tasks| tasks.handles).collect();
         while ending.iter().any(|task| !task.is_finished()) {
             self.tasks.join_next().await;
         }
@@ -439,9 +460,9 @@ impl<'a> GivingWay<'a> {
     }
 
     fn share(&self, shared: bool) {
-        for socket in &self.0 {
+        for (_, socket) in self.0.iter().flat_map(|open| &open.sockets) {
             // If that fails, so does the binding.
-            let _ = match &socket.socket {
+            let _ = match socket {
                 Registered::Listener(listener) => sockets::share_port(&**listener, shared),
                 Registered::Datagrams(datagrams) => sockets::share_port(&**datagrams, shared),
             };
@@ -456,39 +477,60 @@ impl Drop for GivingWay<'_> {
 }
 
 /// Begins to listen on a socket that was bound to `endpoint`.
-fn listen(service: &Arc<str>, endpoint: &Endpoint, socket: Socket) -> Result<OpenSocket, Error> {
+fn listen<'a>(
+    service: &Arc<str>,
+    endpoint: &Endpoint,
+    socket: Socket,
+    queues: usize,
+    loops: &mut impl Iterator<Item = &'a Handle>,
+) -> Result<OpenSocket, Error> {
     let register = |source| Error::Register { endpoint: endpoint.clone(), source };
-    sockets::listen(&socket, endpoint)
-        .map_err(|source| Error::Bind { service: Arc::clone(service), source })?;
     let bound = socket.endpoint(endpoint).map_err(register)?;
+    let sockets = sockets::listen(socket, endpoint, queues)
+        .map_err(|source| Error::Bind { service: Arc::clone(service), source })?;
     let held = Held { endpoint: endpoint.clone(), inherited: None, service: None, stale: false };
-    OpenSocket::new(socket, bound, held)
+    OpenSocket::new(sockets, bound, held, loops)
 }
 
-impl OpenSocket {
-    fn new(socket: Socket, endpoint: Endpoint, held: Held) -> Result<Self, Error> {
-        let listener = |socket, family| {
-            Listener::new(socket, family).map(|one| Registered::Listener(Arc::new(one)))
-        };
-        let registered = match socket {
+impl Registered {
+    /// Registers a socket with the event loop that is entered.
+    fn new(socket: Socket) -> io::Result<Self> {
+        let listener =
+            |socket, family| Listener::new(socket, family).map(|one| Self::Listener(Arc::new(one)));
+        match socket {
             Socket::Tcp(socket) => listener(socket, Family::Tcp),
             Socket::Unix(socket, file) => listener(socket, Family::Unix(file)),
             Socket::Udp(socket) => {
-                DatagramSocket::new(socket).map(|one| Registered::Datagrams(Arc::new(one)))
+                DatagramSocket::new(socket).map(|one| Self::Datagrams(Arc::new(one)))
             }
+        }
+    }
+}
+
+impl OpenSocket {
+    /// Registers each socket with another loop.
+    fn new<'a>(
+        sockets: Vec<Socket>,
+        endpoint: Endpoint,
+        held: Held,
+        loops: &mut impl Iterator<Item = &'a Handle>,
+    ) -> Result<Self, Error> {
+        let register = |(socket, handle): (Socket, &Handle)| {
+            let _entered = handle.enter();
+            Ok((handle.clone(), Registered::new(socket)?))
         };
-        match registered {
-            Ok(socket) => Ok(Self { held, endpoint, socket, task: None }),
+        match sockets.into_iter().zip(loops).map(register).collect() {
+            Ok(sockets) => Ok(Self { held, endpoint, sockets, tasks: None }),
             Err(source) => Err(Error::Register { endpoint, source }),
         }
     }
 
     /// What it is now.
     fn as_held(&self) -> Held {
-        let stale = match &self.socket {
+        let stale = self.sockets.iter().any(|(_, socket)| match socket {
             Registered::Listener(listener) => listener.is_out_of_reach(),
             Registered::Datagrams(_) => false,
-        };
+        });
         Held { stale, ..self.held.clone() }
     }
 
@@ -500,9 +542,9 @@ impl OpenSocket {
 
     /// Says what it is there for, and begins to serve if that has not begun.
     fn order(&mut self, duty: Duty, tasks: &mut JoinSet<()>) {
-        if let Some(task) = &self.task {
+        if let Some(tasks) = &self.tasks {
             // Who has the same to do is not disturbed.
-            task.orders.send_if_modified(|before| {
+            tasks.orders.send_if_modified(|before| {
                 let changed = !before.is(&duty);
                 *before = duty;
                 changed
@@ -511,15 +553,19 @@ impl OpenSocket {
         }
         self.say_where();
         let (orders, receiver) = watch::channel(duty);
-        let handle = match self.socket.clone() {
-            Registered::Listener(listener) => tasks.spawn(listener.accept(receiver)),
-            Registered::Datagrams(datagrams) => tasks.spawn(datagrams.answer(receiver)),
+        let begin = |(event_loop, socket): &(Handle, Registered)| {
+            let orders = receiver.clone();
+            match socket.clone() {
+                Registered::Listener(one) => tasks.spawn_on(one.accept(orders), event_loop),
+                Registered::Datagrams(one) => tasks.spawn_on(one.answer(orders), event_loop),
+            }
         };
-        self.task = Some(ListenerTask { orders, handle });
+        let handles = self.sockets.iter().map(begin).collect();
+        self.tasks = Some(ListenerTasks { orders, handles });
     }
 
     fn is_for_monitoring(&self) -> bool {
-        let duty = self.task.as_ref().map(|task| task.orders.borrow());
+        let duty = self.tasks.as_ref().map(|tasks| tasks.orders.borrow());
         duty.is_some_and(|duty| duty.served.service.is_for_monitoring())
     }
 

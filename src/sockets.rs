@@ -71,7 +71,7 @@ impl fmt::Display for BindError {
 /// Names the endpoint, the cause and, where there is one, the remedy.
 pub fn bind(endpoint: &Endpoint, shared: bool) -> Result<Socket, BindError> {
     let bound = match endpoint {
-        Endpoint::Tcp(address) => bind_tcp(*address, shared),
+        Endpoint::Tcp(address) => bind_tcp(*address, shared).map(|bound| Socket::Tcp(bound.into())),
         Endpoint::Udp(address) => bind_udp(*address, shared),
         Endpoint::Unix(path) => bind_unix(path),
     };
@@ -120,21 +120,40 @@ impl Inherited {
     }
 }
 
-/// Begins to queue the clients of a socket that was bound to `endpoint`, which from then on shares
-/// its port with no other.
+/// Begins to queue the clients of a socket that was bound to `endpoint`; those of a TCP socket in so
+/// many queues, each with a socket of its own, among which the kernel spreads them (socket(7),
+/// `SO_REUSEPORT`). No other program can share the port by accident: the first was bound alone.
 ///
 /// # Errors
 /// As [`bind`].
-pub fn listen(socket: &Socket, endpoint: &Endpoint) -> Result<(), BindError> {
-    let listening = match socket {
-        // Here the kernel looks once more whether the port is free.
-        Socket::Tcp(fd) => {
-            socket2::SockRef::from(fd).listen(BACKLOG).and_then(|()| share_port(fd, false))
+pub fn listen(
+    socket: Socket,
+    endpoint: &Endpoint,
+    queues: usize,
+) -> Result<Vec<Socket>, BindError> {
+    let listen = || match socket {
+        Socket::Tcp(first) => {
+            let first = socket2::Socket::from(first);
+            let address = first.local_addr()?.as_socket().ok_or(io::ErrorKind::Unsupported)?;
+            share_port(&first, true)?;
+            // Here the kernel looks once more whether the port is free.
+            first.listen(BACKLOG)?;
+            let mut sockets = vec![Socket::Tcp(first.into())];
+            for _ in 1..queues {
+                let further = bind_tcp(address, true)?;
+                further.listen(BACKLOG)?;
+                sockets.push(Socket::Tcp(further.into()));
+            }
+            Ok(sockets)
         }
-        Socket::Udp(socket) => share_port(socket, false),
-        Socket::Unix(fd, _) => socket2::SockRef::from(fd).listen(BACKLOG),
+        Socket::Udp(socket) => {
+            share_port(&socket, false)?;
+            Ok(vec![Socket::Udp(socket)])
+        }
+        // It listens since it was bound.
+        Socket::Unix(..) => Ok(vec![socket]),
     };
-    listening.map_err(|source| BindError { endpoint: endpoint.clone(), source })
+    listen().map_err(|source| BindError { endpoint: endpoint.clone(), source })
 }
 
 impl Socket {
@@ -196,14 +215,14 @@ pub fn share_port(socket: impl AsFd, shared: bool) -> io::Result<()> {
     Ok(set_socket_reuseport(socket, shared)?)
 }
 
-fn bind_tcp(address: SocketAddr, shared: bool) -> io::Result<Socket> {
+fn bind_tcp(address: SocketAddr, shared: bool) -> io::Result<socket2::Socket> {
     let socket = internet_socket(address, Type::STREAM, Protocol::TCP)?;
     // So that a restart does not wait for the connections of before.
     socket.set_reuse_address(true)?;
     prepare_tcp(&socket)?;
     share_port(&socket, shared)?;
     socket.bind(&address.into())?;
-    Ok(Socket::Tcp(socket.into()))
+    Ok(socket)
 }
 
 /// Sets what the connections inherit from their listening socket.

@@ -1,0 +1,68 @@
+//! The event loops: one for each processor core that this process may use, each in a thread of its
+//! own. A connection stays with the loop that accepted it, so that nothing is handed from core to
+//! core and no loop wakes another.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::thread;
+use std::time::Duration;
+
+use tokio::runtime::{Builder, Handle, Runtime};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+/// How many threads of each loop may read files at one time. More only wait for each other, or for
+/// a file system that hangs.
+const MAX_READERS: usize = 128;
+
+/// How long a reader that hangs in the file system may delay the end.
+const END_TIME: Duration = Duration::from_millis(100);
+
+/// A runtime that is one event loop.
+///
+/// # Errors
+/// If the kernel gives it none.
+pub fn event_loop() -> io::Result<Runtime> {
+    Builder::new_current_thread().enable_all().max_blocking_threads(MAX_READERS).build()
+}
+
+/// Every event loop. Dropped, it ends those that it has started.
+#[derive(Debug)]
+pub struct Workers {
+    loops: Vec<Handle>,
+    _end: DropGuard,
+}
+
+impl Workers {
+    /// Starts a loop for each core but one: the first is the caller's.
+    ///
+    /// # Errors
+    /// If a thread or its loop cannot be had.
+    pub fn start() -> io::Result<Self> {
+        let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let end = CancellationToken::new();
+        let mut loops = vec![Handle::current()];
+        for number in 1..cores {
+            let runtime = event_loop()?;
+            loops.push(runtime.handle().clone());
+            let end = end.clone();
+            thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
+                runtime.block_on(end.cancelled());
+                runtime.shutdown_timeout(END_TIME);
+            })?;
+        }
+        Ok(Self { loops, _end: end.drop_guard() })
+    }
+
+    /// The loops; the first is that of the thread that has started the others.
+    pub fn loops(&self) -> &[Handle] {
+        &self.loops
+    }
+}
+
+/// Returns when each of these loops has turned.
+pub async fn turn(loops: &[Handle]) {
+    for event_loop in loops {
+        // It fails only at the end of the process.
+        let _ = event_loop.spawn(async {}).await;
+    }
+}
