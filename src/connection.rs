@@ -43,9 +43,6 @@ const LINGER_SILENCE: Duration = Duration::from_secs(5);
 /// How long a client that has everything may go on sending.
 const LINGER_TOTAL: Duration = Duration::from_secs(30);
 
-/// How long a client may take to close its side before the reactor is asked to tell of it.
-const FIRST_LOOK: Duration = Duration::from_millis(1);
-
 /// The shortest and the longest wait between two looks at what the client has acknowledged.
 const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
@@ -222,27 +219,49 @@ impl<S: Stream> Connection<S> {
         }
     }
 
-    /// Lets `answer` talk to the client, then sees to it that everything arrives, within the
-    /// deadlines.
-    pub async fn run<F>(mut self, answer: F)
+    /// Lets `answer` talk to the client, within the deadlines, and says that nothing more comes.
+    /// Then it remains to see that everything arrives: by [`Connection::is_over`] now and then, or
+    /// by [`Connection::finish`]. Nothing remains if it failed.
+    pub async fn answer<F>(mut self, answer: F) -> Option<Self>
     where
         F: AsyncFnOnce(&mut Self) -> Result<(), Broken>,
     {
-        let total = self.terms.deadlines.total;
+        let answered = async |connection: &mut Self| {
+            answer(connection).await?;
+            connection.stream.shutdown().await.map_err(Broken::of_socket)?;
+            connection.half_closed = true;
+            Ok(())
+        };
+        self.within_deadlines(answered).await;
+        self.outcome.is_none().then_some(self)
+    }
+
+    /// Waits until the client has everything, within the deadlines.
+    pub async fn finish(mut self) {
+        self.within_deadlines(Self::deliver).await;
+    }
+
+    /// Does a part of what there is to do. If it fails, or a deadline is over, that is the outcome.
+    async fn within_deadlines<F>(&mut self, act: F)
+    where
+        F: AsyncFnOnce(&mut Self) -> Result<(), Broken>,
+    {
+        let left = self.terms.deadlines.total.saturating_sub(self.started.elapsed());
         let abort = self.terms.shutdown.abort.clone();
         let outcome = tokio::select! {
             // In this order, nothing is spent on timers for a connection that never waits.
             biased;
-            ended = async {
-                answer(&mut self).await?;
-                self.finish().await
-            } => match ended {
-                Ok(()) => Outcome::Complete,
+            ended = act(self) => match ended {
+                Ok(()) => return,
                 Err(broken) => Outcome::Broken(broken),
             },
-            () = tokio::time::sleep(total) => Outcome::MaxDuration,
+            () = tokio::time::sleep(left) => Outcome::MaxDuration,
             () = abort.cancelled() => Outcome::Shutdown,
         };
+        self.end(outcome);
+    }
+
+    fn end(&mut self, outcome: Outcome) {
         self.outcome = Some(match outcome {
             // Who has everything is not punished for staying.
             Outcome::MaxDuration | Outcome::Shutdown if self.close_if_delivered() => {
@@ -250,6 +269,21 @@ impl<S: Stream> Connection<S> {
             }
             other => other,
         });
+    }
+
+    /// Looks, without waiting, whether the client has everything and has closed its side, or the
+    /// connection has failed. Then there is nothing more to be done.
+    pub fn is_over(&mut self) -> bool {
+        if let Err(broken) = self.discard_what_is_there() {
+            self.end(Outcome::Broken(broken));
+        } else if self.input_ended || self.terms.shutdown.drain.is_cancelled() {
+            if self.close_if_delivered() {
+                self.end(Outcome::Complete);
+            } else if self.terms.shutdown.abort.is_cancelled() {
+                self.end(Outcome::Shutdown);
+            }
+        }
+        self.outcome.is_some()
     }
 
     /// Makes the close a clean one if everything was delivered.
@@ -360,9 +394,8 @@ impl<S: Stream> Connection<S> {
         }
     }
 
-    /// Reads and drops without waiting; true if the client said something.
-    fn discard_what_is_there(&mut self) -> Result<bool, Broken> {
-        let before = self.discarded;
+    /// Reads and drops what is there, without waiting.
+    fn discard_what_is_there(&mut self) -> Result<(), Broken> {
         while self.listens() {
             match self.stream.try_discard() {
                 Ok(read) => {
@@ -373,30 +406,25 @@ impl<S: Stream> Connection<S> {
                 Err(error) => return Err(Broken::of_socket(error)),
             }
         }
-        Ok(self.discarded > before)
+        Ok(())
     }
 
-    /// Says that nothing more comes, and waits until the client has everything.
+    /// Waits until the client, which was told that nothing more comes, has everything.
     ///
     /// Closing at once could lose the end: a kernel that holds input which nobody read answers the
     /// close with a reset and throws the send queue away. So the client's input is read and
     /// dropped, within bounds, until it closes its side and the send queue is empty.
-    async fn finish(&mut self) -> Result<(), Broken> {
-        self.stream.shutdown().await.map_err(Broken::of_socket)?;
-        self.half_closed = true;
-
+    async fn deliver(&mut self) -> Result<(), Broken> {
         let began = Instant::now();
         let (mut heard, mut progressed) = (began, began);
         let mut queued = u64::MAX;
-        if self.listens() {
-            // Most clients close at once: a look after a moment spares them the reactor.
-            tokio::time::sleep(FIRST_LOOK).await;
-            if self.discard_what_is_there()? {
+        let mut pause = if self.listens() { LOOK_AGAIN.0 } else { Duration::ZERO };
+        loop {
+            if self.discard_for(pause).await? {
                 heard = Instant::now();
             }
-        }
-        let mut pause = LOOK_AGAIN.0;
-        loop {
+            pause = (pause * 2).clamp(LOOK_AGAIN.0, LOOK_AGAIN.1);
+
             let still_queued = self.stream.unacknowledged().map_err(Broken::Service)?;
             if still_queued == 0 {
                 let waited_enough = !self.listens()
@@ -406,6 +434,7 @@ impl<S: Stream> Connection<S> {
                 if waited_enough {
                     self.stream.close_cleanly().map_err(Broken::Service)?;
                     self.finished = true;
+                    self.end(Outcome::Complete);
                     return Ok(());
                 }
             } else if still_queued != queued {
@@ -413,10 +442,6 @@ impl<S: Stream> Connection<S> {
             } else if progressed.elapsed() >= self.terms.deadlines.idle {
                 return Err(Broken::Idle);
             }
-            if self.discard_for(pause).await? {
-                heard = Instant::now();
-            }
-            pause = (pause * 2).min(LOOK_AGAIN.1);
         }
     }
 }
@@ -549,6 +574,15 @@ mod tests {
         Tried { client, connection, unacknowledged, reset, shutdown }
     }
 
+    async fn run(
+        connection: Connection<Memory>,
+        answer: impl AsyncFnOnce(&mut Connection<Memory>) -> Result<(), Broken>,
+    ) {
+        if let Some(connection) = connection.answer(answer).await {
+            connection.finish().await;
+        }
+    }
+
     const DOCUMENT: &[u8] = &[b'd'; 1000];
 
     async fn push(connection: &mut Connection<Memory>) -> Result<(), Broken> {
@@ -558,7 +592,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_client_that_sends_before_it_reads_gets_everything() {
         let Tried { mut client, connection, reset, .. } = connected(30, 3600);
-        let serving = tokio::spawn(connection.run(push));
+        let serving = tokio::spawn(run(connection, push));
         client.write_all(&[b'x'; 5000]).await.unwrap();
         let mut received = Vec::new();
         client.read_to_end(&mut received).await.unwrap();
@@ -572,7 +606,7 @@ mod tests {
     async fn a_client_that_takes_nothing_is_reset_after_the_idle_time_out() {
         let Tried { client, connection, reset, .. } = connected(30, 3600);
         let start = Instant::now();
-        connection.run(push).await;
+        run(connection, push).await;
         assert_eq!(start.elapsed().as_secs(), 30);
         assert!(reset.load(Ordering::Relaxed));
         drop(client);
@@ -582,7 +616,7 @@ mod tests {
     async fn a_client_that_takes_a_little_now_and_then_is_reset_after_the_total_time() {
         let Tried { mut client, connection, reset, .. } = connected(30, 100);
         let start = Instant::now();
-        let serving = tokio::spawn(connection.run(push));
+        let serving = tokio::spawn(run(connection, push));
         let mut byte = [0];
         while client.read(&mut byte).await.unwrap() == 1 {
             tokio::time::sleep(Duration::from_secs(20)).await;
@@ -596,7 +630,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_client_that_has_everything_and_stays_silent_is_let_go_cleanly() {
         let Tried { mut client, connection, reset, .. } = connected(30, 3600);
-        let serving = tokio::spawn(connection.run(push));
+        let serving = tokio::spawn(run(connection, push));
         let start = Instant::now();
         client.read_to_end(&mut Vec::new()).await.unwrap();
         serving.await.unwrap();
@@ -607,7 +641,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_client_that_never_stops_sending_is_let_go_within_the_bounds() {
         let Tried { client, connection, reset, .. } = connected(30, 3600);
-        let serving = tokio::spawn(connection.run(push));
+        let serving = tokio::spawn(run(connection, push));
         let (mut reader, mut writer) = tokio::io::split(client);
         let sending = tokio::spawn(async move {
             while writer.write_all(b"x").await.is_ok() {
@@ -628,7 +662,7 @@ mod tests {
     async fn what_is_not_acknowledged_is_waited_for_also_when_the_client_has_closed_its_side() {
         let Tried { mut client, connection, unacknowledged, reset, .. } = connected(30, 3600);
         unacknowledged.store(100, Ordering::Relaxed);
-        let serving = tokio::spawn(connection.run(push));
+        let serving = tokio::spawn(run(connection, push));
         client.read_to_end(&mut Vec::new()).await.unwrap();
         client.shutdown().await.unwrap();
         let start = Instant::now();
@@ -647,7 +681,7 @@ mod tests {
     async fn what_is_never_acknowledged_ends_in_a_reset_after_the_idle_time_out() {
         let Tried { mut client, connection, unacknowledged, reset, .. } = connected(30, 3600);
         unacknowledged.store(100, Ordering::Relaxed);
-        let serving = tokio::spawn(connection.run(push));
+        let serving = tokio::spawn(run(connection, push));
         client.read_to_end(&mut Vec::new()).await.unwrap();
         let start = Instant::now();
         serving.await.unwrap();
@@ -658,7 +692,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_total_time_does_not_reset_who_has_everything() {
         let Tried { mut client, connection, reset, .. } = connected(30, 2);
-        let serving = tokio::spawn(connection.run(push));
+        let serving = tokio::spawn(run(connection, push));
         client.read_to_end(&mut Vec::new()).await.unwrap();
         serving.await.unwrap();
         assert!(!reset.load(Ordering::Relaxed));
@@ -671,7 +705,7 @@ mod tests {
             while connection.receive(&mut BytesMut::new()).await? > 0 {}
             Ok(())
         };
-        let serving = tokio::spawn(connection.run(converse));
+        let serving = tokio::spawn(run(connection, converse));
         shutdown.drain.cancel();
         let start = Instant::now();
         serving.await.unwrap();
@@ -683,7 +717,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_drain_waits_for_nobody_who_has_everything() {
         let Tried { mut client, connection, shutdown, reset, .. } = connected(30, 3600);
-        let serving = tokio::spawn(connection.run(push));
+        let serving = tokio::spawn(run(connection, push));
         client.read_to_end(&mut Vec::new()).await.unwrap();
         shutdown.drain.cancel();
         let start = Instant::now();
@@ -695,7 +729,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_abort_resets_what_is_under_way() {
         let Tried { client, connection, shutdown, reset, .. } = connected(30, 3600);
-        let serving = tokio::spawn(connection.run(push));
+        let serving = tokio::spawn(run(connection, push));
         shutdown.abort.cancel();
         serving.await.unwrap();
         assert!(reset.load(Ordering::Relaxed));
@@ -705,7 +739,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_panic_resets_its_own_connection() {
         let Tried { client, connection, reset, .. } = connected(30, 3600);
-        let serving = tokio::spawn(connection.run(async |_: &mut Connection<Memory>| panic!("x")));
+        let serving = tokio::spawn(run(connection, async |_: &mut Connection<Memory>| panic!("x")));
         assert!(serving.await.unwrap_err().is_panic());
         assert!(reset.load(Ordering::Relaxed));
         drop(client);
@@ -718,7 +752,7 @@ mod tests {
             connection.send(b"{").await?;
             Err(Broken::Service(io::Error::other("the file shrank")))
         };
-        connection.run(failing).await;
+        run(connection, failing).await;
         assert!(reset.load(Ordering::Relaxed));
         drop(client);
     }

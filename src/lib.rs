@@ -16,6 +16,7 @@
 //! | [`listener`] | the only accept loop, the only datagram loop |
 //! | [`accepted`] | the socket of a connection, which is registered only when it has to wait |
 //! | [`connection`] | deliver every byte or reset; deadlines; the log line of a connection |
+//! | [`linger`] | connections that have been answered, until their end |
 //! | [`limits`] | what a service may take; the rates of datagrams |
 //! | [`served`] | a running service with what its listeners share |
 //! | [`counts`], [`metrics`] | what services count, and what monitoring is told of it |
@@ -51,6 +52,7 @@ pub mod errors;
 pub mod files;
 pub mod kernel;
 pub mod limits;
+pub mod linger;
 pub mod listener;
 pub mod logging;
 pub mod manual;

@@ -17,6 +17,7 @@ use rustix::net::sockopt::socket_peercred;
 use rustix::net::{SocketFlags, acceptfrom_with};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio_util::task::TaskTracker;
 
@@ -25,6 +26,7 @@ use crate::connection::{Connection, Peer};
 use crate::counts::{Datagram, Refusal};
 use crate::datagram::may_be_answered;
 use crate::kernel::Watched;
+use crate::linger::{Answered, Held, see_to_the_end};
 use crate::served::Served;
 use crate::services::time::TimeService;
 use crate::sockets::{BACKLOG, SocketFile};
@@ -115,14 +117,16 @@ impl Listener {
     /// Accepts connections, each served by a task of its own, until the sender of `orders` is
     /// dropped. Who is in the queue then is still served, as far as there are places.
     pub async fn accept(self: Arc<Self>, orders: watch::Receiver<Duty>) {
+        let (answered, arriving) = unbounded_channel();
+        tokio::spawn(see_to_the_end(arriving));
         let last = orders.clone();
-        follow(orders, |duty| self.accept_for(duty)).await;
+        follow(orders, |duty| self.accept_for(duty, &answered)).await;
         let duty = last.borrow().clone();
         // No more than a queue's length, as others may go on coming.
         for _ in 0..BACKLOG {
             let Some(place) = duty.served.free_place() else { break };
             match self.accept_next() {
-                Ok(accepted) => begin(accepted, place, &duty),
+                Ok(accepted) => begin(accepted, place, &duty, &answered),
                 Err(error) if ends_one_connection_only(&error) => {}
                 Err(_) => break,
             }
@@ -134,13 +138,13 @@ impl Listener {
         matches!(&self.family, Family::Unix(Some(file)) if !file.is_there())
     }
 
-    async fn accept_for(&self, duty: Duty) {
+    async fn accept_for(&self, duty: Duty, answered: &UnboundedSender<Answered<AcceptedSocket>>) {
         let mut pause = Pause::default();
         loop {
             match self.next_connection(&duty.served).await {
                 Ok((accepted, place)) => {
                     pause.reset();
-                    begin(accepted, place, &duty);
+                    begin(accepted, place, &duty, answered);
                 }
                 Err(error) if ends_one_connection_only(&error) => {
                     duty.served.counts().refusals.add(Refusal::Aborted);
@@ -189,16 +193,14 @@ impl Listener {
     }
 }
 
-/// Serves a connection in a task of its own, in which it keeps its place.
-fn begin(accepted: Accepted, place: OwnedSemaphorePermit, duty: &Duty) {
+/// Serves a connection in a task of its own.
+fn begin(
+    Accepted { socket, peer }: Accepted,
+    place: OwnedSemaphorePermit,
+    duty: &Duty,
+    answered: &UnboundedSender<Answered<AcceptedSocket>>,
+) {
     let served = Arc::clone(&duty.served);
-    duty.connections.spawn(async move {
-        serve(accepted, &served).await;
-        drop(place);
-    });
-}
-
-async fn serve(Accepted { socket, peer }: Accepted, served: &Served) {
     let guard = match peer {
         Peer::Unix(_) => None,
         Peer::Internet(address) => match served.admit(address.ip()) {
@@ -207,9 +209,17 @@ async fn serve(Accepted { socket, peer }: Accepted, served: &Served) {
             None => return,
         },
     };
-    let connection = Connection::new(socket, peer, Arc::clone(&served.terms));
-    connection.run(async |connection| served.service.answer(connection).await).await;
-    drop(guard);
+    let held = Held { place, guard, under_way: duty.connections.token() };
+    let answered = answered.clone();
+    tokio::spawn(async move {
+        let connection = Connection::new(socket, peer, Arc::clone(&served.terms));
+        let service = &served.service;
+        let answer = async |connection: &mut Connection<_>| service.answer(connection).await;
+        if let Some(connection) = connection.answer(answer).await {
+            // Its end is seen to as long as there are connections.
+            let _ = answered.send(Answered { connection, held });
+        }
+    });
 }
 
 /// Whether an error of accept(2) is about the connection that was to be accepted, and not about
