@@ -10,9 +10,9 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
-use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::io::{AsyncRead, Interest, ReadBuf};
 
-use crate::connection::Stream;
+use crate::connection::{Next, Stream};
 use crate::kernel::{self, Watched};
 
 /// How much is received at one time.
@@ -98,6 +98,21 @@ fn unwatched(error: &io::Error) -> io::Error {
 }
 
 impl Stream for AcceptedSocket {
+    fn poll_write(
+        &mut self,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+        next: Next,
+    ) -> Poll<io::Result<usize>> {
+        let more = if next == Next::AtOnce { SendFlags::MORE } else { SendFlags::empty() };
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL | more;
+        self.poll(context, Interest::WRITABLE, |socket| send(socket, bytes, flags))
+    }
+
+    fn half_close(&mut self) -> io::Result<()> {
+        Ok(shutdown(self.fd()?, Shutdown::Write)?)
+    }
+
     fn unacknowledged(&self) -> io::Result<u64> {
         kernel::unacknowledged(self.fd()?)
     }
@@ -132,25 +147,5 @@ impl AsyncRead for AcceptedSocket {
             buffer.put_slice(filled);
             Ok(())
         })
-    }
-}
-
-impl AsyncWrite for AcceptedSocket {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-        self.poll(context, Interest::WRITABLE, |socket| send(socket, bytes, flags))
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    /// Says that nothing more comes.
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(self.fd().and_then(|socket| Ok(shutdown(socket, Shutdown::Write)?)))
     }
 }

@@ -17,7 +17,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::BytesMut;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -46,9 +46,32 @@ const LINGER_TOTAL: Duration = Duration::from_secs(30);
 /// The shortest and the longest wait between two looks at what the client has acknowledged.
 const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
+/// What comes after the bytes that are sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Perhaps nothing for a long time: they are to leave now.
+    Unknown,
+    /// More, or the end, at once: what does not fill a packet can leave with that.
+    AtOnce,
+}
+
 /// A stream socket, or what stands for one in a test, of which the close is a reset until it is
 /// told otherwise.
-pub trait Stream: AsyncRead + AsyncWrite + Unpin + Send {
+pub trait Stream: AsyncRead + Unpin + Send {
+    /// Writes some of `bytes`, of which more [`Next`] tells.
+    fn poll_write(
+        &mut self,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+        next: Next,
+    ) -> Poll<io::Result<usize>>;
+
+    /// Says that nothing more comes.
+    ///
+    /// # Errors
+    /// If the client has gone.
+    fn half_close(&mut self) -> io::Result<()>;
+
     /// How many bytes written the peer has not acknowledged.
     ///
     /// # Errors
@@ -228,7 +251,7 @@ impl<S: Stream> Connection<S> {
     {
         let answered = async |connection: &mut Self| {
             answer(connection).await?;
-            connection.stream.shutdown().await.map_err(Broken::of_socket)?;
+            connection.stream.half_close().map_err(Broken::of_socket)?;
             connection.half_closed = true;
             Ok(())
         };
@@ -324,11 +347,25 @@ impl<S: Stream> Connection<S> {
     ///
     /// # Errors
     /// If the client has gone, or takes no byte for the idle time-out.
-    pub async fn send(&mut self, mut bytes: &[u8]) -> Result<(), Broken> {
+    pub async fn send(&mut self, bytes: &[u8]) -> Result<(), Broken> {
+        self.send_before(Next::Unknown, bytes).await
+    }
+
+    /// The same for bytes that more follow at once, or the end: the reply and its end are then one
+    /// packet, if they fit.
+    ///
+    /// # Errors
+    /// As [`Connection::send`].
+    pub async fn send_part(&mut self, bytes: &[u8]) -> Result<(), Broken> {
+        self.send_before(Next::AtOnce, bytes).await
+    }
+
+    async fn send_before(&mut self, next: Next, mut bytes: &[u8]) -> Result<(), Broken> {
         let idle = self.terms.deadlines.idle;
         while !bytes.is_empty() {
             let now = bytes.get(..MAX_SENT).unwrap_or(bytes);
-            let step = std::future::poll_fn(|context| self.poll_send(context, now));
+            let next = if now.len() < bytes.len() { Next::AtOnce } else { next };
+            let step = std::future::poll_fn(|context| self.poll_send(context, now, next));
             let sent = timeout(idle, step).await.map_err(|_| Broken::Idle)?;
             let sent = sent.map_err(Broken::of_socket)?;
             self.written += sent as u64;
@@ -342,8 +379,13 @@ impl<S: Stream> Connection<S> {
         Ok(())
     }
 
-    fn poll_send(&mut self, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        match Pin::new(&mut self.stream).poll_write(context, bytes) {
+    fn poll_send(
+        &mut self,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+        next: Next,
+    ) -> Poll<io::Result<usize>> {
+        match self.stream.poll_write(context, bytes, next) {
             Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
             Poll::Ready(result) => return Poll::Ready(result),
             Poll::Pending => {}
@@ -481,7 +523,7 @@ impl<S: Stream> Drop for Connection<S> {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-    use tokio::io::DuplexStream;
+    use tokio::io::{AsyncWrite, AsyncWriteExt, DuplexStream};
 
     /// A stream with a tiny buffer, which finds what a big one hides.
     struct Memory {
@@ -491,6 +533,23 @@ mod tests {
     }
 
     impl Stream for Memory {
+        fn poll_write(
+            &mut self,
+            context: &mut Context<'_>,
+            bytes: &[u8],
+            _: Next,
+        ) -> Poll<io::Result<usize>> {
+            Pin::new(&mut self.stream).poll_write(context, bytes)
+        }
+
+        fn half_close(&mut self) -> io::Result<()> {
+            let mut context = Context::from_waker(std::task::Waker::noop());
+            match Pin::new(&mut self.stream).poll_shutdown(&mut context) {
+                Poll::Ready(result) => result,
+                Poll::Pending => Err(ErrorKind::WouldBlock.into()),
+            }
+        }
+
         fn unacknowledged(&self) -> io::Result<u64> {
             Ok(self.unacknowledged.load(Ordering::Relaxed))
         }
@@ -518,27 +577,6 @@ mod tests {
             buffer: &mut ReadBuf<'_>,
         ) -> Poll<io::Result<()>> {
             Pin::new(&mut self.stream).poll_read(context, buffer)
-        }
-    }
-
-    impl AsyncWrite for Memory {
-        fn poll_write(
-            mut self: Pin<&mut Self>,
-            context: &mut Context<'_>,
-            bytes: &[u8],
-        ) -> Poll<io::Result<usize>> {
-            Pin::new(&mut self.stream).poll_write(context, bytes)
-        }
-
-        fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Pin::new(&mut self.stream).poll_flush(context)
-        }
-
-        fn poll_shutdown(
-            mut self: Pin<&mut Self>,
-            context: &mut Context<'_>,
-        ) -> Poll<io::Result<()>> {
-            Pin::new(&mut self.stream).poll_shutdown(context)
         }
     }
 

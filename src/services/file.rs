@@ -171,12 +171,12 @@ impl FileService {
         connection: &mut Connection<S>,
     ) -> Result<(), Broken> {
         let file = match &version.content {
-            Content::Document(document) => return connection.send(document).await,
+            Content::Document(document) => return connection.send_part(document).await,
             Content::Open(file) => file,
         };
-        connection.send(document::opening(&self.settings.filename).as_bytes()).await?;
+        connection.send_part(document::opening(&self.settings.filename).as_bytes()).await?;
         stream::send_encoded(file, None, connection).await?;
-        connection.send(document::closing(self.settings.newline).as_bytes()).await
+        connection.send_part(document::closing(self.settings.newline).as_bytes()).await
     }
 
     /// Follows the file: a new version is served as soon as it is there, and as long as there is

@@ -268,7 +268,7 @@ impl FolderService {
     ) -> Result<(), Broken> {
         let stamp = file.stamp;
         let opening = document::file_opening(name, stamp.size, stamp.modified());
-        connection.send(opening.as_bytes()).await?;
+        connection.send_part(opening.as_bytes()).await?;
         let unknown = digest.is_none().then(Sha256::new);
         let made = stream::send_encoded(file, unknown, connection).await?;
         let digest = match (digest, made) {

@@ -91,7 +91,7 @@ impl MetricsService {
                 break reply;
             }
         };
-        connection.send(reply.as_bytes()).await
+        connection.send_part(reply.as_bytes()).await
     }
 
     /// The reply to a request, if that is whole, or has a fault.

@@ -35,7 +35,7 @@ pub async fn send_encoded<S: Stream>(
         });
         let read = reading.await.map_err(io::Error::other).and_then(|read| read);
         let (read, fed, piece) = read.map_err(Broken::Service)?;
-        connection.send(&piece).await?;
+        connection.send_part(&piece).await?;
         (digest, encoded) = (fed, piece);
         offset += read;
     }

@@ -70,6 +70,6 @@ impl TimeService {
     pub async fn answer<S: Stream>(&self, connection: &mut Connection<S>) -> Result<(), Broken> {
         let mut reply = Vec::with_capacity(64);
         self.tell(&mut reply).map_err(Broken::Service)?;
-        connection.send(&reply).await
+        connection.send_part(&reply).await
     }
 }
