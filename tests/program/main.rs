@@ -7,6 +7,7 @@ mod ask;
 mod check;
 mod clients;
 mod common;
+mod cost;
 mod delivery;
 mod documents;
 mod fetch;

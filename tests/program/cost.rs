@@ -1,0 +1,122 @@
+//! What a connection costs in system calls, which need no clock to be counted.
+//!
+//! The figures are what is committed: more is a step back that has to be argued, less is to be
+//! written down here.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::Command;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::common::{Daemon, eventually, read_all, sample, wait_for_exit};
+
+/// How many connections are counted.
+const CONNECTIONS: usize = 100;
+
+/// The system calls of the daemon while clients ask one after the other, by name, for each client.
+fn calls(daemon: &Daemon, address: SocketAddr, length: usize) -> BTreeMap<String, f64> {
+    let trace = daemon.path("trace");
+    let pid = daemon.child.id().to_string();
+    let mut strace = Command::new("strace")
+        .args(["-f", "-qq", "-e", "signal=none", "-o"])
+        .arg(&trace)
+        .args(["-p", &pid])
+        .spawn()
+        .unwrap();
+    let tasks = format!("/proc/{pid}/task");
+    let traced = |task: fs::DirEntry| {
+        let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
+        !status.contains("TracerPid:\t0\n")
+    };
+    eventually("strace to be attached to every thread", || {
+        fs::read_dir(&tasks).unwrap().all(|task| traced(task.unwrap()))
+    });
+    for _ in 0..CONNECTIONS {
+        assert_eq!(read_all(address).len(), length);
+    }
+    eventually("the end of every connection", || count(&trace, "setsockopt") >= CONNECTIONS);
+    kill_process(Pid::from_child(&strace), Signal::INT).unwrap();
+    wait_for_exit(&mut strace);
+    let text = fs::read_to_string(&trace).unwrap();
+    let mut calls = BTreeMap::new();
+    for name in text.lines().filter_map(name_of_call) {
+        *calls.entry(name.to_owned()).or_insert(0) += 1;
+    }
+    calls.into_iter().map(|(name, count)| (name, f64::from(count) / CONNECTIONS as f64)).collect()
+}
+
+/// The name of the call that begins in a line such as `1234  accept4(9, …`.
+fn name_of_call(line: &str) -> Option<&str> {
+    let (name, _) = line.split_once(' ')?.1.trim_start().split_once('(')?;
+    name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_').then_some(name)
+}
+
+fn count(trace: &Path, name: &str) -> usize {
+    let text = fs::read_to_string(trace).unwrap_or_default();
+    text.lines().filter(|line| name_of_call(line) == Some(name)).count()
+}
+
+/// Each call at most so often for each connection; others, which are counted together, and waiting,
+/// which depends on how busy the machine is, within a bound.
+fn at_most(calls: &BTreeMap<String, f64>, bounds: &[(&str, f64)], others: f64) {
+    let waiting = ["epoll_wait", "epoll_pwait", "futex", "write", "sched_yield", "restart_syscall"];
+    let mut rest = 0.0;
+    // Before each close, a build for tests makes sure that the descriptor is open.
+    for (name, number) in calls.iter().filter(|(name, _)| *name != "fcntl") {
+        match bounds.iter().find(|(bounded, _)| bounded == name) {
+            Some((_, bound)) => assert!(number <= bound, "{number} {name}: {calls:?}"),
+            None if waiting.contains(&name.as_str()) => assert!(*number <= 6.0, "{calls:?}"),
+            None => rest += number,
+        }
+    }
+    assert!(rest <= others, "{rest} others: {calls:?}");
+}
+
+/// What each connection costs, whatever it is sent: it is accepted, closed in two steps so that
+/// nothing is lost, and the reactor is asked to tell of none.
+const OF_EACH: [(&str, f64); 7] = [
+    // Once more for each time that the queue is found empty.
+    ("accept4", 2.1),
+    ("shutdown", 1.1),
+    // A look or two at whether the client has closed its side.
+    ("recvfrom", 4.0),
+    ("ioctl", 1.1),
+    ("setsockopt", 1.1),
+    ("close", 1.1),
+    ("epoll_ctl", 0.2),
+];
+
+#[test]
+fn the_time_costs_one_write_and_no_registration() {
+    let daemon = Daemon::start(
+        "[log]\nformat = \"json\"\nlevel = \"warn,handout::daemon=info,handout::running=info\"\n\
+         [time.clock]\nlisten = [\"127.0.0.1:0\"]\n",
+    );
+    let calls = calls(&daemon, daemon.tcp("time.clock"), 27);
+    at_most(&calls, &[&OF_EACH[..], &[("sendto", 1.1)]].concat(), 0.2);
+}
+
+#[test]
+fn a_small_file_costs_no_more_than_the_time() {
+    let daemon = Daemon::start_with(
+        "[log]\nformat = \"json\"\nlevel = \"warn,handout::daemon=info,handout::running=info\"\n\
+         [file.small]\nlisten = [\"127.0.0.1:0\"]\npath = \"small.bin\"\n",
+        &[("small.bin", &sample(17, 3_000))],
+        |_| {},
+    );
+    let address = daemon.tcp("file.small");
+    let length = read_all(address).len();
+    let calls = calls(&daemon, address, length);
+    // The file is looked at now and then.
+    at_most(&calls, &[&OF_EACH[..], &[("sendto", 1.1), ("statx", 0.5)]].concat(), 0.2);
+}
+
+#[test]
+fn a_line_in_the_log_costs_no_more_than_its_write() {
+    let daemon = Daemon::start("[time.clock]\nlisten = [\"127.0.0.1:0\"]\n");
+    let calls = calls(&daemon, daemon.tcp("time.clock"), 27);
+    at_most(&calls, &[&OF_EACH[..], &[("sendto", 1.1)]].concat(), 0.2);
+}
