@@ -96,6 +96,11 @@ impl Format {
         Ok(())
     }
 
+    /// Whether it tells how the kernel's clock is kept.
+    pub fn tells_health(&self) -> bool {
+        matches!(self, Format::Nist | Format::Json)
+    }
+
     /// Whether the format's document says how it ends, so that `newline` does not apply.
     fn has_its_own_end(&self) -> bool {
         matches!(self, Format::Daytime | Format::Nist | Format::Time)

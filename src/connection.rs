@@ -21,7 +21,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::counts::{Counts, Ending};
+use crate::counts::{Counts, Ending, Label};
 
 /// How much of what a client sends is read and dropped; beyond it the client waits.
 const MAX_DISCARDED: u64 = 16 << 20;
@@ -503,7 +503,7 @@ impl<S: Stream> Drop for Connection<S> {
         self.terms.counts.end(ending, duration);
 
         let duration = duration.as_secs_f64();
-        let (service, peer, outcome) = (&*self.terms.service, self.peer, <&str>::from(ending));
+        let (service, peer, outcome) = (&*self.terms.service, self.peer, ending.name());
         if let Some(Outcome::Broken(Broken::Service(cause))) = &self.outcome {
             let message = format_args!("{service}: {peer} {outcome}: {cause}");
             tracing::warn!(service, %peer, bytes, duration, outcome, %cause, "{message}");

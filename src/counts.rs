@@ -8,8 +8,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use strum::{IntoStaticStr, VariantArray};
-
 /// After a listener's fault, the service is called not well for so long; longer than the longest
 /// pause after which it tries again.
 const TROUBLE_LASTS: Duration = Duration::from_secs(5);
@@ -18,8 +16,7 @@ const TROUBLE_LASTS: Duration = Duration::from_secs(5);
 const SAY_AGAIN: Duration = Duration::from_mins(1);
 
 /// How a connection ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, VariantArray, IntoStaticStr)]
-#[strum(serialize_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ending {
     /// Everything was delivered.
     Complete,
@@ -38,8 +35,7 @@ pub enum Ending {
 }
 
 /// Why a connection ended before anything was said.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, VariantArray, IntoStaticStr)]
-#[strum(serialize_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
     /// The access lists do not permit the client.
     Access,
@@ -50,8 +46,7 @@ pub enum Refusal {
 }
 
 /// What became of a datagram.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, VariantArray, IntoStaticStr)]
-#[strum(serialize_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Datagram {
     /// It was answered.
     Answered,
@@ -66,9 +61,45 @@ pub enum Datagram {
 }
 
 /// What has a name in the log and in the metrics, and is counted by it.
-pub trait Label: VariantArray + Into<&'static str> + Copy + PartialEq {}
+pub trait Label: Copy + PartialEq + 'static {
+    /// All of them, each with its name.
+    const NAMED: &'static [(Self, &'static str)];
 
-impl<L: VariantArray + Into<&'static str> + Copy + PartialEq> Label for L {}
+    /// Its name.
+    fn name(self) -> &'static str {
+        Self::NAMED.iter().find(|(label, _)| *label == self).map_or("", |(_, name)| name)
+    }
+}
+
+impl Label for Ending {
+    const NAMED: &'static [(Self, &'static str)] = &[
+        (Self::Complete, "complete"),
+        (Self::Reset, "reset"),
+        (Self::IdleTimeout, "idle-timeout"),
+        (Self::MaxDuration, "max-duration"),
+        (Self::Shutdown, "shutdown"),
+        (Self::Failed, "failed"),
+        (Self::Panic, "panic"),
+    ];
+}
+
+impl Label for Refusal {
+    const NAMED: &'static [(Self, &'static str)] = &[
+        (Self::Access, "access"),
+        (Self::MaxPerClient, "max-per-client"),
+        (Self::Aborted, "aborted"),
+    ];
+}
+
+impl Label for Datagram {
+    const NAMED: &'static [(Self, &'static str)] = &[
+        (Self::Answered, "answered"),
+        (Self::Unanswerable, "unanswerable"),
+        (Self::Access, "access"),
+        (Self::Rate, "rate"),
+        (Self::Failed, "failed"),
+    ];
+}
 
 /// One number for each of a set of labels.
 #[derive(Debug)]
@@ -80,7 +111,7 @@ pub struct Counter<L: Label> {
 
 impl<L: Label> Default for Counter<L> {
     fn default() -> Self {
-        let numbers = L::VARIANTS.iter().map(|_| AtomicU64::new(0)).collect();
+        let numbers = L::NAMED.iter().map(|_| AtomicU64::new(0)).collect();
         Self { numbers, labels: PhantomData }
     }
 }
@@ -88,15 +119,18 @@ impl<L: Label> Default for Counter<L> {
 impl<L: Label> Counter<L> {
     /// Counts one more.
     pub fn add(&self, label: L) {
-        let mut counted = L::VARIANTS.iter().zip(&self.numbers);
-        if let Some((_, number)) = counted.find(|(counted, _)| **counted == label) {
+        let mut counted = L::NAMED.iter().zip(&self.numbers);
+        if let Some((_, number)) = counted.find(|((counted, _), _)| *counted == label) {
             number.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     /// How many there have been of each.
     pub fn each(&self) -> impl Iterator<Item = (L, u64)> {
-        L::VARIANTS.iter().zip(&self.numbers).map(|(label, n)| (*label, n.load(Ordering::Relaxed)))
+        L::NAMED
+            .iter()
+            .zip(&self.numbers)
+            .map(|((label, _), n)| (*label, n.load(Ordering::Relaxed)))
     }
 
     /// How many there have been of one.
@@ -272,7 +306,7 @@ mod tests {
         counter.add(Ending::IdleTimeout);
         counter.add(Ending::Panic);
         assert_eq!((counter.get(Ending::IdleTimeout), counter.total()), (2, 3));
-        assert_eq!(<&str>::from(Ending::IdleTimeout), "idle-timeout");
+        assert_eq!(Ending::IdleTimeout.name(), "idle-timeout");
     }
 
     #[test]

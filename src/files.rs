@@ -2,6 +2,8 @@
 //!
 //! This file knows files and their states; what is made of them is not its business.
 
+mod beneath;
+
 use std::collections::VecDeque;
 use std::fs;
 use std::io;
@@ -10,16 +12,11 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
-use rustix::fs::{
-    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, openat, openat2, statat,
-};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, openat, statat};
 use rustix::io::Errno;
 
 /// The longest name of a file in a folder, in bytes, with its sub-folders.
 pub const MAX_NAME: usize = 4096;
-
-/// A race with a rename makes the kernel ask us to try again; so often, before it is an error.
-const ATTEMPTS: usize = 16;
 
 /// What tells one state of a file from another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -131,11 +128,10 @@ pub struct Entry {
 }
 
 impl Folder {
-    /// Takes a folder that can be opened, on a kernel that can keep names inside it.
+    /// Takes a folder that can be read.
     ///
     /// # Errors
-    /// If the folder cannot be read, or if the kernel lacks openat2(2) (Linux 5.6), for which
-    /// there is no safe substitute.
+    /// If it cannot be.
     pub fn open(path: &Path) -> io::Result<Self> {
         let folder = Self { path: path.to_owned() };
         folder.look().map(|()| folder)
@@ -144,16 +140,10 @@ impl Folder {
     /// Looks whether the folder can be read.
     ///
     /// # Errors
-    /// As [`Folder::open`].
+    /// If it cannot be.
     pub fn look(&self) -> io::Result<()> {
-        match beneath(&self.root()?, Path::new("."), OFlags::RDONLY | OFlags::DIRECTORY) {
-            Err(Errno::NOSYS | Errno::PERM) => Err(io::Error::new(
-                io::ErrorKind::Unsupported,
-                "the kernel lacks openat2 (Linux 5.6), or a filter forbids it; \
-                 without it no folder can be handed out safely",
-            )),
-            result => result.map(|_| ()).map_err(io::Error::from),
-        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        Ok(beneath::open(&self.root()?, Path::new("."), flags).map(drop)?)
     }
 
     fn root(&self) -> io::Result<OwnedFd> {
@@ -194,7 +184,7 @@ impl Folder {
         while let Some(folder) = folders.pop_front() {
             let path = if folder.is_empty() { "." } else { &folder };
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW;
-            let opened = match beneath(&root, Path::new(path), flags) {
+            let opened = match beneath::open(&root, Path::new(path), flags) {
                 Ok(opened) => opened,
                 Err(error) if folder.is_empty() => return Err(error.into()),
                 Err(_) => continue,
@@ -249,23 +239,11 @@ fn can_be_requested(name: &str) -> bool {
 }
 
 fn open_beneath(root: &OwnedFd, name: &str, flags: OFlags) -> io::Result<OwnedFd> {
-    beneath(root, Path::new(name), flags).map_err(|error| match error {
+    beneath::open(root, Path::new(name), flags).map_err(|error| match error {
         // Where it leads is nobody's business.
         Errno::NOENT | Errno::NOTDIR | Errno::XDEV | Errno::LOOP | Errno::NAMETOOLONG => {
             io::ErrorKind::NotFound.into()
         }
         other => other.into(),
     })
-}
-
-fn beneath(root: &OwnedFd, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
-    let mut attempts = 0;
-    loop {
-        let opened = openat2(root, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve);
-        attempts += 1;
-        if !matches!(opened, Err(Errno::AGAIN)) || attempts == ATTEMPTS {
-            return opened;
-        }
-    }
 }

@@ -14,7 +14,6 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
-use strum::{IntoStaticStr, VariantArray};
 
 use crate::clock::Health;
 use crate::counts::{Counter, Label};
@@ -24,13 +23,17 @@ use crate::served::Served;
 pub const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// How a reload ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, VariantArray, IntoStaticStr)]
-#[strum(serialize_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reload {
     /// The configuration is in force.
     Done,
     /// It has a fault; nothing was changed.
     Failed,
+}
+
+impl Label for Reload {
+    const NAMED: &'static [(Self, &'static str)] =
+        &[(Self::Done, "done"), (Self::Failed, "failed")];
 }
 
 /// What is known of the daemon as a whole.
@@ -176,7 +179,7 @@ impl Snapshot {
         let mut reloads = to.encode_descriptor("reloads", help, None, MetricType::Counter)?;
         for (reload, count) in &self.reloads {
             let number = ConstCounter::new(*count);
-            number.encode(reloads.encode_family(&[("outcome", <&str>::from(*reload))])?)?;
+            number.encode(reloads.encode_family(&[("outcome", reload.name())])?)?;
         }
         let mut gauge = |name, help, unit: Option<&Unit>, value: f64| -> fmt::Result {
             let gauge = to.encode_descriptor(name, help, unit, MetricType::Gauge)?;
@@ -213,7 +216,7 @@ impl Snapshot {
         let mut family = to.encode_descriptor(name, help, None, MetricType::Counter)?;
         for served in &self.services {
             for (value, count) in counter(served).into_iter().flat_map(Counter::each) {
-                let labels = [("service", &**served.name()), (label, value.into())];
+                let labels = [("service", &**served.name()), (label, value.name())];
                 ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
             }
         }

@@ -137,7 +137,11 @@ impl Service {
     /// If what it serves cannot be opened.
     pub fn start(name: Arc<str>, settings: Settings, monitor: Arc<Monitor>) -> io::Result<Self> {
         Ok(match settings {
-            Settings::Time(settings) => Self::Time(Arc::new(time::TimeService::new(settings))),
+            Settings::Time(settings) => {
+                let time = time::TimeService::new(settings);
+                time.warn_of_unknown_health(&name);
+                Self::Time(Arc::new(time))
+            }
             Settings::File(settings) => {
                 Self::File(Arc::new(file::FileService::open(name, settings)?))
             }

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
-use crate::clock::{Format, ReplyShapes, find_zone};
+use crate::clock::{Format, Health, ReplyShapes, find_zone};
 use crate::config::{Noted, Table};
 use crate::connection::{Broken, Connection, Stream};
 
@@ -46,6 +46,24 @@ impl TimeService {
     pub fn new(settings: Settings) -> Self {
         let shapes = ReplyShapes::new(&settings.format, &settings.zone);
         Self { settings, shapes }
+    }
+
+    /// Says it in the log if the format tells how the clock is kept but the kernel may not be asked,
+    /// so that every reply will say that the clock is not synchronized. `service` is the service's
+    /// name there.
+    pub fn warn_of_unknown_health(&self, service: &str) {
+        let format = &self.settings.format;
+        if format.tells_health()
+            && let Err(error) = Health::read()
+        {
+            tracing::warn!(
+                service,
+                cause = %error,
+                "{service}: cannot tell whether the clock is synchronized, and format {format} \
+                 will say that it is not: the kernel may not be asked ({error}); \
+                 under systemd, see clock-state.conf"
+            );
+        }
     }
 
     /// Appends the reply of this moment.

@@ -37,6 +37,24 @@ pub fn run(command: &mut Command) -> Output {
     command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"))
 }
 
+/// Makes the kernel refuse these system calls to the program, as a filter does: with `error`, such
+/// as `ENOSYS`. Each refusal is a line in the file `refusals`.
+pub fn refuse(command: &mut Command, calls: &str, error: &str, refusals: &Path) {
+    let mut refused = Command::new("strace");
+    // The process is the program's, and strace another.
+    refused.args(["-D", "-f", "-qq", "-o"]).arg(refusals);
+    refused.arg(format!("--inject={calls}:error={error}")).arg(format!("--trace={calls}"));
+    refused.arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => refused.env(name, value),
+            None => refused.env_remove(name),
+        };
+    }
+    refused.stdin(Stdio::null()).stderr(Stdio::piped());
+    *command = refused;
+}
+
 /// A running daemon, which is killed at the latest when it is dropped.
 pub struct Daemon {
     pub child: Child,

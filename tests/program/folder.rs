@@ -4,14 +4,19 @@ use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::fs::symlink;
+use std::process::Command;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 
-use crate::common::{Daemon, connect, eventually, replace, sample};
+use crate::common::{Daemon, connect, eventually, refuse, replace, sample};
 
 fn daemon(keys: &str) -> Daemon {
+    daemon_run(keys, |_| {})
+}
+
+fn daemon_run(keys: &str, prepare: impl FnOnce(&mut Command)) -> Daemon {
     let folder = tempfile::tempdir().unwrap();
     fs::create_dir_all(folder.path().join("files/sub/deep")).unwrap();
     for (name, content) in [
@@ -24,7 +29,19 @@ fn daemon(keys: &str) -> Daemon {
         fs::write(folder.path().join(name), content).unwrap();
     }
     let config = format!("[file.files]\nlisten = [\"127.0.0.1:0\"]\npath = \"files\"\n{keys}");
-    Daemon::start_in(folder, &config, |_| {})
+    Daemon::start_in(folder, &config, prepare)
+}
+
+/// Tries it where the kernel keeps names inside the folder, and where it is not let.
+fn with_and_without_openat2(attempt: impl Fn(&Daemon)) {
+    attempt(&daemon(""));
+    // As older kernels and systemd say it, and as other filters do.
+    for error in ["ENOSYS", "EPERM"] {
+        let refusals = tempfile::NamedTempFile::new().unwrap();
+        attempt(&daemon_run("", |command| refuse(command, "openat2", error, refusals.path())));
+        let refusals = fs::read_to_string(refusals.path()).unwrap();
+        assert!(refusals.contains("(INJECTED)"), "{refusals}");
+    }
 }
 
 /// A conversation with the folder service.
@@ -110,29 +127,30 @@ fn requests_may_be_pipelined_and_are_answered_in_order() {
 
 #[test]
 fn an_empty_line_gets_the_list_sorted_and_without_what_is_hidden() {
-    let daemon = daemon("");
-    symlink("a.txt", daemon.path("files/link.txt")).unwrap();
-    symlink("../outside.txt", daemon.path("files/out.txt")).unwrap();
-    symlink(".", daemon.path("files/loop")).unwrap();
-    rustix::fs::mknodat(
-        rustix::fs::CWD,
-        daemon.path("files/fifo"),
-        rustix::fs::FileType::Fifo,
-        0o644.into(),
-        0,
-    )
-    .unwrap();
-    for line in ["\n", "\r\n"] {
-        let list = Conversation::with(&daemon).ask(line);
-        let names: Vec<_> = list["files"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|entry| entry["filename"].as_str().unwrap())
-            .collect();
-        assert_eq!(names, ["a.txt", "link.txt", "sub/b.txt", "sub/deep/c.txt"]);
-        assert_eq!(list["files"][0]["size"], 5);
-    }
+    with_and_without_openat2(|daemon| {
+        symlink("a.txt", daemon.path("files/link.txt")).unwrap();
+        symlink("../outside.txt", daemon.path("files/out.txt")).unwrap();
+        symlink(".", daemon.path("files/loop")).unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            daemon.path("files/fifo"),
+            rustix::fs::FileType::Fifo,
+            0o644.into(),
+            0,
+        )
+        .unwrap();
+        for line in ["\n", "\r\n"] {
+            let list = Conversation::with(daemon).ask(line);
+            let names: Vec<_> = list["files"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|entry| entry["filename"].as_str().unwrap())
+                .collect();
+            assert_eq!(names, ["a.txt", "link.txt", "sub/b.txt", "sub/deep/c.txt"]);
+            assert_eq!(list["files"][0]["size"], 5);
+        }
+    });
 }
 
 #[test]
@@ -157,68 +175,71 @@ fn a_list_that_is_too_long_is_refused_and_the_log_says_so() {
 
 #[test]
 fn nothing_outside_the_folder_and_nothing_hidden_exists() {
-    let daemon = daemon("");
-    let outside = daemon.path("outside.txt");
-    symlink("../outside.txt", daemon.path("files/out.txt")).unwrap();
-    symlink(&outside, daemon.path("files/absolute.txt")).unwrap();
-    symlink("..", daemon.path("files/up")).unwrap();
-    symlink("/proc/self/environ", daemon.path("files/environ")).unwrap();
-    fs::create_dir(daemon.path("files/.secret")).unwrap();
-    fs::write(daemon.path("files/.secret/x"), "x").unwrap();
-    let mut conversation = Conversation::with(&daemon);
-    for name in [
-        "../outside.txt",
-        "sub/../../outside.txt",
-        "sub/../a.txt",
-        "./a.txt",
-        "/a.txt",
-        outside.to_str().unwrap(),
-        "/etc/passwd",
-        "out.txt",
-        "absolute.txt",
-        "up/outside.txt",
-        "environ",
-        ".hidden",
-        ".secret/x",
-        "sub",
-        "sub/",
-        "a.txt/",
-        "sub//b.txt",
-        "..",
-        "a.txt\0",
-        "\0",
-        " a.txt",
-        "\u{202e}txt.a",
-    ] {
-        let reply = conversation.ask(format!("{name}\n"));
-        assert_eq!(reply["error"], "no such file", "{name:?}");
-        assert_eq!(reply["filename"], name);
-    }
+    with_and_without_openat2(|daemon| {
+        let outside = daemon.path("outside.txt");
+        symlink("../outside.txt", daemon.path("files/out.txt")).unwrap();
+        symlink(&outside, daemon.path("files/absolute.txt")).unwrap();
+        symlink("..", daemon.path("files/up")).unwrap();
+        symlink("/proc/self/environ", daemon.path("files/environ")).unwrap();
+        fs::create_dir(daemon.path("files/.secret")).unwrap();
+        fs::write(daemon.path("files/.secret/x"), "x").unwrap();
+        let mut conversation = Conversation::with(daemon);
+        for name in [
+            "../outside.txt",
+            "sub/../../outside.txt",
+            "sub/../a.txt",
+            "./a.txt",
+            "/a.txt",
+            outside.to_str().unwrap(),
+            "/etc/passwd",
+            "out.txt",
+            "absolute.txt",
+            "up/outside.txt",
+            "environ",
+            ".hidden",
+            ".secret/x",
+            "sub",
+            "sub/",
+            "a.txt/",
+            "sub//b.txt",
+            "..",
+            "a.txt\0",
+            "\0",
+            " a.txt",
+            "\u{202e}txt.a",
+        ] {
+            let reply = conversation.ask(format!("{name}\n"));
+            assert_eq!(reply["error"], "no such file", "{name:?}");
+            assert_eq!(reply["filename"], name);
+        }
+    });
 }
 
 #[test]
 fn a_link_that_stays_inside_works_also_through_hidden_names() {
-    let daemon = daemon("");
-    // As Kubernetes mounts a ConfigMap.
-    fs::create_dir(daemon.path("files/..2026")).unwrap();
-    fs::write(daemon.path("files/..2026/mapped.txt"), "mapped").unwrap();
-    symlink("..2026", daemon.path("files/..data")).unwrap();
-    symlink("..data/mapped.txt", daemon.path("files/mapped.txt")).unwrap();
-    symlink("sub", daemon.path("files/linked")).unwrap();
-    let mut conversation = Conversation::with(&daemon);
-    assert_eq!(data(&conversation.ask("mapped.txt\n")), b"mapped");
-    assert_eq!(data(&conversation.ask("linked/b.txt\n")), b"beta");
+    with_and_without_openat2(|daemon| {
+        // As Kubernetes mounts a ConfigMap.
+        fs::create_dir(daemon.path("files/..2026")).unwrap();
+        fs::write(daemon.path("files/..2026/mapped.txt"), "mapped").unwrap();
+        symlink("..2026", daemon.path("files/..data")).unwrap();
+        symlink("..data/mapped.txt", daemon.path("files/mapped.txt")).unwrap();
+        symlink("sub", daemon.path("files/linked")).unwrap();
+        let mut conversation = Conversation::with(daemon);
+        assert_eq!(data(&conversation.ask("mapped.txt\n")), b"mapped");
+        assert_eq!(data(&conversation.ask("linked/b.txt\n")), b"beta");
+    });
 }
 
 #[test]
 fn a_fifo_or_a_device_does_not_exist_and_keeps_nobody_waiting() {
-    let daemon = daemon("");
-    let fifo = daemon.path("files/fifo");
-    rustix::fs::mknodat(rustix::fs::CWD, fifo, rustix::fs::FileType::Fifo, 0o644.into(), 0)
-        .unwrap();
-    let mut conversation = Conversation::with(&daemon);
-    assert_eq!(conversation.ask("fifo\n")["error"], "no such file");
-    assert_eq!(data(&conversation.ask("a.txt\n")), b"alpha");
+    with_and_without_openat2(|daemon| {
+        let fifo = daemon.path("files/fifo");
+        rustix::fs::mknodat(rustix::fs::CWD, fifo, rustix::fs::FileType::Fifo, 0o644.into(), 0)
+            .unwrap();
+        let mut conversation = Conversation::with(daemon);
+        assert_eq!(conversation.ask("fifo\n")["error"], "no such file");
+        assert_eq!(data(&conversation.ask("a.txt\n")), b"alpha");
+    });
 }
 
 #[test]
@@ -351,20 +372,4 @@ fn a_client_that_half_closes_without_a_word_gets_a_clean_end() {
     conversation.stream.shutdown(Shutdown::Write).unwrap();
     assert!(conversation.next().is_none());
     assert_eq!(daemon.wait_for_connections(1)[0]["outcome"], "complete");
-}
-
-#[test]
-fn a_kernel_without_openat2_fails_the_check_with_a_clear_message() {
-    let folder = tempfile::tempdir().unwrap();
-    let config = folder.path().join("handout.toml");
-    fs::write(&config, "[file.files]\npath = \".\"").unwrap();
-    let output = std::process::Command::new("strace")
-        .args(["-f", "-qq", "-o", "/dev/null", "-e", "inject=openat2:error=ENOSYS"])
-        .args([crate::common::PROGRAM, "check", "--config"])
-        .arg(config)
-        .output()
-        .unwrap();
-    assert_eq!(output.status.code(), Some(78), "{output:?}");
-    let text = String::from_utf8(output.stderr).unwrap();
-    assert!(text.contains("the kernel lacks openat2 (Linux 5.6)"), "{text}");
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use jiff::{SignedDuration, Timestamp};
 use rustix::process::Signal;
 
-use crate::common::{DEADLINE, Daemon, read_all, run};
+use crate::common::{DEADLINE, Daemon, read_all, refuse, run, says};
 
 fn now() -> Timestamp {
     Timestamp::try_from(SystemTime::now()).unwrap()
@@ -117,6 +117,42 @@ fn json_says_how_far_the_clock_is_to_be_trusted() {
         assert!(value["unix"].is_f64());
         value["time"].as_str().unwrap().parse().unwrap()
     });
+}
+
+#[test]
+fn where_the_clock_s_state_may_not_be_read_the_log_says_so_once_for_each_service() {
+    let service = |name: &str, format: &str| {
+        format!("[time.{name}]\nlisten = [\"127.0.0.1:0\"]\nformat = \"{format}\"\n")
+    };
+    let config = service("json", "json") + &service("nist", "nist") + &service("plain", "python");
+    let refusals = tempfile::NamedTempFile::new().unwrap();
+    let daemon = Daemon::start_with(&config, &[], |command| {
+        refuse(command, "adjtimex,clock_adjtime", "EPERM", refusals.path());
+    });
+    let warned = || {
+        let lines = daemon.lines().into_iter().filter(|line| says(line, "see clock-state.conf"));
+        let services = lines.map(|line| {
+            assert_eq!(line["level"], "WARN");
+            line["service"].as_str().unwrap().to_owned()
+        });
+        services.collect::<Vec<_>>()
+    };
+    assert_eq!(warned(), ["time.json", "time.nist"]);
+    for _ in 0..2 {
+        let told: serde_json::Value =
+            serde_json::from_slice(&read_all(daemon.tcp("time.json"))).unwrap();
+        assert_eq!(told["synchronized"], false);
+        assert!(told["max-error-us"].is_null());
+        let told = String::from_utf8(read_all(daemon.tcp("time.nist"))).unwrap();
+        assert_eq!(told.split_whitespace().nth(5), Some("3"), "{told}");
+        read_all(daemon.tcp("time.plain"));
+    }
+    // A reload says it of what it adds or changes.
+    let more = config.replace("python", "json") + &service("more", "nist");
+    assert!(says(&daemon.reload(&more), "reloaded: "));
+    let mut warned = warned();
+    warned[2..].sort();
+    assert_eq!(warned, ["time.json", "time.nist", "time.more", "time.plain"]);
 }
 
 #[test]
