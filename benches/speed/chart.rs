@@ -6,7 +6,7 @@ use svg::node::element::{Line, Rectangle, Text, Title};
 
 use crate::table::Row;
 
-const WIDTH: f64 = 960.0;
+const WIDTH: f64 = 1040.0;
 /// The left and the right end of the scale; what stands beside the bars is written on both sides.
 const LEFT: f64 = 330.0;
 const RIGHT: f64 = 700.0;
@@ -81,11 +81,11 @@ fn add(document: Document, row: &Row, top: f64) -> Document {
     if let Some(target) = row.target {
         document = document.add(line(place(target), top + 3.0, 18.0, INK).set("stroke-width", 2.5));
     }
-    let ratio = if row.ratio() > MOST {
-        format!("{:.1} ▸", row.ratio())
-    } else {
-        format!("{:.2}", row.ratio())
-    };
+    if row.ratio() > MOST {
+        // A gap says that it is cut.
+        document = document.add(bar(RIGHT - 14.0, top + 6.0, 4.0, BACKGROUND));
+    }
+    let ratio = format!("{:.2}", row.ratio());
     document
         .add(text(RIGHT + 46.0, base, &ratio).set("text-anchor", "end").set("font-weight", "bold"))
         .add(text(RIGHT + 58.0, base, &beside).set("fill", GREY).set("font-size", 11))

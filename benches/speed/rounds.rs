@@ -103,11 +103,11 @@ impl Round {
 /// Gives every contender its rounds, prints what was seen, ends them, and returns the processor
 /// time that each takes for one exchange, in seconds, in their order.
 pub fn compare(run: &Run, title: &str, mut contenders: Vec<Contender>) -> Result<Vec<f64>> {
-    let [warm_up, time] = run.choose([500, 500], [0, 20]).map(Duration::from_millis);
+    let [warm_up, time] = run.choose([500, 250], [0, 20]).map(Duration::from_millis);
     for contender in &contenders {
         contender.run_clients(warm_up)?;
     }
-    for _ in 0..run.choose(9, 1) {
+    for _ in 0..run.choose(21, 1) {
         for contender in &mut contenders {
             contender.rounds.push(contender.round(time)?);
         }
