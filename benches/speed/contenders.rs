@@ -1,0 +1,149 @@
+//! How the floors, handout and its peers are started, each on the core of the servers.
+
+use std::env;
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::ValueEnum;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::floors::Floor;
+use crate::machine::Server;
+use crate::{PATIENCE, Result, Run};
+
+/// The log has no line for a connection, but still says where the services listen.
+pub const QUIET: &str = "warn,handout::running=info";
+
+/// The log has a line for each connection.
+pub const LOGGED: &str = "info";
+
+/// Starts a bare loop that hands out this file.
+pub fn floor(run: &Run, floor: Floor, reply: &Path) -> Result<(Server, SocketAddr)> {
+    let mut command = Command::new(env::current_exe()?);
+    let name = floor.to_possible_value().ok_or("a floor has no name")?;
+    command.args(["--floor", name.get_name()]).stdin(File::open(reply)?);
+    tells_its_address(run, &mut command)
+}
+
+/// Starts the Python server; none if there is no Python.
+pub fn python(run: &Run, file: Option<&Path>) -> Option<(Server, SocketAddr)> {
+    let mut command = Command::new("python3");
+    command.args(["-c", include_str!("thread_per_client.py")]).args(file).stderr(Stdio::null());
+    tells_its_address(run, &mut command)
+        .inspect_err(|error| println!("\nPython is left out: {error}"))
+        .ok()
+}
+
+/// Starts a program whose first line of output is its address.
+fn tells_its_address(run: &Run, command: &mut Command) -> Result<(Server, SocketAddr)> {
+    let mut server = run.cores.as_server(|| Server::start(command.stdout(Stdio::piped())))??;
+    let mut address = String::new();
+    let output = server.0.stdout.take().ok_or("it has no output")?;
+    BufReader::new(output).read_line(&mut address)?;
+    Ok((server, address.trim().parse()?))
+}
+
+/// handout, with its log in a file.
+pub struct Handout {
+    pub server: Server,
+    /// From exec to READY=1.
+    pub ready_after: Duration,
+    log: PathBuf,
+    _folder: TempDir,
+}
+
+impl Handout {
+    /// Starts it on the core of the servers with these services, and waits until it is ready.
+    pub fn start(run: &Run, level: &str, services: &str) -> Result<Self> {
+        let folder = TempDir::new()?;
+        let config = folder.path().join("handout.toml");
+        fs::write(&config, format!("[log]\nlevel = \"{level}\"\nformat = \"json\"\n{services}"))?;
+        run.cores.as_server(|| Self::start_with(&config, folder))?
+    }
+
+    /// Starts it where this thread runs.
+    pub fn start_with(config: &Path, folder: TempDir) -> Result<Self> {
+        let log = folder.path().join("log");
+        let manager = folder.path().join("manager");
+        let notified = UnixDatagram::bind(&manager)?;
+        notified.set_read_timeout(Some(PATIENCE))?;
+        let mut command = Command::new(env!("CARGO_BIN_EXE_handout"));
+        command.arg("serve").arg("--config").arg(config).env("NOTIFY_SOCKET", &manager);
+        command.stderr(File::create(&log)?);
+        let start = Instant::now();
+        let server = Server::start(&mut command)?;
+        let mut told = [0; 1024];
+        loop {
+            let length = notified.recv(&mut told).map_err(|error| {
+                let log = fs::read_to_string(&log).unwrap_or_default();
+                format!("handout did not become ready: {error}\n{log}")
+            })?;
+            if String::from_utf8_lossy(&told[..length]).contains("READY=1") {
+                let ready_after = start.elapsed();
+                return Ok(Self { server, ready_after, log, _folder: folder });
+            }
+        }
+    }
+
+    /// Where a service listens. The lines of the log are written a little later than they are made.
+    pub fn address(&self, service: &str) -> Result<SocketAddr> {
+        let start = Instant::now();
+        while start.elapsed() < PATIENCE {
+            let text = fs::read_to_string(&self.log)?;
+            for line in text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()) {
+                if let Some(address) =
+                    line["address"].as_str().filter(|_| line["service"] == service)
+                {
+                    return Ok(address.trim_start_matches("udp:").parse()?);
+                }
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        Err(format!("handout did not say where {service} listens").into())
+    }
+
+    /// The process alone, and where a service listens.
+    pub fn contend(self, service: &str) -> Result<(Server, SocketAddr)> {
+        let address = self.address(service)?;
+        Ok((self.server, address))
+    }
+}
+
+/// Starts nginx with what stands in the braces of its configuration, where `ADDRESS` is to be
+/// listened on; none if there is no nginx that can do that.
+pub fn nginx(run: &Run, folder: &Path, serve: &str) -> Result<Option<(Server, SocketAddr)>> {
+    let config = folder.join("nginx.conf");
+    // It cannot choose a port by itself.
+    let address = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
+    let text = format!(
+        "daemon off; master_process off; pid {}; error_log stderr; {}",
+        folder.join("nginx.pid").display(),
+        serve.replace("ADDRESS", &address.to_string()),
+    );
+    fs::write(&config, text)?;
+    let mut command = Command::new("nginx");
+    command.arg("-c").arg(config).stderr(Stdio::null());
+    let mut server = match run.cores.as_server(|| Server::start(&mut command))? {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            println!("\nnginx is left out: there is none");
+            return Ok(None);
+        }
+        server => server?,
+    };
+    let start = Instant::now();
+    // Refused at once until it listens, which takes it some milliseconds.
+    while TcpStream::connect(address).is_err() {
+        if server.0.try_wait()?.is_some() || start.elapsed() > PATIENCE {
+            println!("\nnginx is left out: it does not know what it is to do");
+            return Ok(None);
+        }
+    }
+    Ok(Some((server, address)))
+}

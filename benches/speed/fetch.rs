@@ -1,0 +1,193 @@
+//! What `handout fetch` costs beside reading, decoding, digesting and writing alone, and beside
+//! the pipeline that people write: `nc | jq -r .filedata | base64 -d`.
+//!
+//! All fetch the same document, from a thread that sends bytes which lie ready; its own time is
+//! not counted.
+
+use std::env;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+use base64::engine::Simd;
+use base64::engine::general_purpose::PAD;
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+
+use crate::machine::{kibibytes, time_of_thread};
+use crate::rounds::median;
+use crate::table::{Row, Unit};
+use crate::{Result, Run, pseudo_random};
+
+/// The size of the file.
+const FULL: usize = 1 << 30;
+const SMOKE: usize = 1 << 20;
+
+/// How much the parts alone take at one time, as `handout fetch` does.
+const PIECE: usize = 256 << 10;
+
+/// How often a client is looked at while it runs.
+const LOOK: Duration = Duration::from_millis(5);
+
+pub fn measure(run: &Run) -> Result<Vec<Row>> {
+    let data = pseudo_random(run.choose(FULL, SMOKE));
+    let encoded = Simd::standard(PAD).encode(&data);
+    let document = format!("{{\"filename\":\"data\",\"filedata\":\"{encoded}\"}}\n").into_bytes();
+    drop(encoded);
+
+    let folder = TempDir::new()?;
+    let target = folder.path().join("data");
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let address = listener.local_addr()?;
+    let ended = AtomicBool::new(false);
+    run.cores.anywhere(|| {
+        thread::scope(|scope| {
+            scope.spawn(|| send_to_all(&listener, &document, &ended));
+            let compared = compare(run, address, &target, &data, &document);
+            ended.store(true, Ordering::Relaxed);
+            // Wakes the server, which then sees that it has ended.
+            TcpStream::connect(address)?;
+            compared
+        })
+    })?
+}
+
+fn compare(
+    run: &Run,
+    address: SocketAddr,
+    target: &Path,
+    data: &[u8],
+    document: &[u8],
+) -> Result<Vec<Row>> {
+    let title = format!("fetching a file of {} MiB", data.len() >> 20);
+    println!("\n{title:<32} {:>10} {:>12} {:>8} {:>12}", "seconds", "processor", "MB/s", "peak");
+
+    let mut read = Command::new(env::current_exe()?);
+    read.arg("--read").arg(address.to_string());
+    let mut fetch = Command::new(env!("CARGO_BIN_EXE_handout"));
+    fetch.args(["fetch", &address.to_string(), "--quiet", "--max-size", "2GiB", "-o"]).arg(target);
+    let (mut sums, mut costs) = (Vec::new(), Vec::new());
+    for _ in 0..run.choose(3, 1) {
+        let read = finish(&mut read)?;
+        read.print("a loop that only reads", data.len());
+        let fetched = finish(&mut fetch)?;
+        fetched.print("handout fetch", data.len());
+        expect(target, data)?;
+        sums.push((read.processor + parts(data, document, target)?).as_secs_f64());
+        costs.push(fetched.processor.as_secs_f64());
+    }
+
+    let script = "set -o pipefail; nc -d \"$1\" \"$2\" | jq -r .filedata | base64 -d > \"$3\"";
+    let (host, port) = (address.ip().to_string(), address.port().to_string());
+    let mut pipeline = Command::new("bash");
+    pipeline.args(["-c", script, "bash", &host, &port]).arg(target);
+    let piped = finish(&mut pipeline);
+    match &piped {
+        Ok(piped) => {
+            piped.print("nc | jq -r .filedata | base64 -d", data.len());
+            expect(target, data)?;
+        }
+        Err(error) => println!("the pipeline is left out, as it failed: {error}"),
+    }
+
+    let floor = ("reading, decoding, digesting, writing", median(sums));
+    let mut rows = vec![Row::new("fetch of 1 GiB", Unit::Seconds, median(costs), floor, 1.2)];
+    rows.extend(piped.ok().map(|piped| {
+        let cost = piped.processor.as_secs_f64();
+        Row::peer("nc, jq, base64: fetch of 1 GiB", Unit::Seconds, cost, floor)
+    }));
+    Ok(rows)
+}
+
+/// What a client took.
+struct Taken {
+    wall: Duration,
+    processor: Duration,
+    /// Its peak of resident memory in KiB, without that of processes that it started.
+    peak: f64,
+}
+
+impl Taken {
+    fn print(&self, name: &str, size: usize) {
+        let (wall, processor) = (self.wall.as_secs_f64(), self.processor.as_secs_f64());
+        let (rate, peak) = (size as f64 / wall / 1e6, self.peak);
+        println!("{name:<32} {wall:>10.2} {processor:>12.2} {rate:>8.0} {peak:>8} KiB");
+    }
+}
+
+/// Runs a client to its end.
+fn finish(command: &mut Command) -> Result<Taken> {
+    let before = time_of_children()?;
+    let start = Instant::now();
+    let mut child = command.spawn()?;
+    let status_file = format!("/proc/{}/status", child.id());
+    let mut peak = 0.0;
+    let status = loop {
+        // Asked while it lives, as nobody tells afterwards.
+        let status = fs::read_to_string(&status_file).unwrap_or_default();
+        peak = kibibytes(&status, "VmHWM").unwrap_or(0.0).max(peak);
+        match child.try_wait()? {
+            Some(status) => break status,
+            None => thread::sleep(LOOK),
+        }
+    };
+    if !status.success() {
+        return Err(format!("{command:?}: {status}").into());
+    }
+    let processor = time_of_children()?.saturating_sub(before);
+    Ok(Taken { wall: start.elapsed(), processor, peak })
+}
+
+fn time_of_children() -> io::Result<Duration> {
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
+    let micros = (usage.user_time() + usage.system_time()).num_microseconds();
+    Ok(Duration::from_micros(u64::try_from(micros).unwrap_or(0)))
+}
+
+fn expect(target: &Path, data: &[u8]) -> Result<()> {
+    let same = fs::read(target)? == data;
+    fs::remove_file(target)?;
+    if same { Ok(()) } else { Err("something else was fetched".into()) }
+}
+
+/// The processor time of decoding, of digesting, and of writing a file that is forced to the disk.
+fn parts(data: &[u8], document: &[u8], target: &Path) -> Result<Duration> {
+    let engine = Simd::standard(PAD);
+    let encoded = document.split(|byte| *byte == b'"').nth(7).ok_or("there is no data")?;
+    let mut decoded = vec![0; PIECE];
+    let taken = time_of_thread(|| {
+        for piece in encoded.chunks(PIECE) {
+            engine.decode_slice(piece, &mut decoded)?;
+        }
+        let mut digest = Sha256::new();
+        let mut file = File::create(target)?;
+        for piece in data.chunks(PIECE) {
+            digest.update(piece);
+            file.write_all(piece)?;
+        }
+        file.sync_all()?;
+        Ok(digest.finalize())
+    })?;
+    fs::remove_file(target)?;
+    Ok(taken)
+}
+
+/// Sends the document to one client after the other, until the comparison has ended.
+fn send_to_all(listener: &TcpListener, document: &[u8], ended: &AtomicBool) -> io::Result<()> {
+    loop {
+        let (mut client, _) = listener.accept()?;
+        if ended.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        // A client that goes early has its own exit code.
+        let _ = client.write_all(document);
+    }
+}

@@ -1,0 +1,120 @@
+//! Cores, processes, and what they take of time and memory.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::process::{Child, Command};
+use std::time::Duration;
+
+use nix::time::ClockId;
+use nix::unistd::Pid;
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+use crate::Result;
+
+/// Which cores are used; servers and clients share one if there is only one.
+pub struct Cores {
+    all: CpuSet,
+    server: Option<usize>,
+    clients: Option<usize>,
+}
+
+impl Cores {
+    /// The servers get the last core, as the first is the one that most machines let serve
+    /// interrupts. Until something else is said, this thread is a client.
+    pub fn choose() -> io::Result<Self> {
+        let all = sched_getaffinity(None)?;
+        let mut cores = (0..CpuSet::MAX_CPU).filter(|core| all.is_set(*core));
+        let (first, last) = (cores.next(), cores.next_back());
+        let cores = Self { all, server: last, clients: last.and(first) };
+        pin(cores.clients)?;
+        Ok(cores)
+    }
+
+    /// Does something on the servers' core. What is started by it keeps to that core: processes
+    /// and threads inherit it from the thread that starts them.
+    pub fn as_server<T>(&self, act: impl FnOnce() -> T) -> io::Result<T> {
+        pin(self.server)?;
+        let done = act();
+        pin(self.clients)?;
+        Ok(done)
+    }
+
+    /// Does something on any core.
+    pub fn anywhere<T>(&self, act: impl FnOnce() -> T) -> io::Result<T> {
+        sched_setaffinity(None, &self.all)?;
+        let done = act();
+        pin(self.clients)?;
+        Ok(done)
+    }
+}
+
+impl fmt::Display for Cores {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.server, self.clients) {
+            (Some(server), Some(clients)) => {
+                write!(f, "servers on core {server}, clients on core {clients}")
+            }
+            _ => f.write_str("servers and clients on the same core"),
+        }
+    }
+}
+
+/// Keeps this thread, and what it starts from now on, to one core.
+fn pin(core: Option<usize>) -> io::Result<()> {
+    let Some(core) = core else { return Ok(()) };
+    let mut set = CpuSet::new();
+    set.set(core);
+    Ok(sched_setaffinity(None, &set)?)
+}
+
+/// A process that is ended with the value, however the run ends.
+pub struct Server(pub Child);
+
+impl Server {
+    pub fn start(command: &mut Command) -> io::Result<Self> {
+        command.spawn().map(Self)
+    }
+
+    /// The processor time that it has taken, its ended threads included.
+    pub fn processor_time(&self) -> io::Result<Duration> {
+        let id = Pid::from_raw(self.0.id().cast_signed());
+        read(ClockId::pid_cpu_clock_id(id)?)
+    }
+
+    /// A line of `/proc/PID/status` that says how many bytes of memory something takes.
+    pub fn memory(&self, field: &str) -> Result<f64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.0.id()))?;
+        kibibytes(&status, field).map(|size| size * 1024.0).ok_or("no such memory".into())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may have ended by itself; then there is nothing to end.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A field of `/proc/PID/status` that counts KiB.
+pub fn kibibytes(status: &str, field: &str) -> Option<f64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
+    line.trim().trim_end_matches(" kB").parse().ok()
+}
+
+/// The processor time that this process has taken, its ended threads included.
+pub fn own_processor_time() -> io::Result<Duration> {
+    read(ClockId::CLOCK_PROCESS_CPUTIME_ID)
+}
+
+/// The processor time that this thread takes to do something.
+pub fn time_of_thread<T>(act: impl FnOnce() -> Result<T>) -> Result<Duration> {
+    let before = read(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
+    std::hint::black_box(act()?);
+    Ok(read(ClockId::CLOCK_THREAD_CPUTIME_ID)?.saturating_sub(before))
+}
+
+fn read(clock: ClockId) -> io::Result<Duration> {
+    Ok(clock.now()?.into())
+}

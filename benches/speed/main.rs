@@ -1,0 +1,152 @@
+//! What handout costs beside the least that the same work can cost, measured in one run.
+//!
+//! | file | subject |
+//! |---|---|
+//! | `short` | short connections, datagrams and a picture beside bare loops, nginx and Python |
+//! | `folder` | a large file from a folder beside encoding, digesting and writing alone |
+//! | `fetch` | the client beside reading, decoding, digesting and writing alone |
+//! | `crowd` | what clients that read nothing cost in memory, and the others in time |
+//! | `start` | from exec to ready, and the size of the program |
+//! | `floors`, `contenders` | the bare loops, and how they, handout and its peers are started |
+//! | `clients`, `rounds` | what clients do, and the rounds in which contenders take turns |
+//! | `machine` | cores, processes, their time and memory |
+//! | `table`, `chart` | what all of them report, as a table and as a picture |
+//!
+//! `cargo bench` measures everything, `cargo bench -- datagram crowd` only that, and
+//! `cargo bench -- --svg PATH` says where the picture goes. With `--test` it only shows that
+//! everything works. A figure never fails a run.
+#![warn(clippy::pedantic)]
+#![allow(
+    clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_truncation,
+    reason = "figures are rounded when they are printed"
+)]
+
+mod chart;
+mod clients;
+mod contenders;
+mod crowd;
+mod fetch;
+mod floors;
+mod folder;
+mod machine;
+mod rounds;
+mod short;
+mod start;
+mod table;
+
+use std::error::Error;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Parser, ValueEnum};
+
+use floors::Floor;
+use machine::Cores;
+use table::Row;
+
+/// What may go wrong is only told.
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// How long anything may keep us waiting before the run is given up.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Measures handout beside bare loops and its peers.
+#[derive(Parser)]
+struct Arguments {
+    /// What to measure [default: everything].
+    only: Vec<Subject>,
+    /// Where the picture is written.
+    #[arg(long, default_value = concat!(env!("CARGO_TARGET_TMPDIR"), "/speed.svg"))]
+    svg: PathBuf,
+    /// Only show that everything works.
+    #[arg(long)]
+    test: bool,
+    /// Measure, which is what cargo asks of a benchmark.
+    #[arg(long, hide = true)]
+    bench: bool,
+    /// Be a floor, which hands out its standard input.
+    #[arg(long, hide = true)]
+    floor: Option<Floor>,
+    /// Be the client that only reads.
+    #[arg(long, hide = true)]
+    read: Option<SocketAddr>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Subject {
+    Time,
+    Datagram,
+    Picture,
+    Folder,
+    Fetch,
+    Crowd,
+    Start,
+}
+
+/// What every subject is told.
+struct Run {
+    /// Whether the figures are to mean something.
+    full: bool,
+    cores: Cores,
+}
+
+impl Run {
+    /// One of two values: that of a run that measures, or that of one that only tries.
+    fn choose<T>(&self, full: T, smoke: T) -> T {
+        if self.full { full } else { smoke }
+    }
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    if let Some(floor) = arguments.floor {
+        return Ok(floor.serve()?);
+    }
+    if let Some(address) = arguments.read {
+        return Ok(clients::read_all(address)?);
+    }
+    let run = Run { full: arguments.bench && !arguments.test, cores: Cores::choose()? };
+    println!("\n{}", run.cores);
+    if !run.full {
+        println!("too short a run for its figures to mean anything");
+    }
+    let mut rows = Vec::new();
+    for subject in Subject::value_variants() {
+        if arguments.only.is_empty() || arguments.only.contains(subject) {
+            rows.extend(measure(*subject, &run)?);
+        }
+    }
+    table::print(&rows);
+    svg::save(&arguments.svg, &chart::draw(&rows))?;
+    println!("\nas a picture: {}", arguments.svg.display());
+    Ok(())
+}
+
+fn measure(subject: Subject, run: &Run) -> Result<Vec<Row>> {
+    match subject {
+        Subject::Time => short::time(run),
+        Subject::Datagram => short::datagram(run),
+        Subject::Picture => short::picture(run),
+        Subject::Folder => folder::measure(run),
+        Subject::Fetch => fetch::measure(run),
+        Subject::Crowd => crowd::measure(run),
+        Subject::Start => start::measure(run),
+    }
+}
+
+/// Bytes that do not compress, from xorshift.
+fn pseudo_random(length: usize) -> Vec<u8> {
+    let mut state = 0x9E37_79B9_7F4A_7C15_u64;
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
+}
