@@ -3,12 +3,14 @@
 //! A reply that fits into the kernel's buffer is written at once, and the registration, which costs
 //! more than the writing, is spared.
 
+use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
+use rustix::fs::sendfile;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 use tokio::io::{AsyncRead, Interest, ReadBuf};
 
@@ -107,6 +109,18 @@ impl Stream for AcceptedSocket {
         let more = if next == Next::AtOnce { SendFlags::MORE } else { SendFlags::empty() };
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL | more;
         self.poll(context, Interest::WRITABLE, |socket| send(socket, bytes, flags))
+    }
+
+    fn poll_write_file(
+        &mut self,
+        context: &mut Context<'_>,
+        file: &File,
+        offset: u64,
+        length: usize,
+    ) -> Poll<io::Result<usize>> {
+        self.poll(context, Interest::WRITABLE, |socket| {
+            sendfile(socket, file, Some(&mut offset.clone()), length)
+        })
     }
 
     fn half_close(&mut self) -> io::Result<()> {

@@ -8,6 +8,7 @@
 //! What services say, and who may connect, is not decided here.
 
 use std::fmt;
+use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
@@ -64,6 +65,15 @@ pub trait Stream: AsyncRead + Unpin + Send {
         context: &mut Context<'_>,
         bytes: &[u8],
         next: Next,
+    ) -> Poll<io::Result<usize>>;
+
+    /// Writes some of a file that is in memory, at most `length` bytes from `offset` on.
+    fn poll_write_file(
+        &mut self,
+        context: &mut Context<'_>,
+        file: &File,
+        offset: u64,
+        length: usize,
     ) -> Poll<io::Result<usize>>;
 
     /// Says that nothing more comes.
@@ -361,15 +371,10 @@ impl<S: Stream> Connection<S> {
     }
 
     async fn send_before(&mut self, next: Next, mut bytes: &[u8]) -> Result<(), Broken> {
-        let idle = self.terms.deadlines.idle;
         while !bytes.is_empty() {
             let now = bytes.get(..MAX_SENT).unwrap_or(bytes);
             let next = if now.len() < bytes.len() { Next::AtOnce } else { next };
-            let step = std::future::poll_fn(|context| self.poll_send(context, now, next));
-            let sent = timeout(idle, step).await.map_err(|_| Broken::Idle)?;
-            let sent = sent.map_err(Broken::of_socket)?;
-            self.written += sent as u64;
-            self.terms.counts.add_sent(sent as u64);
+            let sent = self.step(|stream, context| stream.poll_write(context, now, next)).await?;
             bytes = bytes.get(sent..).unwrap_or_default();
             if !bytes.is_empty() {
                 // Others' turn: a kernel takes a whole document at once, which takes its time.
@@ -379,13 +384,46 @@ impl<S: Stream> Connection<S> {
         Ok(())
     }
 
+    /// Sends the first `length` bytes of a file that is in memory, as [`Connection::send`] does,
+    /// without copying them.
+    ///
+    /// # Errors
+    /// As [`Connection::send`].
+    pub async fn send_file(&mut self, file: &File, length: u64) -> Result<(), Broken> {
+        let mut offset = 0;
+        while offset < length {
+            let left = usize::try_from(length - offset).unwrap_or(MAX_SENT).min(MAX_SENT);
+            let write = |stream: &mut S, context: &mut Context<'_>| {
+                stream.poll_write_file(context, file, offset, left)
+            };
+            offset += self.step(write).await? as u64;
+            if offset < length {
+                tokio::task::yield_now().await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until something is sent; returns how many bytes, at least one.
+    async fn step(
+        &mut self,
+        mut write: impl FnMut(&mut S, &mut Context<'_>) -> Poll<io::Result<usize>>,
+    ) -> Result<usize, Broken> {
+        let idle = self.terms.deadlines.idle;
+        let step = std::future::poll_fn(|context| self.poll_send(context, &mut write));
+        let sent = timeout(idle, step).await.map_err(|_| Broken::Idle)?;
+        let sent = sent.map_err(Broken::of_socket)?;
+        self.written += sent as u64;
+        self.terms.counts.add_sent(sent as u64);
+        Ok(sent)
+    }
+
     fn poll_send(
         &mut self,
         context: &mut Context<'_>,
-        bytes: &[u8],
-        next: Next,
+        write: &mut impl FnMut(&mut S, &mut Context<'_>) -> Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
-        match self.stream.poll_write(context, bytes, next) {
+        match write(&mut self.stream, context) {
             Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
             Poll::Ready(result) => return Poll::Ready(result),
             Poll::Pending => {}
@@ -522,6 +560,7 @@ impl<S: Stream> Drop for Connection<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::FileExt;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
     use tokio::io::{AsyncWrite, AsyncWriteExt, DuplexStream};
 
@@ -540,6 +579,18 @@ mod tests {
             _: Next,
         ) -> Poll<io::Result<usize>> {
             Pin::new(&mut self.stream).poll_write(context, bytes)
+        }
+
+        fn poll_write_file(
+            &mut self,
+            context: &mut Context<'_>,
+            file: &File,
+            offset: u64,
+            length: usize,
+        ) -> Poll<io::Result<usize>> {
+            let mut bytes = vec![0; length];
+            let read = file.read_at(&mut bytes, offset)?;
+            Pin::new(&mut self.stream).poll_write(context, &bytes[..read])
         }
 
         fn half_close(&mut self) -> io::Result<()> {
@@ -637,6 +688,23 @@ mod tests {
         drop(client);
         serving.await.unwrap();
         assert_eq!(received, DOCUMENT);
+        assert!(!reset.load(Ordering::Relaxed));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_file_in_memory_arrives_whole() {
+        let Tried { mut client, connection, reset, .. } = connected(30, 3600);
+        let content: Vec<u8> = (0..=255).cycle().take(10_000).collect();
+        let mut file = tempfile::tempfile().unwrap();
+        std::io::Write::write_all(&mut file, &content).unwrap();
+        let serving = tokio::spawn(run(connection, async move |connection: &mut Connection<_>| {
+            connection.send_file(&file, 10_000).await
+        }));
+        let mut received = Vec::new();
+        client.read_to_end(&mut received).await.unwrap();
+        drop(client);
+        serving.await.unwrap();
+        assert!(received == content);
         assert!(!reset.load(Ordering::Relaxed));
     }
 

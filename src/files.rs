@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, openat, statat};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 /// The longest name of a file in a folder, in bytes, with its sub-folders.
 pub const MAX_NAME: usize = 4096;
@@ -90,18 +90,41 @@ impl OpenFile {
     /// # Errors
     /// If it cannot be read, or has changed meanwhile.
     pub fn read_at(&self, piece: &mut [u8], offset: u64) -> io::Result<()> {
-        let changed = || io::Error::other("the file changed while it was read");
         self.file.read_exact_at(piece, offset).map_err(|error| match error.kind() {
             io::ErrorKind::UnexpectedEof => changed(),
             _ => error,
         })?;
-        // Asked after the reading, so that what was read is of the state that was promised.
+        self.check()
+    }
+
+    /// The same if the kernel has it in memory; false, with `piece` as good as empty, if it would
+    /// have to be waited for.
+    ///
+    /// # Errors
+    /// As [`OpenFile::read_at`].
+    pub fn read_at_once(&self, piece: &mut [u8], offset: u64) -> io::Result<bool> {
+        let length = piece.len();
+        let mut pieces = [io::IoSliceMut::new(piece)];
+        match preadv2(&self.file, &mut pieces, offset, ReadWriteFlags::NOWAIT) {
+            Ok(read) if read == length => self.check().map(|()| true),
+            // The rest is not there, or this file system cannot tell.
+            Ok(_) | Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::INTR) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Asked after the reading, so that what was read is of the state that was promised.
+    fn check(&self) -> io::Result<()> {
         if Stamp::of(&self.file.metadata()?).same_content(&self.stamp) {
             Ok(())
         } else {
             Err(changed())
         }
     }
+}
+
+fn changed() -> io::Error {
+    io::Error::other("the file changed while it was read")
 }
 
 fn regular(metadata: &fs::Metadata) -> io::Result<()> {

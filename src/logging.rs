@@ -5,7 +5,7 @@
 //! number, as an address or escaped, so that no terminal obeys it.
 
 use std::env;
-use std::io::{self, IsTerminal};
+use std::io::{self, BufWriter, IsTerminal};
 use std::os::unix::fs::MetadataExt;
 
 use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
@@ -36,6 +36,9 @@ pub fn check_filter(filter: &str) -> Result<(), String> {
 /// not keep the services waiting.
 const WAITING_LINES: usize = 10_000;
 
+/// So much of the lines that wait is written at one time.
+const WRITTEN_AT_ONCE: usize = 64 << 10;
+
 /// All that becomes of a log line: which are wanted, what they look like, where they go.
 type Lines = Box<dyn Layer<Registry> + Send + Sync>;
 
@@ -55,7 +58,8 @@ impl Logger {
         let (stderr, writer) = NonBlockingBuilder::default()
             .buffered_lines_limit(WAITING_LINES)
             .lossy(true)
-            .finish(io::stderr());
+            // Flushed whenever no line waits.
+            .finish(BufWriter::with_capacity(WRITTEN_AT_ONCE, io::stderr()));
         let (lines, current) = reload::Layer::new(lines(log, &stderr)?);
         tracing_subscriber::registry().with(lines).try_init().map_err(io::Error::other)?;
         Ok(Self { current, stderr, _writer: writer })

@@ -18,6 +18,7 @@ use crate::connection::{Broken, Connection, Stream};
 use crate::document;
 use crate::files::{OpenFile, Stamp};
 
+use super::ready_made::ReadyMade;
 use super::stream;
 use super::trouble::Trouble;
 
@@ -75,7 +76,7 @@ struct Version {
 #[derive(Debug)]
 enum Content {
     /// The whole document.
-    Document(Vec<u8>),
+    Document(ReadyMade),
     /// The open file, for one too large to hold.
     Open(Arc<OpenFile>),
 }
@@ -96,25 +97,24 @@ impl Version {
     /// What this version takes of the memory, or of the descriptors, that older versions may have.
     fn weight(&self, budget: u64) -> u64 {
         match &self.content {
-            Content::Document(document) => document.len() as u64,
+            Content::Document(document) => document.len(),
             Content::Open(_) => budget / OLDER_DESCRIPTORS,
         }
     }
 }
 
-fn read_document(settings: &Settings, file: &OpenFile) -> io::Result<Vec<u8>> {
+fn read_document(settings: &Settings, file: &OpenFile) -> io::Result<ReadyMade> {
     let opening = document::opening(&settings.filename);
     let closing = document::closing(settings.newline);
     let encoded = usize::try_from(file.stamp.size).ok().and_then(document::encoded_len);
-    let room = encoded
+    let length = encoded
         .and_then(|encoded| encoded.checked_add(opening.len() + closing.len()))
         .ok_or(io::ErrorKind::FileTooLarge)?;
-    let mut document = Vec::new();
-    document.try_reserve_exact(room)?;
-    document.extend_from_slice(opening.as_bytes());
-    stream::append_whole(file, None, &mut document)?;
-    document.extend_from_slice(closing.as_bytes());
-    Ok(document)
+    ReadyMade::make(length, |mut document| {
+        document.write_all(opening.as_bytes())?;
+        stream::write_whole(file, None, &mut document)?;
+        document.write_all(closing.as_bytes())
+    })
 }
 
 /// A file that is being rewritten: its stamp at the last look, and since when.
@@ -171,7 +171,7 @@ impl FileService {
         connection: &mut Connection<S>,
     ) -> Result<(), Broken> {
         let file = match &version.content {
-            Content::Document(document) => return connection.send_part(document).await,
+            Content::Document(document) => return document.send(connection).await,
             Content::Open(file) => file,
         };
         connection.send_part(document::opening(&self.settings.filename).as_bytes()).await?;

@@ -244,9 +244,9 @@ impl FolderService {
             return Ok(Found::File(Arc::new(file), self.digests.get(&stamp)));
         }
         let mut bytes = document::file_opening(&key.0, stamp.size, stamp.modified()).into_bytes();
-        let mut digest = Sha256::new();
-        stream::append_whole(&file, Some(&mut digest), &mut bytes)?;
-        bytes.extend_from_slice(document::file_closing(&digest.finalize().into()).as_bytes());
+        let digest = stream::write_whole(&file, Some(Sha256::new()), &mut bytes)?;
+        let digest = digest.unwrap_or_default().finalize().into();
+        bytes.extend_from_slice(document::file_closing(&digest).as_bytes());
         let document = Arc::new(Document::new(bytes, &self.in_memory));
         self.documents.insert(key, Arc::clone(&document));
         Ok(Found::Document(document))

@@ -6,6 +6,7 @@
 pub mod file;
 pub mod folder;
 pub mod metrics;
+mod ready_made;
 mod stream;
 pub mod time;
 mod trouble;

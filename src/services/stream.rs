@@ -1,6 +1,7 @@
 //! A file in base64, encoded as it is sent, in the memory of one piece.
 
-use std::io;
+use std::cell::RefCell;
+use std::io::{self, Write};
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
@@ -13,6 +14,47 @@ use crate::files::OpenFile;
 /// piece, encoded.
 const PIECE: usize = 16 * 1024 * document::WHOLE_GROUP;
 
+thread_local! {
+    /// Where pieces are read before they are encoded: one for each thread, not for each connection.
+    static READ: RefCell<Vec<u8>> = RefCell::new(vec![0; PIECE]);
+}
+
+/// What is at hand while a file is sent.
+#[derive(Default)]
+struct Sending {
+    /// Where the next piece begins.
+    offset: u64,
+    /// Fed what is sent, if somebody wants to know.
+    digest: Option<Sha256>,
+    /// The piece that is to be sent.
+    encoded: Vec<u8>,
+}
+
+impl Sending {
+    /// Reads and encodes the next piece; or does nothing and says false, if `read` does.
+    fn next(
+        &mut self,
+        size: u64,
+        read: impl FnOnce(&mut [u8], u64) -> io::Result<bool>,
+    ) -> io::Result<bool> {
+        READ.with_borrow_mut(|buffer| {
+            let left = size.saturating_sub(self.offset);
+            let wanted = usize::try_from(left).unwrap_or(PIECE).min(PIECE);
+            let piece = buffer.get_mut(..wanted).unwrap_or_default();
+            if !read(piece, self.offset)? {
+                return Ok(false);
+            }
+            if let Some(digest) = &mut self.digest {
+                digest.update(&*piece);
+            }
+            self.encoded.clear();
+            document::append_encoded(piece, &mut self.encoded);
+            self.offset += wanted as u64;
+            Ok(true)
+        })
+    }
+}
+
 /// Sends the content of `file` in base64. If `digest` is given, it is fed what is sent, and comes
 /// back.
 ///
@@ -20,60 +62,49 @@ const PIECE: usize = 16 * 1024 * document::WHOLE_GROUP;
 /// If the client went away, or the file cannot be read to its end as it was when it was opened.
 pub async fn send_encoded<S: Stream>(
     file: &Arc<OpenFile>,
-    mut digest: Option<Sha256>,
+    digest: Option<Sha256>,
     connection: &mut Connection<S>,
 ) -> Result<Option<Sha256>, Broken> {
-    let mut encoded = Vec::new();
-    let mut offset = 0;
-    while offset < file.stamp.size {
-        let file = Arc::clone(file);
-        // A file can keep a reader waiting, and must not keep the other connections waiting.
-        let reading = tokio::task::spawn_blocking(move || {
-            encoded.clear();
-            encode_piece(&file, offset, digest.as_mut(), &mut encoded)
-                .map(|read| (read, digest, encoded))
-        });
-        let read = reading.await.map_err(io::Error::other).and_then(|read| read);
-        let (read, fed, piece) = read.map_err(Broken::Service)?;
-        connection.send_part(&piece).await?;
-        (digest, encoded) = (fed, piece);
-        offset += read;
+    let size = file.stamp.size;
+    let mut sending = Sending { digest, ..Sending::default() };
+    while sending.offset < size {
+        // What the kernel has in memory is had faster than another thread.
+        let at_hand = sending.next(size, |piece, offset| file.read_at_once(piece, offset));
+        if !at_hand.map_err(Broken::Service)? {
+            // A file can keep a reader waiting, and must not keep the other connections waiting.
+            let file = Arc::clone(file);
+            let reading = tokio::task::spawn_blocking(move || {
+                let read =
+                    sending.next(size, |piece, offset| file.read_at(piece, offset).map(|()| true));
+                (sending, read)
+            });
+            let (returned, read) =
+                reading.await.map_err(|error| Broken::Service(io::Error::other(error)))?;
+            sending = returned;
+            read.map_err(Broken::Service)?;
+        }
+        connection.send_part(&sending.encoded).await?;
+        // The other connections' turn.
+        tokio::task::yield_now().await;
     }
-    Ok(digest)
+    Ok(sending.digest)
 }
 
-/// Reads the piece at `offset` and appends it to `encoded`; returns how many bytes of the file it was.
-fn encode_piece(
-    file: &OpenFile,
-    offset: u64,
-    digest: Option<&mut Sha256>,
-    encoded: &mut Vec<u8>,
-) -> io::Result<u64> {
-    #[expect(clippy::large_stack_arrays, reason = "the stack of a pool's thread has room")]
-    let mut piece = [0; PIECE];
-    let left = file.stamp.size.saturating_sub(offset);
-    let wanted = usize::try_from(left).unwrap_or(PIECE).min(PIECE);
-    let piece = piece.get_mut(..wanted).unwrap_or_default();
-    file.read_at(piece, offset)?;
-    if let Some(digest) = digest {
-        digest.update(&*piece);
-    }
-    document::append_encoded(piece, encoded);
-    Ok(wanted as u64)
-}
-
-/// Appends the content of `file` in base64 to `document`, and feeds it to `digest`, if given.
+/// Writes the content of `file` in base64 to `document`, and feeds it to `digest`, if given, which
+/// comes back.
 ///
 /// # Errors
 /// If the file cannot be read to its end as it was when it was opened.
-pub fn append_whole(
+pub fn write_whole(
     file: &OpenFile,
-    mut digest: Option<&mut Sha256>,
-    document: &mut Vec<u8>,
-) -> io::Result<()> {
-    let mut offset = 0;
-    while offset < file.stamp.size {
-        offset += encode_piece(file, offset, digest.as_deref_mut(), document)?;
+    digest: Option<Sha256>,
+    document: &mut impl Write,
+) -> io::Result<Option<Sha256>> {
+    let size = file.stamp.size;
+    let mut sending = Sending { digest, ..Sending::default() };
+    while sending.offset < size {
+        sending.next(size, |piece, offset| file.read_at(piece, offset).map(|()| true))?;
+        document.write_all(&sending.encoded)?;
     }
-    Ok(())
+    Ok(sending.digest)
 }
