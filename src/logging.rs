@@ -10,9 +10,10 @@ use std::os::unix::fs::MetadataExt;
 
 use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_journald::{Priority, PriorityMappings};
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
+use tracing_subscriber::{Layer, Registry, reload};
 
 use crate::config::{Log, LogFormat};
 
@@ -25,7 +26,7 @@ pub fn check_filter(filter: &str) -> Result<(), String> {
         "expected error, warn, info, debug, trace, or a filter such as \"handout=debug\"";
     // A lone word that is no level would be taken for the name of a module, and silence the rest.
     let level = ["error", "warn", "info", "debug", "trace"].contains(&filter);
-    if (level || filter.contains('=')) && EnvFilter::try_new(filter).is_ok() {
+    if (level || filter.contains('=')) && filter.parse::<Targets>().is_ok() {
         Ok(())
     } else {
         Err(expected.to_owned())
@@ -84,7 +85,7 @@ impl Logger {
 pub struct Prepared(Lines);
 
 fn lines(log: &Log, stderr: &NonBlocking) -> io::Result<Lines> {
-    let filter = EnvFilter::try_new(&log.level).map_err(io::Error::other)?;
+    let filter: Targets = log.level.parse().map_err(io::Error::other)?;
     let stderr = tracing_subscriber::fmt::layer().with_writer(stderr.clone()).with_target(false);
     let format = match log.format {
         LogFormat::Auto if stderr_is_the_journal() => LogFormat::Journald,
