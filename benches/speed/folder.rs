@@ -19,7 +19,7 @@ use tempfile::TempDir;
 
 use crate::clients::{connect, read_all};
 use crate::contenders::{Handout, QUIET};
-use crate::machine::time_of_thread;
+use crate::machine::{Cores, time_of_thread};
 use crate::rounds::median;
 use crate::table::{Row, Unit};
 use crate::{Result, Run, pseudo_random};
@@ -60,7 +60,7 @@ pub fn measure(run: &Run) -> Result<Vec<Row>> {
     for _ in 0..run.choose(5, 1) {
         // For handout it becomes another version, of which it knows nothing.
         file.set_modified(SystemTime::now())?;
-        let parts = run.cores.as_server(|| parts(&data, &file))??;
+        let parts = run.cores.as_server(|| parts(&run.cores, &data, &file))??;
         let [encoding, digesting, writing, reading] = parts;
         let (first, repeated) = (request()?, request()?);
         println!(
@@ -98,7 +98,7 @@ pub fn measure(run: &Run) -> Result<Vec<Row>> {
 
 /// Seconds of processor time that the parts of the work take alone: encoding, digesting, writing
 /// to a socket; and reading from the page cache, which the target leaves out.
-fn parts(data: &[u8], file: &File) -> Result<[f64; 4]> {
+fn parts(cores: &Cores, data: &[u8], file: &File) -> Result<[f64; 4]> {
     let mut encoded = vec![0; PIECE.div_ceil(3) * 4];
     let engine = Simd::standard(PAD);
     let encoding = time_of_thread(|| {
@@ -112,7 +112,7 @@ fn parts(data: &[u8], file: &File) -> Result<[f64; 4]> {
         data.chunks(PIECE).for_each(|piece| digest.update(piece));
         Ok(digest.finalize())
     })?;
-    let writing = write(&encoded, data.len().div_ceil(3) * 4)?;
+    let writing = write(cores, &encoded, data.len().div_ceil(3) * 4)?;
     let reading = time_of_thread(|| {
         for offset in (0..data.len()).step_by(PIECE) {
             let length = PIECE.min(data.len() - offset);
@@ -123,12 +123,16 @@ fn parts(data: &[u8], file: &File) -> Result<[f64; 4]> {
     Ok([encoding, digesting, writing, reading].map(|time| time.as_secs_f64()))
 }
 
-/// What a loop takes that only writes so many bytes to a client.
-fn write(piece: &[u8], length: usize) -> Result<Duration> {
+/// What a loop takes that only writes so many bytes to a client, which is on the clients' core, as
+/// handout's is: whom the writing has to wake is a part of what it costs.
+fn write(cores: &Cores, piece: &[u8], length: usize) -> Result<Duration> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let address = listener.local_addr()?;
     thread::scope(|scope| {
-        let client = scope.spawn(move || read_all(address));
+        let client = scope.spawn(move || {
+            cores.join_clients()?;
+            read_all(address)
+        });
         let (mut socket, _) = listener.accept()?;
         let taken = time_of_thread(|| {
             let mut left = length;

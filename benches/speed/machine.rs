@@ -40,6 +40,11 @@ impl Cores {
         Ok(done)
     }
 
+    /// Makes this thread one of the clients'.
+    pub fn join_clients(&self) -> io::Result<()> {
+        pin(self.clients)
+    }
+
     /// Does something on any core.
     pub fn anywhere<T>(&self, act: impl FnOnce() -> T) -> io::Result<T> {
         sched_setaffinity(None, &self.all)?;

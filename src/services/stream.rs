@@ -12,7 +12,7 @@ use crate::files::OpenFile;
 
 /// How much of a file is read, encoded and sent at one time; each connection holds one such
 /// piece, encoded.
-const PIECE: usize = 16 * 1024 * document::WHOLE_GROUP;
+const PIECE: usize = 32 * 1024 * document::WHOLE_GROUP;
 
 thread_local! {
     /// Where pieces are read before they are encoded: one for each thread, not for each connection.
@@ -83,9 +83,11 @@ pub async fn send_encoded<S: Stream>(
             sending = returned;
             read.map_err(Broken::Service)?;
         }
-        connection.send_part(&sending.encoded).await?;
-        // The other connections' turn.
-        tokio::task::yield_now().await;
+        connection.send(&sending.encoded).await?;
+        // The other connections' turn, as after every such part of a document.
+        if sending.offset.is_multiple_of(2 * PIECE as u64) {
+            tokio::task::yield_now().await;
+        }
     }
     Ok(sending.digest)
 }
