@@ -131,8 +131,11 @@ impl Stream for AcceptedSocket {
         kernel::unacknowledged(self.fd()?)
     }
 
-    fn close_cleanly(&self) -> io::Result<()> {
+    fn close_cleanly(&self, both_ended: bool) -> io::Result<()> {
         match self.kind {
+            // It is closed already, as far as TCP goes (RFC 9293, TIME-WAIT or CLOSED): there is
+            // nothing left to be reset.
+            Kind::Tcp if both_ended => Ok(()),
             Kind::Tcp => socket2::SockRef::from(&self.fd()?).set_linger(None),
             // These know no reset: the client sees an end, and a document without its end.
             Kind::Unix => Ok(()),

@@ -94,11 +94,12 @@ pub trait Stream: AsyncRead + Unpin + Send {
     /// [`ErrorKind::WouldBlock`] if nothing is there, or what a read says.
     fn try_discard(&mut self) -> io::Result<usize>;
 
-    /// Makes the coming close a clean end instead of a reset.
+    /// Makes the coming close a clean end instead of a reset. `both_ended` says that the client has
+    /// ended its side too, and has acknowledged the end of ours.
     ///
     /// # Errors
     /// None is expected of an open socket.
-    fn close_cleanly(&self) -> io::Result<()>;
+    fn close_cleanly(&self, both_ended: bool) -> io::Result<()>;
 }
 
 /// Who is at the other end.
@@ -279,7 +280,7 @@ impl<S: Stream> Connection<S> {
     where
         F: AsyncFnOnce(&mut Self) -> Result<(), Broken>,
     {
-        let left = self.terms.deadlines.total.saturating_sub(self.started.elapsed());
+        let deadline = self.started + self.terms.deadlines.total;
         let abort = self.terms.shutdown.abort.clone();
         let outcome = tokio::select! {
             // In this order, nothing is spent on timers for a connection that never waits.
@@ -288,7 +289,7 @@ impl<S: Stream> Connection<S> {
                 Ok(()) => return,
                 Err(broken) => Outcome::Broken(broken),
             },
-            () = tokio::time::sleep(left) => Outcome::MaxDuration,
+            () = tokio::time::sleep_until(deadline) => Outcome::MaxDuration,
             () = abort.cancelled() => Outcome::Shutdown,
         };
         self.end(outcome);
@@ -323,7 +324,7 @@ impl<S: Stream> Connection<S> {
     fn close_if_delivered(&mut self) -> bool {
         self.finished = self.half_closed
             && self.stream.unacknowledged().is_ok_and(|bytes| bytes == 0)
-            && self.stream.close_cleanly().is_ok();
+            && self.stream.close_cleanly(self.input_ended).is_ok();
         self.finished
     }
 
@@ -411,8 +412,12 @@ impl<S: Stream> Connection<S> {
     ) -> Result<usize, Broken> {
         let idle = self.terms.deadlines.idle;
         let step = std::future::poll_fn(|context| self.poll_send(context, &mut write));
-        let sent = timeout(idle, step).await.map_err(|_| Broken::Idle)?;
-        let sent = sent.map_err(Broken::of_socket)?;
+        let sent = tokio::select! {
+            biased;
+            sent = step => sent.map_err(Broken::of_socket)?,
+            // The clock is not even read if there is nothing to wait for.
+            () = async { tokio::time::sleep(idle).await } => return Err(Broken::Idle),
+        };
         self.written += sent as u64;
         self.terms.counts.add_sent(sent as u64);
         Ok(sent)
@@ -512,7 +517,7 @@ impl<S: Stream> Connection<S> {
                     || began.elapsed() >= LINGER_TOTAL
                     || self.terms.shutdown.drain.is_cancelled();
                 if waited_enough {
-                    self.stream.close_cleanly().map_err(Broken::Service)?;
+                    self.stream.close_cleanly(self.input_ended).map_err(Broken::Service)?;
                     self.finished = true;
                     self.end(Outcome::Complete);
                     return Ok(());
@@ -615,7 +620,7 @@ mod tests {
             }
         }
 
-        fn close_cleanly(&self) -> io::Result<()> {
+        fn close_cleanly(&self, _: bool) -> io::Result<()> {
             self.reset.store(false, Ordering::Relaxed);
             Ok(())
         }

@@ -37,7 +37,7 @@ fn calls(daemon: &Daemon, address: SocketAddr, length: usize) -> BTreeMap<String
     for _ in 0..CONNECTIONS {
         assert_eq!(read_all(address).len(), length);
     }
-    eventually("the end of every connection", || count(&trace, "setsockopt") >= CONNECTIONS);
+    eventually("the end of every connection", || count(&trace, "close") >= CONNECTIONS);
     kill_process(Pid::from_child(&strace), Signal::INT).unwrap();
     wait_for_exit(&mut strace);
     let text = fs::read_to_string(&trace).unwrap();
@@ -77,14 +77,13 @@ fn at_most(calls: &BTreeMap<String, f64>, bounds: &[(&str, f64)], others: f64) {
 
 /// What each connection costs, whatever it is sent: it is accepted, closed in two steps so that
 /// nothing is lost, and the reactor is asked to tell of none.
-const OF_EACH: [(&str, f64); 7] = [
+const OF_EACH: [(&str, f64); 6] = [
     // Once more for each time that the queue is found empty.
     ("accept4", 2.1),
     ("shutdown", 1.1),
     // A look or two at whether the client has closed its side.
     ("recvfrom", 4.0),
     ("ioctl", 1.1),
-    ("setsockopt", 1.1),
     ("close", 1.1),
     ("epoll_ctl", 0.2),
 ];
