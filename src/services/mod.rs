@@ -162,8 +162,8 @@ impl Service {
     pub async fn answer<S: Stream>(&self, connection: &mut Connection<S>) -> Result<(), Broken> {
         match self {
             Self::Time(time) => time.answer(connection).await,
-            Self::File(file) => file.answer(connection).await,
-            // Apart, so that the others' connections are not as large as its.
+            // Apart, so that the time's connections are not as large as theirs.
+            Self::File(file) => Box::pin(file.answer(connection)).await,
             Self::Folder(folder) => Box::pin(folder.answer(connection)).await,
             Self::Metrics(metrics) => Box::pin(metrics.answer(connection)).await,
         }
