@@ -13,6 +13,7 @@ use std::task::{Context, Poll, ready};
 use rustix::fs::sendfile;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 use tokio::io::{AsyncRead, Interest, ReadBuf};
+use tokio::task::coop;
 
 use crate::connection::{Next, Stream};
 use crate::kernel::{self, Watched};
@@ -68,9 +69,15 @@ impl AcceptedSocket {
         mut act: impl FnMut(BorrowedFd<'_>) -> rustix::io::Result<R>,
     ) -> Poll<io::Result<R>> {
         if let Socket::Fresh(socket) = &self.socket {
+            // A client that always has something to say, and takes every reply, gets its turn as
+            // the others do; what the reactor tells of counts as such by itself.
+            let turn = ready!(coop::poll_proceed(context));
             match act(socket.as_fd()) {
                 Err(rustix::io::Errno::WOULDBLOCK) => {}
-                result => return Poll::Ready(result.map_err(io::Error::from)),
+                result => {
+                    turn.made_progress();
+                    return Poll::Ready(result.map_err(io::Error::from));
+                }
             }
             if let Socket::Fresh(socket) = std::mem::replace(&mut self.socket, Socket::Lost) {
                 let both = Interest::READABLE | Interest::WRITABLE;

@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
+use tokio::task::coop::unconstrained;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -289,8 +290,9 @@ impl<S: Stream> Connection<S> {
                 Ok(()) => return,
                 Err(broken) => Outcome::Broken(broken),
             },
-            () = tokio::time::sleep_until(deadline) => Outcome::MaxDuration,
-            () = abort.cancelled() => Outcome::Shutdown,
+            // Whatever of its turn the client has used up.
+            () = unconstrained(tokio::time::sleep_until(deadline)) => Outcome::MaxDuration,
+            () = unconstrained(abort.cancelled()) => Outcome::Shutdown,
         };
         self.end(outcome);
     }
@@ -308,7 +310,7 @@ impl<S: Stream> Connection<S> {
     /// Looks, without waiting, whether the client has everything and has closed its side, or the
     /// connection has failed. Then there is nothing more to be done.
     pub fn is_over(&mut self) -> bool {
-        if let Err(broken) = self.discard_what_is_there() {
+        if let Err(broken) = self.discard_a_little() {
             self.end(Outcome::Broken(broken));
         } else if self.input_ended || self.terms.shutdown.drain.is_cancelled() {
             if self.close_if_delivered() {
@@ -479,9 +481,14 @@ impl<S: Stream> Connection<S> {
         }
     }
 
-    /// Reads and drops what is there, without waiting.
-    fn discard_what_is_there(&mut self) -> Result<(), Broken> {
-        while self.listens() {
+    /// Reads and drops some of what is there, without waiting: whoever sends much is not worth a
+    /// look's time.
+    fn discard_a_little(&mut self) -> Result<(), Broken> {
+        // A last word, and the end.
+        for _ in 0..2 {
+            if !self.listens() {
+                break;
+            }
             match self.stream.try_discard() {
                 Ok(read) => {
                     self.discarded += read as u64;

@@ -9,7 +9,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::task::JoinError;
-use tokio::time::{Instant, interval, interval_at};
+use tokio::time::{Instant, MissedTickBehavior, interval, interval_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, Faults, Sources};
@@ -166,7 +166,11 @@ impl Daemon {
 
     async fn stop(&mut self, orders: &Orders) {
         systemd::stopping("finishing the connections that are under way");
-        let connections = self.running.drain().await;
+        let connections = self.running.under_way();
+        tokio::select! {
+            () = self.running.drain() => {}
+            () = orders.stop_now.cancelled() => {}
+        }
         let under_way = connections.len();
         tracing::info!(connections = under_way, "stopping: {under_way} connections may finish");
         tokio::select! {
@@ -196,6 +200,7 @@ impl Daemon {
 async fn keep_saying_alive(loops: Vec<Handle>) {
     let Some(every) = systemd::alive_interval() else { return };
     let mut beats = interval(every);
+    beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         beats.tick().await;
         workers::turn(&loops).await;

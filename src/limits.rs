@@ -119,6 +119,14 @@ pub struct Clients {
 pub struct ClientGuard {
     clients: Arc<Clients>,
     client: IpAddr,
+    crowded: bool,
+}
+
+impl ClientGuard {
+    /// Whether the client had half of what it may have, or more, when it came.
+    pub fn is_crowded(&self) -> bool {
+        self.crowded
+    }
 }
 
 impl Clients {
@@ -131,7 +139,8 @@ impl Clients {
             return None;
         }
         *count += 1;
-        Some(ClientGuard { clients: Arc::clone(self), client })
+        let crowded = *count > max.get() / 2;
+        Some(ClientGuard { clients: Arc::clone(self), client, crowded })
     }
 }
 

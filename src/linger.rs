@@ -28,6 +28,14 @@ pub struct Answered<S: Stream> {
     pub held: Held,
 }
 
+impl<S: Stream> Answered<S> {
+    /// Waits until the client has everything.
+    pub async fn finish(self) {
+        self.connection.finish().await;
+        drop(self.held);
+    }
+}
+
 /// What a connection has of its service's limits.
 #[derive(Debug)]
 pub struct Held {
@@ -51,17 +59,18 @@ pub async fn see_to_the_end<S: Stream + 'static>(mut arriving: UnboundedReceiver
         while let Ok(answered) = arriving.try_recv() {
             lingering.push((answered, 0));
         }
-        lingering.retain_mut(|(answered, looks)| {
+        let mut next = 0;
+        while let Some((answered, looks)) = lingering.get_mut(next) {
             *looks += 1;
-            !answered.connection.is_over()
-        });
-        for (Answered { connection, held }, _) in
-            lingering.extract_if(.., |(_, looks)| *looks >= LOOKS)
-        {
-            tokio::spawn(async move {
-                connection.finish().await;
-                drop(held);
-            });
+            if answered.connection.is_over() {
+                lingering.swap_remove(next);
+            } else if *looks >= LOOKS {
+                tokio::spawn(lingering.swap_remove(next).0.finish());
+            } else {
+                next += 1;
+            }
+            // However many they are, others get their turn.
+            tokio::task::consume_budget().await;
         }
     }
 }

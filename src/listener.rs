@@ -26,6 +26,7 @@ use crate::connection::{Connection, Peer};
 use crate::counts::{Datagram, Refusal};
 use crate::datagram::may_be_answered;
 use crate::kernel::Watched;
+use crate::limits::ClientGuard;
 use crate::linger::{Answered, Held, see_to_the_end};
 use crate::served::Served;
 use crate::services::time::TimeService;
@@ -211,13 +212,19 @@ fn begin(
     };
     let held = Held { place, guard, under_way: duty.connections.token() };
     let answered = answered.clone();
+    // From here on it counts.
+    let connection = Connection::new(socket, peer, Arc::clone(&served.terms));
     tokio::spawn(async move {
-        let connection = Connection::new(socket, peer, Arc::clone(&served.terms));
         let service = &served.service;
         let answer = async |connection: &mut Connection<_>| service.answer(connection).await;
-        if let Some(connection) = connection.answer(answer).await {
+        let Some(connection) = connection.answer(answer).await else { return };
+        let one = Answered { connection, held };
+        if served.is_crowded() || one.held.guard.as_ref().is_some_and(ClientGuard::is_crowded) {
+            // Others wait for its place, which is to be free as soon as the client has gone.
+            one.finish().await;
+        } else {
             // Its end is seen to as long as there are connections.
-            let _ = answered.send(Answered { connection, held });
+            let _ = answered.send(one);
         }
     });
 }

@@ -392,12 +392,17 @@ impl Running {
         }
     }
 
+    /// The connections that are under way, but for those of monitoring.
+    pub fn under_way(&self) -> TaskTracker {
+        self.scopes.serving.connections.clone()
+    }
+
     /// Closes every listener, after those who are in its queue, and lets connections finish what
-    /// they have begun, which are returned. Monitoring goes on.
-    pub async fn drain(&mut self) -> TaskTracker {
+    /// they have begun. Monitoring goes on.
+    pub async fn drain(&mut self) {
         self.monitor.note_draining();
         let Scope { shutdown, connections } = &self.scopes.serving;
-        let connections = connections.clone();
+        connections.close();
         shutdown.drain.cancel();
         let closed = self.sockets.extract_if(.., |socket| !socket.is_for_monitoring());
         let ending: Vec<_> =
@@ -405,8 +410,6 @@ impl Running {
         while ending.iter().any(|task| !task.is_finished()) {
             self.tasks.join_next().await;
         }
-        connections.close();
-        connections
     }
 
     /// Resets what is left, and ends monitoring, which may take so long.
@@ -455,24 +458,27 @@ impl<'a> GivingWay<'a> {
     fn to(endpoint: &Endpoint, closing: &[&'a OpenSocket]) -> Self {
         let in_the_way = closing.iter().filter(|socket| socket.endpoint.conflicts_with(endpoint));
         let giving_way = Self(in_the_way.copied().collect());
-        giving_way.share(true);
+        giving_way.share(|_| true);
         giving_way
     }
 
-    fn share(&self, shared: bool) {
-        for (_, socket) in self.0.iter().flat_map(|open| &open.sockets) {
-            // If that fails, so does the binding.
-            let _ = match socket {
-                Registered::Listener(listener) => sockets::share_port(&**listener, shared),
-                Registered::Datagrams(datagrams) => sockets::share_port(&**datagrams, shared),
-            };
+    fn share(&self, shared: impl Fn(&OpenSocket) -> bool) {
+        for open in &self.0 {
+            for (_, socket) in &open.sockets {
+                // If that fails, so does the binding.
+                let _ = match socket {
+                    Registered::Listener(one) => sockets::share_port(&**one, shared(open)),
+                    Registered::Datagrams(one) => sockets::share_port(&**one, shared(open)),
+                };
+            }
         }
     }
 }
 
 impl Drop for GivingWay<'_> {
     fn drop(&mut self) {
-        self.share(false);
+        // If they stay after all, several queues of one address go on sharing it.
+        self.share(|open| open.sockets.len() > 1);
     }
 }
 

@@ -114,6 +114,11 @@ impl Served {
         Arc::clone(&self.permits).acquire_owned().await
     }
 
+    /// Whether most of its places are taken.
+    pub fn is_crowded(&self) -> bool {
+        self.permits.available_permits() < places(&self.limits) / 2
+    }
+
     /// A place for one more connection, if there is one.
     pub fn free_place(&self) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.permits).try_acquire_owned().ok()

@@ -10,9 +10,9 @@ use std::time::Duration;
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-/// How many threads of each loop may read files at one time. More only wait for each other, or for
-/// a file system that hangs.
-const MAX_READERS: usize = 128;
+/// How many threads may read files at one time, of all loops together. More only wait for each
+/// other, or for a file system that hangs.
+const MAX_READERS: usize = 256;
 
 /// How long a reader that hangs in the file system may delay the end.
 const END_TIME: Duration = Duration::from_millis(100);
@@ -22,7 +22,14 @@ const END_TIME: Duration = Duration::from_millis(100);
 /// # Errors
 /// If the kernel gives it none.
 pub fn event_loop() -> io::Result<Runtime> {
-    Builder::new_current_thread().enable_all().max_blocking_threads(MAX_READERS).build()
+    Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads((MAX_READERS / cores()).max(8))
+        .build()
+}
+
+fn cores() -> usize {
+    thread::available_parallelism().map_or(1, NonZeroUsize::get)
 }
 
 /// Every event loop. Dropped, it ends those that it has started.
@@ -38,10 +45,9 @@ impl Workers {
     /// # Errors
     /// If a thread or its loop cannot be had.
     pub fn start() -> io::Result<Self> {
-        let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let end = CancellationToken::new();
         let mut loops = vec![Handle::current()];
-        for number in 1..cores {
+        for number in 1..cores() {
             let runtime = event_loop()?;
             loops.push(runtime.handle().clone());
             let end = end.clone();

@@ -26,13 +26,21 @@ impl ReadyMade {
     /// Those of `write`, or if there is not enough memory.
     pub fn make(
         length: usize,
-        write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+        write: impl Fn(&mut dyn Write) -> io::Result<()>,
     ) -> io::Result<Self> {
-        if length < WORTH_SPARING {
-            let mut bytes = Vec::with_capacity(length);
-            write(&mut bytes)?;
-            return Ok(Self::Bytes(bytes));
+        // Where there are no such files, or only small ones (RLIMIT_FSIZE), it is copied.
+        if length >= WORTH_SPARING
+            && let Ok(held) = Self::in_memory_file(&write)
+        {
+            return Ok(held);
         }
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(length)?;
+        write(&mut bytes)?;
+        Ok(Self::Bytes(bytes))
+    }
+
+    fn in_memory_file(write: impl Fn(&mut dyn Write) -> io::Result<()>) -> io::Result<Self> {
         let mut file = File::from(memfd_create("document", MemfdFlags::CLOEXEC)?);
         write(&mut file)?;
         let length = file.metadata()?.len();

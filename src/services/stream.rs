@@ -84,10 +84,8 @@ pub async fn send_encoded<S: Stream>(
             read.map_err(Broken::Service)?;
         }
         connection.send(&sending.encoded).await?;
-        // The other connections' turn, as after every such part of a document.
-        if sending.offset.is_multiple_of(2 * PIECE as u64) {
-            tokio::task::yield_now().await;
-        }
+        // The other connections' turn.
+        tokio::task::yield_now().await;
     }
     Ok(sending.digest)
 }

@@ -10,7 +10,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 
-use crate::common::{Daemon, connect, eventually, refuse, replace, sample};
+use crate::common::{Daemon, connect, eventually, read_all, refuse, replace, sample};
 
 fn daemon(keys: &str) -> Daemon {
     daemon_run(keys, |_| {})
@@ -372,4 +372,41 @@ fn a_client_that_half_closes_without_a_word_gets_a_clean_end() {
     conversation.stream.shutdown(Shutdown::Write).unwrap();
     assert!(conversation.next().is_none());
     assert_eq!(daemon.wait_for_connections(1)[0]["outcome"], "complete");
+}
+
+#[test]
+fn a_client_that_never_stops_asking_holds_nobody_up_and_is_ended_in_time() {
+    // One event loop, which it could keep to itself.
+    let daemon = Daemon::start_with(
+        "[time.clock]\nlisten = [\"127.0.0.1:0\"]\n\
+         [file.folder]\nlisten = [\"127.0.0.1:0\"]\npath = \".\"\nmax-duration = \"2s\"\n",
+        &[],
+        |command| {
+            let mut one_core = std::process::Command::new("taskset");
+            one_core.args(["-c", "0"]).arg(command.get_program()).args(command.get_args());
+            one_core.env("TZ", "UTC").stderr(std::process::Stdio::piped());
+            *command = one_core;
+        },
+    );
+    let address = daemon.tcp("file.folder");
+    let clients: Vec<_> = (0..4)
+        .map(|_| {
+            let mut stream = connect(address);
+            let mut replies = stream.try_clone().unwrap();
+            let reader = std::thread::spawn(move || {
+                let mut buffer = [0; 65536];
+                while replies.read(&mut buffer).is_ok_and(|read| read > 0) {}
+            });
+            let writer = std::thread::spawn(move || {
+                let requests = b"\xff\n".repeat(32_000);
+                while stream.write_all(&requests).is_ok() {}
+            });
+            (reader, writer)
+        })
+        .collect();
+    while !clients.iter().all(|(reader, writer)| reader.is_finished() && writer.is_finished()) {
+        assert_eq!(read_all(daemon.tcp("time.clock")).len(), 27);
+    }
+    let ended = daemon.wait_for_connections(4);
+    assert!(ended.iter().any(|line| line["outcome"] == "max-duration"), "{ended:?}");
 }
