@@ -29,9 +29,8 @@
 //! | [`kernel`] | the only unsafe code: what no safe function exists for |
 //! | [`logging`], [`systemd`] | what the operator and the service manager are told |
 //!
-//! A connection's way: [`sockets::bind`] → [`listener::Listener::accept`] → [`connection::Connection::run`]
-//! → [`services::Service::answer`] → [`connection::Connection::send`], until every byte has
-//! arrived.
+//! A connection's way: [`sockets::bind`] → [`listener::Listener::accept`] → [`services::Service::answer`]
+//! → [`connection::Connection::send`] → [`linger::see_to_the_end`], until every byte has arrived.
 // Not `forbid`, which would not let `kernel` have its exception.
 #![deny(unsafe_code, missing_docs)]
 #![warn(clippy::pedantic, clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
