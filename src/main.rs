@@ -4,7 +4,6 @@ use std::error::Error;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
 use handout::cli::{self, Cli, Command};
@@ -24,9 +23,6 @@ use tokio::sync::Notify;
 
 /// Wrong configuration (sysexits(3), `EX_CONFIG`), which a restart does not mend.
 const WRONG_CONFIGURATION: u8 = 78;
-
-/// How long a reader that hangs in the file system may delay the exit.
-const EXIT_TIME: Duration = Duration::from_millis(100);
 
 fn main() -> ExitCode {
     match Cli::parse().command {
@@ -72,7 +68,7 @@ fn in_client(client: impl Future<Output = ExitCode>) -> ExitCode {
         complain("interrupted");
         ExitCode::FAILURE
     });
-    runtime.shutdown_timeout(EXIT_TIME);
+    runtime.shutdown_timeout(workers::END_TIME);
     code
 }
 
@@ -142,7 +138,7 @@ fn serve(sources: Sources) -> ExitCode {
             let daemon = Daemon::start(sources, &config, inherited, Workers::start()?, log).await?;
             Ok(daemon.run(orders).await?)
         });
-        runtime.shutdown_timeout(EXIT_TIME);
+        runtime.shutdown_timeout(workers::END_TIME);
         served
     };
     match served() {

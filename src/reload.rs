@@ -113,9 +113,9 @@ pub fn difference(
     wanted: &[Service],
 ) -> Result<Difference, Vec<Mismatch>> {
     let changes = wanted.iter().map(|wanted| change(running, wanted));
-    let removed = (0..running.len())
-        .filter(|index| !wanted.iter().any(|wanted| Some(&wanted.name) == name(running, *index)))
-        .collect();
+    let stays = |running: &Service| wanted.iter().any(|wanted| wanted.name == running.name);
+    let gone = running.iter().enumerate().filter(|(_, running)| !stays(running));
+    let removed = gone.map(|(index, _)| index).collect();
 
     let mut assignment = Assignment { held, taken: vec![false; held.len()] };
     let mut sockets: Vec<Vec<Origin>> = wanted.iter().map(|_| Vec::new()).collect();
@@ -154,10 +154,6 @@ pub fn difference(
     }
     let steps = changes.zip(sockets).map(|(change, sockets)| Step { change, sockets }).collect();
     Ok(Difference { steps, removed, closed })
-}
-
-fn name<'a>(running: &[&'a Service], index: usize) -> Option<&'a Arc<str>> {
-    running.get(index).map(|service| &service.name)
 }
 
 fn change(running: &[&Service], wanted: &Service) -> Change {

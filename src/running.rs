@@ -270,22 +270,8 @@ impl Running {
         prepared: &mut Prepared,
     ) -> Result<(), Error> {
         let running = |index| self.services.get(index).ok_or(Error::Lost(None));
-        let limits = config.limits.clone();
         let summary = &mut prepared.summary;
-        let (served, work) = match change {
-            Change::Add => {
-                summary.added += 1;
-                let service = self.start(config).await?;
-                let shutdown = self.scopes.of(&service).shutdown.child();
-                let before = self.leaving.iter().find(|leaving| *leaving.name() == config.name);
-                match before {
-                    // It was gone and comes back: who is still connected counts.
-                    Some(before) => (before.successor(service, limits, shutdown), None),
-                    None => {
-                        (Served::new(Arc::clone(&config.name), service, limits, shutdown), None)
-                    }
-                }
-            }
+        let (before, work) = match change {
             Change::Keep(index) => {
                 let running = running(index)?.clone();
                 let moved = running.config.listen != config.listen;
@@ -293,24 +279,34 @@ impl Running {
                 prepared.services.push(RunningService { config: config.clone(), ..running });
                 return Ok(());
             }
+            Change::Add => {
+                summary.added += 1;
+                // If it was gone and comes back, who is still connected counts.
+                (self.leaving.iter().find(|leaving| *leaving.name() == config.name), None)
+            }
             Change::Limit(index) => {
                 summary.changed += 1;
                 let RunningService { served, work, .. } = running(index)?;
-                let shutdown = served.terms.shutdown.clone();
-                (served.successor(served.service.clone(), limits, shutdown), work.clone())
+                (Some(served), work.clone())
             }
             Change::Replace(index) => {
                 summary.changed += 1;
-                let served = &running(index)?.served;
-                let shutdown = served.terms.shutdown.clone();
-                (served.successor(self.start(config).await?, limits, shutdown), None)
+                (Some(&running(index)?.served), None)
             }
         };
-        let served = Arc::new(served);
-        let before = match change {
-            Change::Limit(index) | Change::Replace(index) => Some(&running(index)?.served),
-            _ => self.leaving.iter().find(|leaving| *leaving.name() == config.name),
+        let service = match (change, before) {
+            (Change::Limit(_), Some(before)) => before.service.clone(),
+            _ => self.start(config).await?,
         };
+        let shutdown = match (change, before) {
+            (Change::Limit(_) | Change::Replace(_), Some(before)) => before.terms.shutdown.clone(),
+            _ => self.scopes.of(&service).shutdown.child(),
+        };
+        let limits = config.limits.clone();
+        let served = Arc::new(match before {
+            Some(before) => before.successor(service, limits, shutdown),
+            None => Served::new(Arc::clone(&config.name), service, limits, shutdown),
+        });
         let succession = before.map(|before| (Arc::clone(&served), Arc::clone(before)));
         prepared.successions.extend(succession);
         prepared.services.push(RunningService { config: config.clone(), served, work });

@@ -14,8 +14,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 /// other, or for a file system that hangs.
 const MAX_READERS: usize = 256;
 
-/// How long a reader that hangs in the file system may delay the end.
-const END_TIME: Duration = Duration::from_millis(100);
+/// How long a reader that hangs in the file system may delay the end of a loop.
+pub const END_TIME: Duration = Duration::from_millis(100);
 
 /// A runtime that is one event loop.
 ///

@@ -9,7 +9,6 @@ use std::sync::Arc;
 use bytes::BytesMut;
 use httparse::{EMPTY_HEADER, Error, Request, Status};
 
-use crate::config::{Noted, Table};
 use crate::connection::{Broken, Connection, Stream};
 use crate::metrics::{MEDIA_TYPE, Monitor};
 
@@ -20,20 +19,6 @@ const MAX_REQUEST: usize = 16 << 10;
 const MAX_HEADERS: usize = 64;
 
 const TEXT: &str = "text/plain; charset=utf-8";
-
-/// There is nothing to set but what every service has.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Settings;
-
-impl Settings {
-    /// Reads the keys of `[metrics]` that are its own: none.
-    ///
-    /// # Errors
-    /// None.
-    pub fn read(_: &mut Table<'_>) -> Result<Self, Noted> {
-        Ok(Self)
-    }
-}
 
 /// The service.
 #[derive(Debug)]

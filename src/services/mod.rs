@@ -32,8 +32,8 @@ pub enum Settings {
     File(file::Settings),
     /// `[file.NAME]` whose path is a folder.
     Folder(folder::Settings),
-    /// `[metrics]`
-    Metrics(metrics::Settings),
+    /// `[metrics]`, where there is nothing to set but what every service has.
+    Metrics,
 }
 
 impl Settings {
@@ -76,7 +76,7 @@ pub static METRICS: Kind = Kind {
     name: "metrics",
     default_listen: "127.0.0.1:9467",
     datagrams: false,
-    read: |table, _| metrics::Settings::read(table).map(Settings::Metrics),
+    read: |_, _| Ok(Settings::Metrics),
 };
 
 /// Every kind of service of which there can be many.
@@ -149,9 +149,7 @@ impl Service {
             Settings::Folder(settings) => {
                 Self::Folder(Arc::new(folder::FolderService::new(name, settings)))
             }
-            Settings::Metrics(metrics::Settings) => {
-                Self::Metrics(Arc::new(metrics::MetricsService::new(monitor)))
-            }
+            Settings::Metrics => Self::Metrics(Arc::new(metrics::MetricsService::new(monitor))),
         })
     }
 

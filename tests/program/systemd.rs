@@ -2,7 +2,19 @@
 
 use std::os::unix::net::UnixDatagram;
 
+use tempfile::TempDir;
+
 use crate::common::{DEADLINE, Daemon};
+
+/// The name of the socket on which the manager listens.
+const SOCKET: &str = "notify.sock";
+
+fn manager() -> (UnixDatagram, TempDir) {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = UnixDatagram::bind(folder.path().join(SOCKET)).unwrap();
+    manager.set_read_timeout(Some(DEADLINE)).unwrap();
+    (manager, folder)
+}
 
 fn next(socket: &UnixDatagram) -> String {
     let mut buffer = [0; 4096];
@@ -12,10 +24,8 @@ fn next(socket: &UnixDatagram) -> String {
 
 #[test]
 fn ready_status_watchdog_and_stopping_are_told() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("notify.sock");
-    let manager = UnixDatagram::bind(&path).unwrap();
-    manager.set_read_timeout(Some(DEADLINE)).unwrap();
+    let (manager, folder) = manager();
+    let path = folder.path().join(SOCKET);
     let mut daemon = Daemon::start_with(
         "[time.clock]\nlisten = [\"127.0.0.1:0\", \"udp:127.0.0.1:0\"]",
         &[],
@@ -41,10 +51,8 @@ fn ready_status_watchdog_and_stopping_are_told() {
 
 #[test]
 fn ready_comes_after_every_address_is_bound() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("notify.sock");
-    let manager = UnixDatagram::bind(&path).unwrap();
-    manager.set_read_timeout(Some(DEADLINE)).unwrap();
+    let (manager, folder) = manager();
+    let path = folder.path().join(SOCKET);
     let daemon =
         Daemon::start_with("[time.clock]\nlisten = [\"unix:clock.sock\"]", &[], |command| {
             command.env("NOTIFY_SOCKET", &path);
@@ -55,10 +63,8 @@ fn ready_comes_after_every_address_is_bound() {
 
 #[test]
 fn a_reload_and_what_came_of_it_are_told() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("notify.sock");
-    let manager = UnixDatagram::bind(&path).unwrap();
-    manager.set_read_timeout(Some(DEADLINE)).unwrap();
+    let (manager, folder) = manager();
+    let path = folder.path().join(SOCKET);
     let clock = "[time.clock]\nlisten = [\"127.0.0.1:0\"]\n";
     let daemon = Daemon::start_with(clock, &[], |command| {
         command.env("NOTIFY_SOCKET", &path);
