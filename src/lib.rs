@@ -56,8 +56,11 @@ pub mod listener;
 pub mod logging;
 pub mod manual;
 pub mod metrics;
+#[cfg(feature = "mirror")]
+pub mod outbound;
 pub mod reload;
 pub mod running;
+pub mod secret;
 pub mod served;
 pub mod services;
 pub mod sockets;
