@@ -4,7 +4,6 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::builder::ArgPredicate;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
@@ -218,16 +217,11 @@ pub struct Download {
     /// Save into this folder
     #[arg(short, long, value_name = "DIR", default_value = ".")]
     pub output: PathBuf,
-    /// The URL is that of a JSON listing, with the array at this pointer (\"\" for the whole)
-    #[arg(long, value_name = "POINTER")]
+    /// The URL is that of a JSON listing, with the array at this pointer ("" for the whole)
+    #[arg(long, value_name = "POINTER", requires = "url")]
     pub list: Option<String>,
-    /// In each entry of the listing, where its URL is (\"\" for the whole)
-    #[arg(
-        long,
-        value_name = "POINTER",
-        requires = "list",
-        default_value_if("list", ArgPredicate::IsPresent, "")
-    )]
+    /// In each entry of the listing, where its URL is ("" for the whole)
+    #[arg(long, value_name = "POINTER", requires = "list")]
     pub url: Option<String>,
     /// In each entry, where its name is [default: the last part of its URL's path]
     #[arg(long, value_name = "POINTER", requires = "list")]

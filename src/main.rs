@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -161,7 +162,16 @@ fn check(sources: &Sources) -> ExitCode {
         let listen: Vec<_> = service.listen.iter().map(ToString::to_string).collect();
         format!("{} on {}\n", service.name, listen.join(", "))
     });
-    print(lines.chain(["no fault found\n".to_owned()]).collect::<String>().as_bytes())
+    let mirrors = config
+        .mirrors
+        .iter()
+        .map(|mirror| format!("mirror.{} into {}\n", mirror.name(), shown(mirror.folder())));
+    let end = ["no fault found\n".to_owned()];
+    print(lines.chain(mirrors).chain(end).collect::<String>().as_bytes())
+}
+
+fn shown(path: &Path) -> String {
+    escape(&path.to_string_lossy())
 }
 
 fn serve(sources: Sources) -> ExitCode {

@@ -2,6 +2,7 @@
 //! engine.
 
 use std::collections::HashMap;
+use std::fmt::Write as _;
 use std::fs;
 use std::io::{self, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
@@ -169,7 +170,8 @@ pub async fn dry_run(order: &Order, stop: &CancellationToken) -> Result<Download
                     continue;
                 }
                 let place = escape(&place.to_string_lossy());
-                lines.push_str(&format!("{place} from {}\n", shown(&entry.url)));
+                // Writing to a string does not fail.
+                let _ = writeln!(lines, "{place} from {}", shown(&entry.url));
             }
             Err(faulty) => {
                 progress.faulty(faulty);

@@ -31,9 +31,6 @@ const KEEP_IDLE: Duration = Duration::from_secs(30);
 /// Why there is no client.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
-    /// The certificates of `ca-file` are none.
-    #[error("expected certificates in PEM form")]
-    Certificates,
     /// The proxy's URL is none.
     #[error("the proxy's URL cannot be used")]
     Proxy,
@@ -113,8 +110,8 @@ impl Error {
 /// How a client asks.
 #[derive(Debug, Default)]
 pub struct Options {
-    /// Roots besides those of the system, in PEM form.
-    pub roots: Vec<Vec<u8>>,
+    /// Roots besides those of the system.
+    pub roots: Vec<Certificate>,
     /// Whom it asks to ask.
     pub proxy: Option<Url>,
     /// What it says besides, to the origins of `sources` only.
@@ -130,7 +127,7 @@ pub struct Options {
 /// Asks servers.
 #[derive(Debug)]
 pub struct Client {
-    client: reqwest::Client,
+    inner: reqwest::Client,
     reach: Arc<Reach>,
     headers: HeaderMap,
     sources: Vec<url_origin::Origin>,
@@ -151,13 +148,6 @@ impl Client {
             // The operator has named it, and what it may ask is its own affair.
             proxy: proxy.as_ref().map(reach::host_of),
         };
-        let mut own_roots = Vec::new();
-        for pem in &roots {
-            let read = Certificate::from_pem_bundle(pem).map_err(|_| BuildError::Certificates)?;
-            own_roots.extend(
-                if read.is_empty() { None } else { Some(read) }.ok_or(BuildError::Certificates)?,
-            );
-        }
         let builder = || {
             let builder = reqwest::Client::builder()
                 .redirect(reqwest::redirect::Policy::none())
@@ -178,15 +168,15 @@ impl Client {
             })
         };
         let other = |error: reqwest::Error| BuildError::Other(crate::errors::chain(&error));
-        let client = builder()?.tls_certs_merge(own_roots.clone()).build();
+        let client = builder()?.tls_certs_merge(roots.clone()).build();
         let client = match client {
             // A machine without any root can still ask over plain HTTP.
-            Err(_) if own_roots.is_empty() => builder()?.tls_certs_only([]).build(),
+            Err(_) if roots.is_empty() => builder()?.tls_certs_only([]).build(),
             built => built,
         };
         let client = client.map_err(other)?;
         let sources = sources.iter().map(url_origin::of).collect();
-        Ok(Self { client, reach, headers, sources, timeout })
+        Ok(Self { inner: client, reach, headers, sources, timeout })
     }
 
     /// How long a server may be silent.
@@ -223,7 +213,7 @@ impl Client {
             said.extend(self.headers.clone());
         }
         said.extend(headers.clone());
-        match timeout(self.timeout, self.client.execute(request)).await {
+        match timeout(self.timeout, self.inner.execute(request)).await {
             Ok(replied) => replied.map_err(|error| Error::of(&error)),
             Err(_) => Err(Error::Silent(self.timeout)),
         }

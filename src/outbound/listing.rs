@@ -467,10 +467,10 @@ fn without_collisions(entries: Vec<Result<Entry, Faulty>>) -> Vec<Result<Entry, 
 }
 
 /// Every name that a listing has, also of entries that cannot be used.
-pub fn names(entries: &[Result<Entry, Faulty>]) -> HashSet<&str> {
-    let name = |entry| match entry {
-        &Ok(Entry { ref name, .. }) => Some(name.as_str()),
-        &Err(Faulty { ref name, .. }) => name.as_deref(),
+pub fn names<'a>(entries: &'a [Result<Entry, Faulty>]) -> HashSet<&'a str> {
+    let name = |entry: &'a Result<Entry, Faulty>| match entry {
+        Ok(entry) => Some(entry.name.as_str()),
+        Err(faulty) => faulty.name.as_deref(),
     };
     entries.iter().filter_map(name).collect()
 }

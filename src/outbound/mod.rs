@@ -11,6 +11,7 @@
 //! | [`place`] | the folder that they are in |
 //! | [`transfer`] | one file |
 //! | [`batch`] | one run |
+//! | [`mirror`] | `[mirror.NAME]`: its table, and the daemon's jobs |
 //!
 //! Everything here is in builds with the feature `mirror`.
 
@@ -19,6 +20,7 @@ pub mod batch;
 pub mod headers;
 pub mod http;
 pub mod listing;
+pub mod mirror;
 pub mod place;
 pub mod reach;
 pub mod state;

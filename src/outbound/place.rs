@@ -3,6 +3,7 @@
 //! Every name is one component, relative to the open folder, and no link is followed. What is not
 //! whole has a hidden name that is made from the file's, so that a later run finds it.
 
+use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -84,8 +85,17 @@ pub enum Replace {
 }
 
 fn hash(name: &str) -> String {
-    let digest = Sha256::digest(name.as_bytes());
-    digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+    // Enough that no two of a folder are the same.
+    hex(Sha256::digest(name.as_bytes()).iter().take(16))
+}
+
+/// Bytes as hexadecimal digits.
+pub fn hex<'a>(bytes: impl IntoIterator<Item = &'a u8>) -> String {
+    bytes.into_iter().fold(String::new(), |mut text, byte| {
+        // Writing to a string does not fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 fn hidden(name: &str, end: &str) -> PathBuf {
@@ -322,11 +332,10 @@ impl Place {
     }
 }
 
-#[expect(clippy::useless_conversion, clippy::unnecessary_cast, reason = "not on every machine")]
 fn local(stat: &rustix::fs::Stat) -> Local {
     Local {
         size: u64::try_from(stat.st_size).unwrap_or(0),
-        modified: (i64::from(stat.st_mtime), stat.st_mtime_nsec as i64),
+        modified: (stat.st_mtime, stat.st_mtime_nsec.cast_signed()),
     }
 }
 

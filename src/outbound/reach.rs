@@ -175,7 +175,7 @@ impl Host {
             return Err(expected());
         }
         let url = Url::parse(&format!("http://{name}/")).map_err(|_| expected())?;
-        if url.port().is_some() || name.ends_with(':') || name.contains("]:") {
+        if name.contains("]:") || name.contains(':') && !name.starts_with('[') {
             return Err("expected a host without a port: every port of it may be asked".to_owned());
         }
         let host = host_of(&url);

@@ -11,7 +11,7 @@ use reqwest::Url;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::place::{Local, Place};
+use super::place::{Local, Place, hex};
 use crate::client::names::file_name;
 
 /// The file's name; hidden, so that no file service has it.
@@ -44,7 +44,7 @@ impl Validators {
         }
     }
 
-    /// What two parts of one content have in common (RFC 9110, 8.8.1 and 13.1.5): a strong ETag, or
+    /// What two parts of one content have in common (RFC 9110, 8.8.1 and 13.1.5): a strong `ETag`, or
     /// a date that is older than the reply (sent at `date`), as a content can change twice in a
     /// second.
     pub fn strong(&self, date: Option<&str>) -> Option<String> {
@@ -87,8 +87,7 @@ impl Known {
 /// A URL so that it can be told from every other, and a query that may be a secret cannot be read.
 pub fn identity(url: &Url) -> String {
     let Some(query) = url.query() else { return url.to_string() };
-    let digest = Sha256::digest(query.as_bytes());
-    let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    let digest = hex(&Sha256::digest(query.as_bytes()));
     let mut url = url.clone();
     url.set_query(None);
     format!("{url}?sha256={digest}")

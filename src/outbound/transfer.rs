@@ -499,13 +499,12 @@ impl Transfer<'_> {
         loop {
             let piece = {
                 let mut next = std::pin::pin!(self.within(shared.client.piece(response)));
-                match timeout(UNWRITTEN, next.as_mut()).await {
-                    Ok(piece) => piece?,
-                    Err(_) => {
-                        // The next may take long, and this must not be lost.
-                        incoming.write().await?;
-                        next.await?
-                    }
+                if let Ok(piece) = timeout(UNWRITTEN, next.as_mut()).await {
+                    piece?
+                } else {
+                    // The next may take long, and this must not be lost.
+                    incoming.write().await?;
+                    next.await?
                 }
             };
             let Some(piece) = piece else { break };
@@ -871,7 +870,7 @@ fn continues(response: &Response, resume: &Resume) -> bool {
     let is_other = |now: &Option<String>, then: &Option<String>| now.is_some() && now != then;
     !is_other(&said.etag, etag)
         && !is_other(&said.last_modified, last_modified)
-        && range.is_some_and(|range| range.goes_on_from(resume.length, length))
+        && range.is_some_and(|range| range.goes_on_from(resume.length, length.as_ref()))
 }
 
 /// A `Content-Range` (RFC 9110, 14.4).
@@ -885,14 +884,14 @@ struct ContentRange {
 impl ContentRange {
     /// Whether it goes on from `length` to the end, in a body that is as long as its
     /// `Content-Length` says, if it says that.
-    fn goes_on_from<E>(self, length: u64, body: Option<Result<u64, E>>) -> bool {
+    fn goes_on_from<E>(self, length: u64, body: Option<&Result<u64, E>>) -> bool {
         let Self { first, last, total } = self;
         first == length
             && last >= first
             && total.is_none_or(|total| last.checked_add(1) == Some(total))
             && match body {
                 None => true,
-                Some(Ok(body)) => (last - first).checked_add(1) == Some(body),
+                Some(Ok(body)) => (last - first).checked_add(1) == Some(*body),
                 Some(Err(_)) => false,
             }
     }
@@ -927,7 +926,7 @@ mod tests {
     fn a_part_goes_on_where_ours_ends_to_the_end_or_is_not_taken() {
         let fits = |value, length: Option<&str>| {
             content_range(value)
-                .is_some_and(|range| range.goes_on_from(5, length.map(str::parse::<u64>)))
+                .is_some_and(|range| range.goes_on_from(5, length.map(str::parse::<u64>).as_ref()))
         };
         assert!(fits("bytes 5-9/10", Some("5")));
         assert!(fits("bytes 5-9/10", None));
@@ -978,7 +977,7 @@ mod tests {
             ours in 0_u64..20, body in 0_u64..20,
         ) {
             let range = ContentRange { first, last, total };
-            if range.goes_on_from(ours, Some(Ok::<_, ()>(body))) {
+            if range.goes_on_from(ours, Some(&Ok::<_, ()>(body))) {
                 prop_assert_eq!(first, ours);
                 prop_assert_eq!(ours + body, last + 1);
                 prop_assert!(total.is_none_or(|total| ours + body == total));
@@ -988,7 +987,7 @@ mod tests {
         #[test]
         fn no_content_range_is_a_panic(value in "(bytes )?[0-9*/-]{0,50}|.{0,20}", ours: u64, body: u64) {
             if let Some(range) = content_range(&value) {
-                range.goes_on_from(ours, Some(Ok::<_, ()>(body)));
+                range.goes_on_from(ours, Some(&Ok::<_, ()>(body)));
             }
         }
     }
