@@ -131,6 +131,11 @@ pub struct Summary {
 
 /// What stands for mirrors in a build that has none.
 #[cfg(not(feature = "mirror"))]
+#[expect(
+    clippy::needless_pass_by_value,
+    clippy::unused_async,
+    reason = "as those that do something"
+)]
 mod absent {
     use std::convert::Infallible;
     use std::io;
@@ -167,7 +172,7 @@ mod absent {
 
     /// All mirrors that run: none.
     #[derive(Debug, Default)]
-    pub struct Mirrors;
+    pub struct Mirrors {}
 
     impl Mirrors {
         /// Prepares nothing.

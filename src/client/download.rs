@@ -47,7 +47,11 @@ pub struct Downloaded {
 pub fn order(arguments: &Download) -> Result<Order, clap::Error> {
     let wrong = |problem: String| Cli::command().error(ErrorKind::ValueValidation, problem);
     let url = |text: &String| {
-        reach::url(text).map_err(|error| wrong(format!("{}: {error}", escape(text))))
+        reach::url(text).map_err(|error| {
+            // There may be a password in it, or a secret in its query.
+            let shown = text.split(['?', '#']).next().filter(|shown| !shown.contains('@'));
+            wrong(format!("{}: {error}", escape(shown.unwrap_or("URL"))))
+        })
     };
     let pointer = |name: &str, text: &String| {
         text.parse::<Pointer>().map_err(|error| wrong(format!("--{name} {text:?}: {error}")))
@@ -164,12 +168,12 @@ pub async fn dry_run(order: &Order, stop: &CancellationToken) -> Result<Download
             Ok(entry) => {
                 let place = within(&order.into, Path::new(&entry.name));
                 let there = place.symlink_metadata().is_ok();
+                let place = escape(&place.to_string_lossy());
                 if there && order.terms.existing == Existing::Refuse {
-                    progress.fail(&escape(&entry.name), &transfer::Error::Exists.to_string());
+                    progress.fail(&place, &transfer::Error::Exists.to_string());
                     complete = false;
                     continue;
                 }
-                let place = escape(&place.to_string_lossy());
                 // Writing to a string does not fail.
                 let _ = writeln!(lines, "{place} from {}", shown(&entry.url));
             }
@@ -265,13 +269,13 @@ impl Observer for Progress {
             self.bars.remove(&bar);
             begun
         });
+        let place = within(&self.folder, Path::new(&entry.name));
+        let place = escape(&place.to_string_lossy());
         match result {
             Err(transfer::Error::Interrupted) => {}
-            Err(error) => self.fail(&escape(&entry.name), &error.to_string()),
+            Err(error) => self.fail(&place, &error.to_string()),
             Ok(_) if self.quiet => {}
             Ok(Done { outcome, known }) => {
-                let place = within(&self.folder, Path::new(&entry.name));
-                let place = escape(&place.to_string_lossy());
                 let size = HumanBytes(known.size);
                 let seconds = begun.map_or(0.0, |begun| begun.elapsed().as_secs_f64());
                 match outcome {

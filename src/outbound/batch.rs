@@ -13,6 +13,9 @@ use reqwest::header::{
     ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, HeaderMap, HeaderValue, RETRY_AFTER,
 };
 use reqwest::{Certificate, Response, Url};
+use rustls::RootCertStore;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, timeout_at};
@@ -22,7 +25,7 @@ use super::back_off;
 use super::http::{BuildError, Client, Options};
 use super::listing::{self, Entry, Faulty, Pointers};
 use super::place::{Place, There};
-use super::reach::{Host, Reach};
+use super::reach::{Host, Reach, shown};
 use super::state::{self, Known, State};
 use super::transfer::{self, Budget, Done, Outcome, Shared, Terms, transfer};
 use crate::secret::Secret;
@@ -119,9 +122,25 @@ pub enum Error {
         /// Why.
         cause: io::Error,
     },
-    /// The listing did not come.
-    #[error("the listing: {0}")]
-    Transfer(transfer::Error),
+    /// The listing is of no use.
+    #[error("{url}: {cause}")]
+    Source {
+        /// Where it is, without its query.
+        url: String,
+        /// Why.
+        cause: SourceError,
+    },
+    /// A fault of the program.
+    #[error("a fault of handout itself: {0}")]
+    Lost(#[from] JoinError),
+}
+
+/// Why a listing is of no use.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// It did not come.
+    #[error(transparent)]
+    Transfer(#[from] transfer::Error),
     /// The listing is too large.
     #[error("the listing is larger than {}", ByteSize(MAX_LISTING as u64))]
     Large,
@@ -131,16 +150,19 @@ pub enum Error {
     /// The listing is none.
     #[error(transparent)]
     Listing(#[from] listing::Error),
-    /// A fault of the program.
-    #[error("a fault of handout itself: {0}")]
-    Lost(#[from] JoinError),
 }
 
 impl Error {
+    /// Whether it was ended from outside.
+    pub fn is_interruption(&self) -> bool {
+        let Self::Source { cause: SourceError::Transfer(error), .. } = self else { return false };
+        matches!(error, transfer::Error::Interrupted)
+    }
+
     /// How long the server asked to be left alone.
     pub fn asked_for(&self) -> Option<Duration> {
         match self {
-            Self::Transfer(transfer::Error::Status { retry_after, .. }) => *retry_after,
+            Self::Source { cause: SourceError::Transfer(error), .. } => error.asked_for(),
             _ => None,
         }
     }
@@ -191,10 +213,16 @@ pub fn read_roots(path: &Path) -> Result<Vec<Certificate>, String> {
     let mut pem = Vec::new();
     let read = fs::File::open(path).and_then(|file| file.take(MAX_ROOTS).read_to_end(&mut pem));
     read.map_err(|error| format!("cannot be read: {error}"))?;
-    match Certificate::from_pem_bundle(&pem) {
-        Ok(roots) if !roots.is_empty() => Ok(roots),
-        _ => Err("expected certificates in PEM form".to_owned()),
+    let expected = || "expected certificates in PEM form".to_owned();
+    let mut roots = Vec::new();
+    for root in CertificateDer::pem_slice_iter(&pem) {
+        let root = root.map_err(|_| expected())?;
+        // The client says only that one of them is wrong, not whose.
+        let taken = RootCertStore::empty().add(root.clone());
+        taken.map_err(|error| format!("has a certificate that cannot be used: {error}"))?;
+        roots.push(Certificate::from_der(&root).map_err(|_| expected())?);
     }
+    if roots.is_empty() { Err(expected()) } else { Ok(roots) }
 }
 
 /// Reads the token of a file, as the header that shows who asks.
@@ -260,24 +288,32 @@ pub async fn entries(
 ) -> Result<Vec<Result<Entry, Faulty>>, Error> {
     match &order.source {
         Source::Urls(urls) => Ok(listing::of_urls(urls)),
-        Source::Listing { url, pointers } => {
-            let deadline = Instant::now() + order.terms.max_duration;
-            let listing = cancel.run_until_cancelled(timeout_at(deadline, ask(order, client, url)));
-            let (json, base) = match listing.await {
-                None => return Err(Error::Transfer(transfer::Error::Interrupted)),
-                Some(Err(_)) => {
-                    let slow = transfer::Error::Slow(order.terms.max_duration);
-                    return Err(Error::Transfer(slow));
-                }
-                Some(Ok(listing)) => listing?,
-            };
-            Ok(listing::read(&json, pointers, order.max_files, &base, reach)?)
-        }
+        Source::Listing { url, pointers } => listed(order, url, pointers, client, reach, cancel)
+            .await
+            .map_err(|cause| Error::Source { url: shown(url), cause }),
     }
 }
 
+async fn listed(
+    order: &Order,
+    url: &Url,
+    pointers: &Pointers,
+    client: &Client,
+    reach: &Reach,
+    cancel: &CancellationToken,
+) -> Result<Vec<Result<Entry, Faulty>>, SourceError> {
+    let longest = order.terms.max_duration;
+    let listing = timeout_at(Instant::now() + longest, ask(order, client, url));
+    let (json, base) = match cancel.run_until_cancelled(listing).await {
+        None => return Err(transfer::Error::Interrupted.into()),
+        Some(Err(_)) => return Err(transfer::Error::Slow(longest).into()),
+        Some(Ok(listing)) => listing?,
+    };
+    Ok(listing::read(&json, pointers, order.max_files, &base, reach)?)
+}
+
 /// Asks for a listing until it comes, or is not worth another try.
-async fn ask(order: &Order, client: &Client, url: &Url) -> Result<(Vec<u8>, Url), Error> {
+async fn ask(order: &Order, client: &Client, url: &Url) -> Result<(Vec<u8>, Url), SourceError> {
     let mut headers = HeaderMap::new();
     headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("gzip"));
     let mut retry = 0;
@@ -286,7 +322,7 @@ async fn ask(order: &Order, client: &Client, url: &Url) -> Result<(Vec<u8>, Url)
             Err(error) => error.into(),
             Ok(mut response) => match response.status().as_u16() {
                 200 => match receive(client, &mut response).await {
-                    Err(Error::Transfer(error)) => error,
+                    Err(SourceError::Transfer(error)) => error,
                     received => return received.map(|json| (json, response.url().clone())),
                 },
                 status => {
@@ -303,30 +339,30 @@ async fn ask(order: &Order, client: &Client, url: &Url) -> Result<(Vec<u8>, Url)
         let wait = back_off::wait(retry, retries, error.asked_for(), random);
         match wait.filter(|_| error.is_temporary()) {
             Some(wait) => tokio::time::sleep(wait).await,
-            None => return Err(Error::Transfer(error)),
+            None => return Err(SourceError::Transfer(error)),
         }
         retry += 1;
     }
 }
 
 /// Receives a listing, bounded before and after it is decoded.
-async fn receive(client: &Client, response: &mut Response) -> Result<Vec<u8>, Error> {
+async fn receive(client: &Client, response: &mut Response) -> Result<Vec<u8>, SourceError> {
     let encoding = response.headers().get(CONTENT_ENCODING).map(HeaderValue::as_bytes);
     let mut listing = match encoding {
         None | Some(b"" | b"identity") => Decoder::Identity(Bounded::default()),
         Some(b"gzip" | b"x-gzip") => Decoder::Gzip(Box::new(GzDecoder::new(Bounded::default()))),
         Some(other) => {
             let other = crate::client::names::escape_bytes(other);
-            return Err(Error::Transfer(transfer::Error::Encoded(other)));
+            return Err(SourceError::Transfer(transfer::Error::Encoded(other)));
         }
     };
     let mut came = 0;
     while let Some(piece) =
-        client.piece(response).await.map_err(|error| Error::Transfer(error.into()))?
+        client.piece(response).await.map_err(|error| SourceError::Transfer(error.into()))?
     {
         came += piece.len();
         if came > MAX_LISTING {
-            return Err(Error::Large);
+            return Err(SourceError::Large);
         }
         listing.write(&piece)?;
     }
@@ -339,7 +375,7 @@ enum Decoder {
 }
 
 impl Decoder {
-    fn write(&mut self, piece: &[u8]) -> Result<(), Error> {
+    fn write(&mut self, piece: &[u8]) -> Result<(), SourceError> {
         match self {
             Self::Identity(bounded) => bounded.write_all(piece),
             Self::Gzip(gzip) => gzip.write_all(piece),
@@ -347,7 +383,7 @@ impl Decoder {
         .map_err(decoding)
     }
 
-    fn finish(self) -> Result<Vec<u8>, Error> {
+    fn finish(self) -> Result<Vec<u8>, SourceError> {
         match self {
             Self::Identity(bounded) => Ok(bounded.0),
             Self::Gzip(gzip) => Ok(gzip.finish().map_err(decoding)?.0),
@@ -355,8 +391,12 @@ impl Decoder {
     }
 }
 
-fn decoding(error: io::Error) -> Error {
-    if error.kind() == io::ErrorKind::FileTooLarge { Error::Large } else { Error::Gzip(error) }
+fn decoding(error: io::Error) -> SourceError {
+    if error.kind() == io::ErrorKind::FileTooLarge {
+        SourceError::Large
+    } else {
+        SourceError::Gzip(error)
+    }
 }
 
 /// Memory that holds no more than a listing may be.
@@ -515,6 +555,10 @@ impl Run<'_> {
     /// Removes what has left the listing: of the files that are known to be from it.
     fn remove(&mut self, entries: &[Result<Entry, Faulty>]) {
         let (Some(state), true) = (&mut self.state, self.order.delete) else { return };
+        // An entry without a name may be that of any file.
+        if entries.iter().any(|entry| matches!(entry, Err(Faulty { name: None, .. }))) {
+            return;
+        }
         let listed = listing::names(entries);
         let gone: Vec<_> =
             state.files.keys().filter(|name| !listed.contains(name.as_str())).cloned().collect();
@@ -592,7 +636,7 @@ mod tests {
         assert!(small.len() < 64 << 10);
         let mut listing = decoder();
         let written = small.chunks(1024).try_for_each(|piece| listing.write(piece));
-        assert!(matches!(written, Err(Error::Large)));
+        assert!(matches!(written, Err(SourceError::Large)));
     }
 
     #[test]
@@ -600,7 +644,7 @@ mod tests {
         let encoded = gzip(b"[1, 2]");
         let mut listing = decoder();
         listing.write(&encoded[..encoded.len() - 3]).unwrap();
-        assert!(matches!(listing.finish(), Err(Error::Gzip(_))));
+        assert!(matches!(listing.finish(), Err(SourceError::Gzip(_))));
         let mut junk = decoder();
         assert!(junk.write(b"no gzip at all").and_then(|()| junk.finish().map(drop)).is_err());
     }

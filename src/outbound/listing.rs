@@ -345,6 +345,9 @@ pub enum Fault {
         /// Why.
         cause: NameError,
     },
+    /// Its name is no text.
+    #[error("the last part of the URL's path is no UTF-8, and no name")]
+    NotText,
     /// Its digest is none.
     #[error("expected a SHA-256 of 64 hexadecimal digits")]
     Digest,
@@ -422,7 +425,7 @@ pub fn of_urls(urls: &[Url]) -> Vec<Result<Entry, Faulty>> {
 /// The last segment of a URL's path, as a name.
 fn name_of(url: &Url) -> Result<String, Fault> {
     let last = url.path_segments().and_then(Iterator::last).unwrap_or_default();
-    take_name(percent_decode_str(last).decode_utf8_lossy().into_owned())
+    take_name(percent_decode_str(last).decode_utf8().map_err(|_| Fault::NotText)?.into_owned())
 }
 
 fn take_name(name: String) -> Result<String, Fault> {

@@ -334,7 +334,7 @@ async fn keep(
                 conclude(&name, &counts, &summary);
                 back_off::around(every, fastrand::f64())
             }
-            Err(Error::Transfer(transfer::Error::Interrupted)) => return,
+            Err(error) if error.is_interruption() => return,
             Err(error) => {
                 counts.end_run(Run::Failed, begun.elapsed());
                 // What is broken is looked at again soon, and then less and less often.
@@ -357,12 +357,20 @@ fn conclude(name: &str, counts: &Counts, summary: &batch::Summary) {
     let batch::Summary { new, changed, unchanged, failed, removed, bytes, duration, interrupted } =
         *summary;
     counts.add_received(bytes);
+    let seconds = duration.as_secs_f64();
     // One that the operator has ended says nothing about the source.
-    if !interrupted {
-        let run = if failed == 0 { Run::Complete } else { Run::Partial };
-        counts.end_run(run, duration);
+    if interrupted {
+        tracing::info!(
+            mirror = name,
+            new,
+            changed,
+            bytes,
+            duration = seconds,
+            "mirror interrupted"
+        );
+        return;
     }
-    let duration = duration.as_secs_f64();
+    counts.end_run(if failed == 0 { Run::Complete } else { Run::Partial }, duration);
     tracing::info!(
         mirror = name,
         new,
@@ -371,8 +379,7 @@ fn conclude(name: &str, counts: &Counts, summary: &batch::Summary) {
         failed,
         removed,
         bytes,
-        duration,
-        interrupted,
+        duration = seconds,
         "mirrored"
     );
 }
@@ -420,5 +427,121 @@ impl Observer for Log {
 
     fn trouble(&self, problem: &str) {
         tracing::warn!(mirror = &*self.name, error = problem, "not all is kept");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::config::{Config, Sources};
+
+    const SHIPPED: &str = include_str!("../../config/handout.toml");
+
+    /// What a configuration says, or its faults.
+    fn load(text: &str) -> Result<Config, String> {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, content) in [("handout.toml", text), ("token", "hush\n"), ("picture.jpg", "x")] {
+            fs::write(folder.path().join(name), content).unwrap();
+        }
+        let file = Some(folder.path().join("handout.toml"));
+        Config::load(&Sources { file, ..Sources::default() }).map_err(|faults| faults.to_string())
+    }
+
+    /// The mirror of the shipped configuration, without what comments it out.
+    fn shipped() -> Vec<&'static str> {
+        let lines = SHIPPED
+            .lines()
+            .skip_while(|line| *line != "[metrics]" && !line.starts_with("#[mirror."));
+        let lines = lines.filter_map(|line| line.strip_prefix('#'));
+        // It names roots, which are not here.
+        lines.filter(|line| !line.starts_with(' ') && !line.starts_with("ca-file")).collect()
+    }
+
+    #[test]
+    fn the_shipped_configuration_says_every_key_and_the_defaults() {
+        let lines = shipped();
+        let said = load(&lines.join("\n")).unwrap();
+        let without_default = ["source", "url", "filename", "sha256", "into", "bearer", "proxy"];
+        let bare: Vec<_> = lines
+            .iter()
+            .filter(|line| {
+                line.starts_with('[') || without_default.iter().any(|key| line.starts_with(key))
+            })
+            .copied()
+            .collect();
+        let Ok(bare) = load(&bare.join("\n")) else { panic!("{bare:?}") };
+        let (said, bare) = (&said.mirrors[0], &bare.mirrors[0]);
+        assert_eq!(said.every, bare.every);
+        assert_eq!(said.order.terms, bare.order.terms);
+        // Every key that is known is said.
+        let fault = load(&format!("{}\njunk = 1", lines.join("\n"))).unwrap_err();
+        assert!(fault.contains("mirror.pictures.junk: unknown key"), "{fault}");
+        let (_, known) = fault.split_once("expected one of ").unwrap();
+        for key in known.split(", ").map(str::trim) {
+            assert!(SHIPPED.contains(&format!("\n#{key} ")) || key == "urls", "{key}");
+        }
+    }
+
+    #[test]
+    fn a_secret_is_neither_in_the_faults_nor_in_what_is_printed() {
+        let mirror = "[mirror.a]\ninto = \"x\"\nurl = \"\"\n";
+        for wrong in [
+            "source = \"https://me:hush@example.org/\"",
+            "urls = [\"https://me:hush@example.org/\"]",
+            "source = \"https://a/\"\nproxy = \"http://me:hush@example.org/\"",
+            "source = \"https://a/\"\nheader = { X = \"hush\\n\" }",
+            "source = \"https://a/\"\nheader = { Authorization = \"hush\" }",
+        ] {
+            let faults = load(&format!("{mirror}{wrong}")).unwrap_err();
+            assert!(!faults.contains("hush"), "{faults}");
+        }
+        let config = load(&format!(
+            "{mirror}source = \"https://a/\"\nheader = {{ X = \"hush\" }}\nbearer-token-file = \"token\""
+        ));
+        assert!(!format!("{:?}", config.unwrap()).contains("hush"));
+    }
+
+    #[test]
+    fn a_media_type_has_two_parts() {
+        for good in ["image/png", "image/*", "application/vnd.a+json"] {
+            assert!(media_type(good).is_ok(), "{good}");
+        }
+        for bad in ["", "image", "image/", "/png", "*/*", "image/png; q=1", "a/b/c"] {
+            assert!(media_type(bad).is_err(), "{bad}");
+        }
+    }
+
+    fn settings(name: &str, every: u64) -> Settings {
+        // Nobody answers there.
+        let text = format!(
+            "[mirror.{name}]\nurls = [\"http://127.0.0.1:1/a\"]\ninto = \"{name}\"\nevery = \"{every}h\""
+        );
+        load(&text).unwrap().mirrors.remove(0)
+    }
+
+    #[tokio::test]
+    async fn a_change_starts_changes_ends_and_leaves_alone() {
+        let mut mirrors = Mirrors::default();
+        let (a, b, c) = (settings("a", 1), settings("b", 1), settings("c", 1));
+        // They fill no folder here, as the one that they name is gone.
+        let mut change = |wanted: &[Settings]| {
+            mirrors.prepare(wanted).unwrap();
+            let summary = mirrors.change(wanted);
+            let Summary { started, changed, ended, kept } = summary;
+            let names: Vec<_> =
+                mirrors.counts().iter().map(|counts| counts.name.to_string()).collect();
+            assert_eq!(names.len(), wanted.len());
+            [started, changed, ended, kept]
+        };
+        assert_eq!(change(&[]), [0, 0, 0, 0]);
+        assert_eq!(change(&[a.clone(), b.clone()]), [2, 0, 0, 0]);
+        let other_b = Settings { every: Duration::from_secs(7), ..b.clone() };
+        assert_eq!(change(&[c.clone(), other_b.clone(), a.clone()]), [1, 1, 0, 1]);
+        assert_eq!(change(&[a.clone(), other_b, c]), [0, 0, 0, 3]);
+        assert_eq!(change(&[a]), [0, 0, 2, 1]);
+        assert_eq!(change(&[]), [0, 0, 1, 0]);
+        mirrors.ended().await;
     }
 }

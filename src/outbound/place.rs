@@ -273,6 +273,8 @@ impl Place {
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mode = Mode::RUSR | Mode::WUSR;
+        // Whatever somebody has put there.
+        self.remove(Path::new(&new));
         let mut file = File::from(openat(&self.folder, &new, flags, mode)?);
         file.write_all(bytes)?;
         fsync(&file)?;

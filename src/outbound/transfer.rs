@@ -482,9 +482,11 @@ impl Transfer<'_> {
         if let Some(encoding) = encoding {
             return Err(Error::Encoded(escape(encoding)));
         }
-        let kind = header(response, &CONTENT_TYPE);
-        if !is_wanted(kind, content_types) {
-            return Err(Error::Type(escape(kind.unwrap_or("that nobody knows"))));
+        let kinds = response.headers().get_all(CONTENT_TYPE).iter();
+        let kinds: Vec<_> = kinds.map(|kind| kind.to_str().unwrap_or_default()).collect();
+        if !are_wanted(&kinds, content_types) {
+            let kind = if kinds.is_empty() { "none".to_owned() } else { kinds.join(", ") };
+            return Err(Error::Type(escape(&kind)));
         }
         let mut length = incoming.length;
         let promised = header(response, &CONTENT_LENGTH).and_then(|length| length.parse().ok());
@@ -758,7 +760,9 @@ impl Incoming {
         let (place, name) = (Arc::clone(&self.place), self.name.clone());
         let (about, digest) = (self.about.clone(), self.digest);
         self.writer = Writing::Busy(tokio::task::spawn_blocking(move || {
-            let Some(mut writer) = writer else {
+            let mut writer = if let Some(writer) = writer {
+                writer
+            } else {
                 let mut writer = Writer::begin(&place, &name, &[])?;
                 writer.digest = digest.then(Sha256::new);
                 if let Some(about) = about {
@@ -766,10 +770,9 @@ impl Incoming {
                     let about = serde_json::to_vec(&about).unwrap_or_default();
                     writer.told = place.write_about(&name, &about).is_ok();
                 }
-                writer.write(&rest)?;
-                return Ok(writer);
+                writer
             };
-            writer.write(&rest)?;
+            writer.write(&rest).inspect_err(|_| place.drop_part(&writer.part, &name))?;
             Ok(writer)
         }));
         Ok(())
@@ -904,14 +907,15 @@ fn content_range(value: &str) -> Option<ContentRange> {
     Some(ContentRange { first: first.parse().ok()?, last: last.parse().ok()?, total })
 }
 
+/// Whether media types that were sent, of which there should be one, are those that are taken.
+fn are_wanted(kinds: &[&str], wanted: &[String]) -> bool {
+    wanted.is_empty() || !kinds.is_empty() && kinds.iter().all(|kind| is_wanted(kind, wanted))
+}
+
 /// Whether a media type is one of those that are taken, by its name or by its kind.
-fn is_wanted(kind: Option<&str>, wanted: &[String]) -> bool {
-    if wanted.is_empty() {
-        return true;
-    }
-    let kind = kind.unwrap_or_default().split(';').next().unwrap_or_default().trim();
+fn is_wanted(kind: &str, wanted: &[String]) -> bool {
+    let kind = kind.split(';').next().unwrap_or_default().trim();
     wanted.iter().any(|wanted| match wanted.strip_suffix("/*") {
-        Some("*") => true,
         Some(of) => kind.split_once('/').is_some_and(|(kind, _)| kind.eq_ignore_ascii_case(of)),
         None => kind.eq_ignore_ascii_case(wanted),
     })
@@ -953,12 +957,19 @@ mod tests {
     fn types_are_taken_by_name_or_kind() {
         let wanted = ["image/*".to_owned(), "Text/Plain".to_owned()];
         for good in ["image/png", "IMAGE/jpeg", "image/svg+xml; charset=utf-8", "text/plain;x"] {
-            assert!(is_wanted(Some(good), &wanted), "{good}");
+            assert!(are_wanted(&[good], &wanted), "{good}");
         }
-        for bad in [Some("text/html"), Some("imagex/png"), Some(""), Some("image"), None] {
-            assert!(!is_wanted(bad, &wanted), "{bad:?}");
+        for bad in [
+            &["text/html"][..],
+            &["imagex/png"],
+            &[""],
+            &["image"],
+            &[],
+            &["image/png", "text/html"],
+        ] {
+            assert!(!are_wanted(bad, &wanted), "{bad:?}");
         }
-        assert!(is_wanted(None, &[]));
+        assert!(are_wanted(&[], &[]) && are_wanted(&["text/html"], &[]));
     }
 
     #[test]
