@@ -10,13 +10,19 @@ mod common;
 mod cost;
 mod delivery;
 mod documents;
+#[cfg(feature = "mirror")]
+mod download;
 mod fetch;
 mod file;
 mod folder;
+#[cfg(feature = "mirror")]
+mod gateway;
 mod limits;
 mod logs;
 mod manual;
 mod metrics;
+#[cfg(feature = "mirror")]
+mod mirror;
 mod monitoring;
 mod package;
 mod reload;
@@ -25,3 +31,5 @@ mod shutdown;
 mod soak;
 mod systemd;
 mod time;
+#[cfg(feature = "mirror")]
+mod web;
