@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -592,11 +592,12 @@ fn a_server_that_falls_silent_is_left() {
         ("before its body", Some(Reply::ok("alpha").cut_after(0).then_stall())),
         ("in its body", Some(Reply::ok(sample(33, 100_000)).cut_after(50_000).then_stall())),
     ] {
-        let silent = crate::servers::Server::stalls_after("HTTP/1.1 200");
+        // Nobody accepts what connects there, but the kernel.
+        let silent = TcpListener::bind("127.0.0.1:0").unwrap();
         let web = reply.map(Web::always);
         let url = match &web {
             Some(web) => web.url("a.txt"),
-            None => format!("http://{}/a.txt", silent.address),
+            None => format!("http://{}/a.txt", silent.local_addr().unwrap()),
         };
         is_refused(what, &[&url, "--timeout", "300ms"], &["a.txt", "300ms"]);
         let listing = [&url, "--timeout", "300ms", "--list", "", "--url", "/url"];
@@ -852,7 +853,6 @@ fn a_name_in_a_url_that_would_harm_is_refused_with_the_reason() {
         "a%0ab",
         "%1b%5b31mx",
         "gpj.%e2%80%aeexe",
-        "%ff%fe",
         &"x".repeat(300),
     ] {
         is_refused(path, &[&web.url(path)], &["1 failed"]);

@@ -56,17 +56,19 @@ fn start(config: &str) -> Daemon {
     Daemon::start_in(folder(), config, |_| {})
 }
 
+/// The lines of a mirror's runs that came to their end.
+fn runs_of(daemon: &Daemon, mirror: &str) -> Vec<Value> {
+    let mut lines = daemon.lines();
+    lines.retain(|line| {
+        line["message"] == "mirrored" && line["mirror"] == mirror && line["interrupted"] != true
+    });
+    lines
+}
+
 /// Waits for the line of the run of this number, from 0, of a mirror.
 fn run_of(daemon: &Daemon, mirror: &str, number: usize) -> Value {
-    let mut line = None;
-    eventually("a run", || {
-        let lines = daemon.lines().into_iter();
-        let mut runs =
-            lines.filter(|line| line["message"] == "mirrored" && line["mirror"] == mirror);
-        line = runs.nth(number);
-        line.is_some()
-    });
-    line.unwrap()
+    eventually("a run", || runs_of(daemon, mirror).len() > number);
+    runs_of(daemon, mirror).swap_remove(number)
 }
 
 fn nth_run(daemon: &Daemon, number: usize) -> Value {
@@ -264,19 +266,15 @@ fn a_state_that_somebody_wrote_leads_out_of_no_folder() {
     let entry =
         json!({"source": "http://127.0.0.1/", "etag": "\"x\"", "size": 4, "modified": [1, 2]});
     let absolute = folder.path().join("precious");
-    let names = ["../precious", absolute.to_str().unwrap(), "..", "", "sub/../../precious", "a\0b"];
+    let traps = ["../precious", absolute.to_str().unwrap(), "..", "", "sub/../../precious", "a\0b"];
     let files: serde_json::Map<_, _> =
-        names.iter().map(|name| ((*name).to_owned(), entry.clone())).collect();
+        traps.iter().map(|name| ((*name).to_owned(), entry.clone())).collect();
     let state = json!({ "files": files }).to_string();
     fs::write(folder.path().join("files/.handout-mirror.json"), state).unwrap();
     let daemon = Daemon::start_in(folder, &of(&web, "delete = true"), |_| {});
     nth_run(&daemon, 0);
     assert_eq!(fs::read(daemon.path("precious")).unwrap(), b"mine");
-    assert_eq!(names_of(&daemon), ["a.txt"]);
-}
-
-fn names_of(daemon: &Daemon) -> Vec<String> {
-    names(daemon)
+    assert_eq!(names(&daemon), ["a.txt"]);
 }
 
 #[test]
@@ -329,7 +327,7 @@ fn no_client_ever_gets_half_of_a_file() {
         assert!(data.iter().all(|byte| *byte == data[0]));
         let reply = served(&daemon, "a.bin");
         assert_eq!(reply["size"], 2_000_000);
-        daemon.lines().iter().filter(|line| line["message"] == "mirrored").count() >= 3
+        runs_of(&daemon, "pictures").len() >= 3
     });
 }
 
@@ -368,9 +366,6 @@ fn a_page_is_no_picture_where_pictures_are_wanted() {
     let types = "content-types = [\"image/png\", \"image/jpeg\"]";
     stays("HTML", types, |_| Reply::ok("<!DOCTYPE html>").with("Content-Type", "text/html"));
     stays("no type", types, |_| Reply::ok("?"));
-    stays("two types", types, |_| {
-        Reply::ok("?").with("Content-Type", "image/png").with("Content-Type", "text/html")
-    });
     stays("nonsense", types, |_| Reply::ok("?").with("Content-Type", "image/pngx"));
     let answers = ["IMAGE/PNG; charset=binary", "image/jpeg"];
     let web = Web::lists(
@@ -954,7 +949,7 @@ fn a_folder_that_cannot_be_written_is_a_failure_that_passes() {
     assert_eq!(fs::read(&files).unwrap(), b"no folder");
     fs::remove_file(&files).unwrap();
     fs::rename(daemon.path("elsewhere"), &files).unwrap();
-    let runs = || daemon.lines().iter().filter(|line| line["message"] == "mirrored").count();
+    let runs = || runs_of(&daemon, "pictures").len();
     let before = runs();
     eventually("a run again", || runs() > before + 1);
     assert_eq!(content(&daemon, "a.txt"), b"alpha");
