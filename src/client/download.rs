@@ -148,7 +148,7 @@ pub async fn download(
 ) -> Result<Downloaded, Error> {
     let progress = Arc::new(Progress::new(&order.into, quiet));
     let observer: Arc<dyn Observer> = Arc::clone(&progress) as _;
-    let summary = batch::run(order, &observer, stop).await?;
+    let summary = batch::run(order, &observer, &mut None, stop).await?;
     progress.summary(&summary);
     Ok(Downloaded { lines: String::new(), complete: summary.failed == 0 })
 }
@@ -160,10 +160,10 @@ pub async fn download(
 pub async fn dry_run(order: &Order, stop: &CancellationToken) -> Result<Downloaded, Error> {
     let progress = Progress::new(&order.into, false);
     let (client, reach) = batch::prepare(order)?;
-    let entries = batch::entries(order, &client, &reach, stop).await?;
+    let listing = batch::list(order, &client, &reach, None, stop).await?;
     let mut lines = String::new();
     let mut complete = true;
-    for entry in &entries {
+    for entry in listing.entries.iter() {
         match entry {
             Ok(entry) => {
                 let place = within(&order.into, Path::new(&entry.name));

@@ -5,13 +5,11 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use bytesize::ByteSize;
 use flate2::write::GzDecoder;
-use reqwest::header::{
-    ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, HeaderMap, HeaderValue, RETRY_AFTER,
-};
+use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, HeaderMap, HeaderValue};
 use reqwest::{Certificate, Response, Url};
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
@@ -26,7 +24,7 @@ use super::http::{BuildError, Client, Options};
 use super::listing::{self, Entry, Faulty, Pointers};
 use super::place::{Place, There};
 use super::reach::{Host, Reach, shown};
-use super::state::{self, Known, State};
+use super::state::{self, Known, State, Validators};
 use super::transfer::{self, Budget, Done, Outcome, Shared, Terms, transfer};
 use crate::secret::Secret;
 
@@ -97,6 +95,17 @@ pub struct Order {
     /// Whom to ask to ask.
     pub proxy: Option<Url>,
 }
+
+/// A listing that was read, so that it need not be sent again if it has not changed.
+#[derive(Debug, Clone)]
+pub struct Listing {
+    validators: Validators,
+    /// Its entries, each of which may have a fault of its own.
+    pub entries: Arc<Entries>,
+}
+
+/// Entries, each of which may have a fault of its own.
+pub type Entries = Vec<Result<Entry, Faulty>>;
 
 /// Why nothing was done.
 #[derive(Debug, thiserror::Error)]
@@ -276,62 +285,94 @@ pub fn prepare(order: &Order) -> Result<(Client, Arc<Reach>), Error> {
     Ok((client, reach))
 }
 
-/// The entries that `order` is about, each of which may have a fault of its own.
+/// What `order` is about; `before` is what it was the last time.
 ///
 /// # Errors
 /// If there is no listing.
-pub async fn entries(
+pub async fn list(
     order: &Order,
     client: &Client,
     reach: &Reach,
+    before: Option<Listing>,
     cancel: &CancellationToken,
-) -> Result<Vec<Result<Entry, Faulty>>, Error> {
+) -> Result<Listing, Error> {
     match &order.source {
-        Source::Urls(urls) => Ok(listing::of_urls(urls)),
-        Source::Listing { url, pointers } => listed(order, url, pointers, client, reach, cancel)
-            .await
-            .map_err(|cause| Error::Source { url: shown(url), cause }),
+        Source::Urls(urls) => Ok(Listing {
+            validators: Validators::default(),
+            entries: Arc::new(listing::of_urls(urls)),
+        }),
+        Source::Listing { url, pointers } => {
+            let longest = order.terms.max_duration;
+            let asked =
+                timeout_at(Instant::now() + longest, ask(order, client, url, before.as_ref()));
+            let listed = match cancel.run_until_cancelled(asked).await {
+                None => Err(transfer::Error::Interrupted.into()),
+                Some(Err(_)) => Err(transfer::Error::Slow(longest).into()),
+                Some(Ok(Err(error))) => Err(error),
+                Some(Ok(Ok(Asked::Unchanged))) => before.ok_or_else(|| status(304)),
+                Some(Ok(Ok(Asked::Listing { json, base, validators }))) => {
+                    let read = listing::read(&json, pointers, order.max_files, &base, reach);
+                    read.map(|entries| Listing { validators, entries: Arc::new(entries) })
+                        .map_err(SourceError::from)
+                }
+            };
+            listed.map_err(|cause| Error::Source { url: shown(url), cause })
+        }
     }
 }
 
-async fn listed(
-    order: &Order,
-    url: &Url,
-    pointers: &Pointers,
-    client: &Client,
-    reach: &Reach,
-    cancel: &CancellationToken,
-) -> Result<Vec<Result<Entry, Faulty>>, SourceError> {
-    let longest = order.terms.max_duration;
-    let listing = timeout_at(Instant::now() + longest, ask(order, client, url));
-    let (json, base) = match cancel.run_until_cancelled(listing).await {
-        None => return Err(transfer::Error::Interrupted.into()),
-        Some(Err(_)) => return Err(transfer::Error::Slow(longest).into()),
-        Some(Ok(listing)) => listing?,
-    };
-    Ok(listing::read(&json, pointers, order.max_files, &base, reach)?)
+fn status(status: u16) -> SourceError {
+    transfer::Error::Status { status, retry_after: None }.into()
+}
+
+/// What a server has sent for a listing.
+enum Asked {
+    /// It is as it was.
+    Unchanged,
+    Listing {
+        json: Vec<u8>,
+        /// Where it was found, after redirects.
+        base: Url,
+        validators: Validators,
+    },
 }
 
 /// Asks for a listing until it comes, or is not worth another try.
-async fn ask(order: &Order, client: &Client, url: &Url) -> Result<(Vec<u8>, Url), SourceError> {
-    let mut headers = HeaderMap::new();
+async fn ask(
+    order: &Order,
+    client: &Client,
+    url: &Url,
+    before: Option<&Listing>,
+) -> Result<Asked, SourceError> {
+    let validators = before.map(|before| &before.validators);
+    let mut headers = validators.map(transfer::if_changed).unwrap_or_default();
     headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("gzip"));
     let mut retry = 0;
     loop {
         let error = match client.get(url, &headers).await {
             Err(error) => error.into(),
             Ok(mut response) => match response.status().as_u16() {
+                304 if before.is_some() => return Ok(Asked::Unchanged),
                 200 => match receive(client, &mut response).await {
                     Err(SourceError::Transfer(error)) => error,
-                    received => return received.map(|json| (json, response.url().clone())),
+                    Err(error) => return Err(error),
+                    Ok(json) => {
+                        let validators = transfer::validators_of(&response);
+                        // What may have changed after it was sent is asked for again.
+                        let sure = validators.etag.is_some()
+                            || validators.strong(transfer::date_of(&response)).is_some();
+                        let validators = if sure { validators } else { Validators::default() };
+                        return Ok(Asked::Listing {
+                            json,
+                            base: response.url().clone(),
+                            validators,
+                        });
+                    }
                 },
-                status => {
-                    let asked_for = response.headers().get(RETRY_AFTER);
-                    let asked_for = asked_for.and_then(|value| value.to_str().ok());
-                    let retry_after =
-                        asked_for.and_then(|value| back_off::retry_after(value, SystemTime::now()));
+                _ => {
+                    let error = transfer::failure(&response);
                     client.drain(&mut response).await;
-                    transfer::Error::Status { status, retry_after }
+                    error
                 }
             },
         };
@@ -339,7 +380,7 @@ async fn ask(order: &Order, client: &Client, url: &Url) -> Result<(Vec<u8>, Url)
         let wait = back_off::wait(retry, retries, error.asked_for(), random);
         match wait.filter(|_| error.is_temporary()) {
             Some(wait) => tokio::time::sleep(wait).await,
-            None => return Err(SourceError::Transfer(error)),
+            None => return Err(error.into()),
         }
         retry += 1;
     }
@@ -417,20 +458,23 @@ impl Write for Bounded {
     }
 }
 
-/// Does what `order` says, and tells `observer`. When `cancel` ends it, what has come is kept.
+/// Does what `order` says, and tells `observer`; `listing` is what it was about the last time. When `cancel` ends it, what has come is kept.
 ///
 /// # Errors
 /// If nothing could be done.
 pub async fn run(
     order: &Order,
     observer: &Arc<dyn Observer>,
+    listing: &mut Option<Listing>,
     cancel: &CancellationToken,
 ) -> Result<Summary, Error> {
     let begun = Instant::now();
     let prepare_order = order.clone();
     // Roots are read, which can take its time.
     let (client, reach) = tokio::task::spawn_blocking(move || prepare(&prepare_order)).await??;
-    let entries = entries(order, &client, &reach, cancel).await?;
+    let listed = list(order, &client, &reach, listing.take(), cancel).await?;
+    let entries = Arc::clone(&listed.entries);
+    *listing = Some(listed);
     let into = order.into.clone();
     let keep_state = order.keep_state;
     let opened = tokio::task::spawn_blocking(move || open(&into, keep_state)).await?;
@@ -491,14 +535,17 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    async fn transfer_all(&mut self, entries: &[Result<Entry, Faulty>]) -> Result<(), Error> {
+    async fn transfer_all(&mut self, entries: &Entries) -> Result<(), Error> {
         // What is here counts until something takes its place.
         let place = &self.shared.place;
-        for name in entries.iter().flatten().map(|entry| &entry.name) {
+        let counted = entries.iter().flatten().filter(|_| self.order.max_total < u64::MAX);
+        for name in counted.map(|entry| &entry.name) {
             if let Ok(There::File(local)) = place.look(name) {
                 self.shared.budget.take_what_is_left(local.size);
             }
-            self.shared.budget.take_what_is_left(place.part_size(name));
+            if place.has_left(name) {
+                self.shared.budget.take_what_is_left(place.part_size(name));
+            }
         }
         let jobs = Arc::new(Semaphore::new(self.order.jobs));
         let mut transfers = JoinSet::new();
@@ -553,7 +600,7 @@ impl Run<'_> {
     }
 
     /// Removes what has left the listing: of the files that are known to be from it.
-    fn remove(&mut self, entries: &[Result<Entry, Faulty>]) {
+    fn remove(&mut self, entries: &Entries) {
         let (Some(state), true) = (&mut self.state, self.order.delete) else { return };
         // An entry without a name may be that of any file.
         if entries.iter().any(|entry| matches!(entry, Err(Faulty { name: None, .. }))) {
@@ -584,7 +631,7 @@ impl Run<'_> {
     }
 
     /// Forces the names to the disk, writes the state, and removes parts that are of no use.
-    async fn conclude(&mut self, entries: &[Result<Entry, Faulty>]) -> Result<(), Error> {
+    async fn conclude(&mut self, entries: &Entries) -> Result<(), Error> {
         let place = Arc::clone(&self.shared.place);
         let state = self.state.take();
         let keep: Vec<_> = listing::names(entries).into_iter().map(str::to_owned).collect();

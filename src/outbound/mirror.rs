@@ -321,13 +321,16 @@ async fn keep(
     }
     let Settings { name, every, order } = settings;
     let mut failures = 0;
+    let listing = Arc::new(tokio::sync::Mutex::new(None));
     while !stop.is_cancelled() {
         let begun = Instant::now();
         let observer: Arc<dyn Observer> =
             Arc::new(Log { name: Arc::clone(&name), counts: Arc::clone(&counts) });
-        let (order, end) = (order.clone(), stop.clone());
+        let (order, end, listing) = (order.clone(), stop.clone(), Arc::clone(&listing));
         // Apart, so that a fault of the program ends a run and not the mirror.
-        let run = tokio::spawn(async move { batch::run(&order, &observer, &end).await });
+        let run = tokio::spawn(async move {
+            batch::run(&order, &observer, &mut *listing.lock().await, &end).await
+        });
         let next = match run.await.map_err(Error::from).and_then(|run| run) {
             Ok(summary) => {
                 failures = 0;

@@ -3,10 +3,11 @@
 //! Every name is one component, relative to the open folder, and no link is followed. What is not
 //! whole has a hidden name that is made from the file's, so that a later run finds it.
 
+use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -64,13 +65,17 @@ pub enum There {
 #[derive(Debug)]
 pub struct Place {
     folder: OwnedFd,
+    /// The hashes of the names of which an earlier run has left a part.
+    left: HashSet<String>,
 }
 
 /// A file that is not whole yet, which is ours alone.
 #[derive(Debug)]
 pub struct Part {
-    /// At its end.
+    /// At its beginning.
     pub file: File,
+    /// How long it is, of an earlier transfer, in bytes.
+    pub length: u64,
     /// Its hidden name.
     hidden: PathBuf,
 }
@@ -109,7 +114,9 @@ impl Place {
     /// If it cannot be opened.
     pub fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(Self { folder: openat(CWD, path, flags, Mode::empty())? })
+        let folder = openat(CWD, path, flags, Mode::empty())?;
+        let left = parts(&folder)?.into_iter().map(|(hash, _)| hash).collect();
+        Ok(Self { folder, left })
     }
 
     /// What is at a name, which must be one component.
@@ -142,7 +149,7 @@ impl Place {
     }
 
     /// Opens the file that is to become `name` and is not whole, for us alone. What was there
-    /// already is kept: see [`Part::file`]'s length.
+    /// already is kept.
     ///
     /// # Errors
     /// [`io::ErrorKind::WouldBlock`] if another process is at it, or whatever the disk says.
@@ -164,7 +171,7 @@ impl Place {
                     if FileType::from_raw_mode(opened.st_mode) != FileType::RegularFile {
                         return Err(io::Error::other("not a regular file"));
                     }
-                    return Ok(Part { file: file.into(), hidden });
+                    return Ok(Part { file: file.into(), length: local(&opened).size, hidden });
                 }
                 Ok(_) | Err(Errno::NOENT) => {}
                 Err(error) => return Err(error.into()),
@@ -245,6 +252,11 @@ impl Place {
         self.remove(&hidden(name, ABOUT));
     }
 
+    /// Whether there was a part of a file when the folder was opened.
+    pub fn has_left(&self, name: &str) -> bool {
+        !self.left.is_empty() && self.left.contains(&hash(name))
+    }
+
     /// How much there is of a file that is not whole, in bytes.
     pub fn part_size(&self, name: &str) -> u64 {
         let stat = statat(&self.folder, hidden(name, PART), AtFlags::SYMLINK_NOFOLLOW);
@@ -311,27 +323,34 @@ impl Place {
     /// # Errors
     /// If the folder cannot be read.
     pub fn clean<'a>(&self, keep: impl IntoIterator<Item = &'a str>) -> io::Result<()> {
-        let keep: std::collections::HashSet<String> = keep.into_iter().map(hash).collect();
-        for entry in Dir::read_from(&self.folder)? {
-            let entry = entry?;
-            let Ok(name) = entry.file_name().to_str() else { continue };
-            let Some(rest) = name.strip_prefix(PREFIX) else { continue };
-            let Some(hash) = rest.strip_suffix(ABOUT).or_else(|| rest.strip_suffix(PART)) else {
-                continue;
-            };
-            if keep.contains(hash) {
+        let keep: HashSet<String> = keep.into_iter().map(hash).collect();
+        for (hash, name) in parts(&self.folder)? {
+            if keep.contains(&hash) {
                 continue;
             }
-            let part = format!("{PREFIX}{hash}{PART}");
-            let busy = self.read(&part).is_ok_and(|file| {
-                flock(file.as_fd(), FlockOperation::NonBlockingLockExclusive).is_err()
-            });
+            let part = self.read(format!("{PREFIX}{hash}{PART}"));
+            let lock = FlockOperation::NonBlockingLockExclusive;
+            let busy = part.is_ok_and(|part| flock(&part, lock).is_err());
             if !busy {
-                self.remove(Path::new(name));
+                self.remove(Path::new(&name));
             }
         }
         Ok(())
     }
+}
+
+/// What there is of files that are not whole: the hashes of their names, and the hidden names.
+fn parts(folder: &OwnedFd) -> io::Result<Vec<(String, String)>> {
+    let mut parts = Vec::new();
+    for entry in Dir::read_from(folder)? {
+        let entry = entry?;
+        let Ok(name) = entry.file_name().to_str() else { continue };
+        let Some(rest) = name.strip_prefix(PREFIX) else { continue };
+        if let Some(hash) = rest.strip_suffix(ABOUT).or_else(|| rest.strip_suffix(PART)) {
+            parts.push((hash.to_owned(), name.to_owned()));
+        }
+    }
+    Ok(parts)
 }
 
 fn local(stat: &rustix::fs::Stat) -> Local {
@@ -426,9 +445,10 @@ mod tests {
         let busy = Place::open(folder.path()).unwrap().part("a").unwrap_err();
         assert_eq!(busy.kind(), io::ErrorKind::WouldBlock);
         place.clean([]).unwrap();
-        assert_eq!(place.part_size("a"), 4);
         drop(part);
-        assert_eq!(place.part("a").unwrap().file.metadata().unwrap().len(), 4);
+        let place = Place::open(folder.path()).unwrap();
+        assert_eq!(place.part_size("a"), 4);
+        assert_eq!(place.part("a").unwrap().length, 4);
         place.write_about("a", b"{}").unwrap();
         place.clean(["a"]).unwrap();
         assert_eq!((place.part_size("a"), place.about("a")), (4, Some(b"{}".to_vec())));

@@ -310,7 +310,14 @@ impl Transfer<'_> {
     /// How much of the disk its file and its part take.
     fn here(&self) -> u64 {
         let local = self.local.map_or(0, |local| local.size);
-        local.saturating_add(self.shared.place.part_size(&self.entry.name))
+        let name = &self.entry.name;
+        let part = if self.may_have_part() { self.shared.place.part_size(name) } else { 0 };
+        local.saturating_add(part)
+    }
+
+    /// Whether this or an earlier run may have left a part.
+    fn may_have_part(&self) -> bool {
+        self.brought > 0 || self.shared.place.has_left(&self.entry.name)
     }
 
     fn take(&mut self, bytes: u64) -> Result<(), Error> {
@@ -379,10 +386,8 @@ impl Transfer<'_> {
                         .ok_or(Error::Part);
                 }
                 (206, None) => return Err(Error::Part),
-                (status, _) => {
-                    let retry_after = header(&response, &RETRY_AFTER)
-                        .and_then(|value| back_off::retry_after(value, SystemTime::now()));
-                    let error = Error::Status { status, retry_after };
+                _ => {
+                    let error = failure(&response);
                     if !error.is_temporary() {
                         self.drop_part(resume);
                     }
@@ -393,7 +398,7 @@ impl Transfer<'_> {
             shared.client.drain(&mut response).await;
         };
         let said = validators_of(&response);
-        let validator = said.strong(header(&response, &DATE));
+        let validator = said.strong(date_of(&response));
         let about = validator.map(|validator| About {
             source: self.source.clone(),
             validator,
@@ -447,7 +452,8 @@ impl Transfer<'_> {
     /// What an earlier transfer has left to go on from, if it can be.
     fn resume(&self) -> Result<Option<Resume>, Error> {
         let (place, name) = (&self.shared.place, &self.entry.name);
-        let Some(about) = place.about(name) else { return Ok(None) };
+        let about = if self.may_have_part() { place.about(name) } else { None };
+        let Some(about) = about else { return Ok(None) };
         let part = place.part(name).map_err(busy)?;
         let metadata = part.file.metadata()?;
         let about = serde_json::from_slice(&about).ok().filter(|about: &About| {
@@ -695,7 +701,7 @@ impl Writer {
     /// A new part with this beginning.
     fn begin(place: &Place, name: &str, beginning: &[u8]) -> Result<Self, Error> {
         let part = place.part(name).map_err(busy)?;
-        if part.file.metadata()?.len() > 0 {
+        if part.length > 0 {
             place.drop_about(name);
             part.file.set_len(0)?;
         }
@@ -832,36 +838,56 @@ fn header<'a>(response: &'a Response, name: &HeaderName) -> Option<&'a str> {
     response.headers().get(name)?.to_str().ok()
 }
 
-fn validators_of(response: &Response) -> Validators {
+/// What a reply with another status than was hoped for means.
+pub fn failure(response: &Response) -> Error {
+    let retry_after = header(response, &RETRY_AFTER)
+        .and_then(|value| back_off::retry_after(value, SystemTime::now()));
+    Error::Status { status: response.status().as_u16(), retry_after }
+}
+
+/// When a reply was sent, as it says.
+pub fn date_of(response: &Response) -> Option<&str> {
+    header(response, &DATE)
+}
+
+/// The identity of the content of a reply.
+pub fn validators_of(response: &Response) -> Validators {
     Validators::new(header(response, &ETAG), header(response, &LAST_MODIFIED))
 }
 
 /// What is said of what is here.
 fn conditions(ask: &Ask, resume: Option<&Resume>) -> HeaderMap {
-    let mut headers = HeaderMap::new();
-    headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-    let mut say = |name, value: &str| {
-        // What a server has sent can be sent back, or is left out.
-        if let Ok(value) = HeaderValue::from_str(value) {
-            headers.insert(name, value);
-        }
-    };
-    match (resume, ask) {
+    let mut headers = match (resume, ask) {
         (Some(Resume { length, about, .. }), _) => {
-            say(RANGE, &format!("bytes={length}-"));
-            say(IF_RANGE, &about.validator);
+            let mut headers = HeaderMap::new();
+            say(&mut headers, RANGE, &format!("bytes={length}-"));
+            say(&mut headers, IF_RANGE, &about.validator);
+            headers
         }
-        (None, Ask::IfChanged(Validators { etag, last_modified })) => {
-            if let Some(etag) = etag {
-                say(IF_NONE_MATCH, etag);
-            }
-            if let Some(last_modified) = last_modified {
-                say(IF_MODIFIED_SINCE, last_modified);
-            }
-        }
-        (None, Ask::Always) => {}
+        (None, Ask::IfChanged(validators)) => if_changed(validators),
+        (None, Ask::Always) => HeaderMap::new(),
+    };
+    headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+    headers
+}
+
+/// That something is wanted only if it is not this any more.
+pub fn if_changed(validators: &Validators) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    if let Some(etag) = &validators.etag {
+        say(&mut headers, IF_NONE_MATCH, etag);
+    }
+    if let Some(last_modified) = &validators.last_modified {
+        say(&mut headers, IF_MODIFIED_SINCE, last_modified);
     }
     headers
+}
+
+fn say(headers: &mut HeaderMap, name: HeaderName, value: &str) {
+    // What a server has sent can be sent back, or is left out.
+    if let Ok(value) = HeaderValue::from_str(value) {
+        headers.insert(name, value);
+    }
 }
 
 /// Whether a part that was sent goes on where ours ends, to the end of the same content.
