@@ -932,6 +932,9 @@ fn interrupted(
     (saved, web, outcome)
 }
 
+/// What a server says of a rest that is asked for from there.
+type ContentRange = fn(usize) -> String;
+
 const ETAG: (&str, &str) = ("ETag", "\"one\"");
 
 #[test]
@@ -988,7 +991,7 @@ fn a_file_is_not_resumed_by_a_validator_that_does_not_hold_byte_for_byte() {
 #[test]
 fn a_rest_that_is_another_than_was_asked_for_is_never_put_into_the_file() {
     let body = sample(40, 400_000);
-    let ranges: [(&str, fn(usize) -> String); 9] = [
+    let ranges: [(&str, ContentRange); 9] = [
         ("another beginning", |from| format!("bytes {}-399999/400000", from - 1)),
         ("the beginning", |_| "bytes 0-399999/400000".to_owned()),
         ("another size", |from| format!("bytes {from}-399999/500000")),
