@@ -53,9 +53,10 @@ Exit codes: 0 stopped as ordered, 1 it failed, 2 wrong usage, 78 wrong configura
 Examples:
   handout check
   handout check --config config/handout.toml
+  handout check --connect                   also try the server of every mail and SMS channel
 
-Exit codes: 0 no fault, 2 wrong usage, 78 wrong configuration.")]
-    Check(ConfigFile),
+Exit codes: 0 no fault, 1 a channel cannot be used, 2 wrong usage, 78 wrong configuration.")]
+    Check(Check),
     /// Ask a time service and print what it says
     #[command(after_help = "\
 Examples:
@@ -90,6 +91,25 @@ or --update. What has come of a file that is interrupted is kept, hidden, and th
 on from there. Other hosts, to which a listing or a redirect leads, must have public addresses.
 Exit codes: 0 everything is there, 1 something failed, 2 wrong usage.")]
     Download(Download),
+    /// Send a mail through a configured channel
+    #[command(after_help = "\
+Examples:
+  handout mail ops --subject 'The backup is done' 'All 20 files are there.'
+  df -h | handout mail ops --subject 'Disks of today'
+  handout mail ops --subject Report --to boss@example.org --attach report.pdf 'See the report.'
+
+What the mail is known by (its Message-ID) is printed when the server has taken it.
+Exit codes: 0 everybody gets it, 1 somebody does not, 2 wrong usage, 78 wrong configuration.")]
+    Mail(Mail),
+    /// Send an SMS through a configured channel
+    #[command(after_help = "\
+Examples:
+  handout sms ops 'The backup is done'
+  uptime | handout sms ops --to 13800000000
+
+What the provider knows it by is printed when it has taken it.
+Exit codes: 0 everybody gets it, 1 somebody does not, 2 wrong usage, 78 wrong configuration.")]
+    Sms(Sms),
     /// Print the completions of a shell
     #[command(after_help = "\
 Examples:
@@ -117,6 +137,59 @@ pub struct ConfigFile {
     /// The configuration file [default: /etc/handout/handout.toml]
     #[arg(long, value_name = "FILE", env = "HANDOUT_CONFIG")]
     pub config: Option<PathBuf>,
+}
+
+/// What to check.
+#[derive(Debug, Args)]
+pub struct Check {
+    /// Where the configuration is.
+    #[command(flatten)]
+    pub config: ConfigFile,
+    /// Also try the server, the encryption and the login of every channel, and send nothing
+    #[arg(long)]
+    pub connect: bool,
+}
+
+/// What to send as a mail.
+#[derive(Debug, Args)]
+pub struct Mail {
+    /// Where the configuration is.
+    #[command(flatten)]
+    pub config: ConfigFile,
+    /// The channel: NAME of a table [mail.NAME]
+    pub name: String,
+    /// What it is about, in a line
+    #[arg(short, long, value_name = "SUBJECT")]
+    pub subject: String,
+    /// To this address instead of those of the configuration
+    #[arg(long, value_name = "ADDRESS")]
+    pub to: Vec<String>,
+    /// With this file
+    #[arg(short, long, value_name = "FILE")]
+    pub attach: Vec<PathBuf>,
+    /// Print the mail as it would go, and send nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// The text; without it, or as -, it is read from standard input
+    pub text: Option<String>,
+}
+
+/// What to send as an SMS.
+#[derive(Debug, Args)]
+pub struct Sms {
+    /// Where the configuration is.
+    #[command(flatten)]
+    pub config: ConfigFile,
+    /// The channel: NAME of a table [sms.NAME]
+    pub name: String,
+    /// To this number instead of those of the configuration
+    #[arg(long, value_name = "NUMBER")]
+    pub to: Vec<String>,
+    /// Print what would be asked of the provider, without secrets, and send nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// The text; without it, or as -, it is read from standard input
+    pub text: Option<String>,
 }
 
 /// What to serve.
@@ -317,10 +390,16 @@ fn address_and_path(text: &str) -> Result<(String, String), String> {
     }
 }
 
+impl ConfigFile {
+    /// The file, whether it is named or not.
+    pub fn path(&self) -> &Path {
+        self.config.as_deref().unwrap_or(Path::new(DEFAULT_CONFIG))
+    }
+}
+
 impl From<ConfigFile> for Sources {
     fn from(file: ConfigFile) -> Self {
-        let file = file.config.unwrap_or_else(|| DEFAULT_CONFIG.into());
-        Self { file: Some(file), ..Self::default() }
+        Self { file: Some(file.path().to_owned()), ..Self::default() }
     }
 }
 

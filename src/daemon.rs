@@ -161,7 +161,7 @@ impl Daemon {
     async fn try_to_reload(&mut self) -> Result<Summary, ReloadError> {
         let sources = self.sources.clone();
         // Files are looked at and names looked up, which can take its time.
-        let reading = tokio::task::spawn_blocking(move || Config::load(&sources));
+        let reading = tokio::task::spawn_blocking(move || Config::load_to_serve(&sources));
         let config = reading.await.map_err(ReloadError::Lost)?;
         let config = config.map_err(ReloadError::Configuration)?;
         let log = self.log.prepare(&config.log).map_err(ReloadError::Log)?;

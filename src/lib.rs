@@ -23,7 +23,8 @@
 //! | [`datagram`] | which datagrams are answered |
 //! | [`services`] | one file for each service, and their registry |
 //! | [`mirrors`] | the mirrors as the daemon knows them, in every build |
-//! | `outbound` | what is done to the outside, with the feature `mirror`: mirrors, and `download` |
+//! | [`alerts`] | what the operator is told of, as the daemon knows it, in every build |
+//! | `outbound` | what is done to the outside: with the feature `mirror`, mirrors and `download`; with the feature `alert`, mail, SMS and alerts |
 //! | [`secret`] | secrets, which are read from files and not printed |
 //! | [`document`] | the document that carries a file: written here, read by the client |
 //! | [`files`] | regular files, and folders that no name leads out of |
@@ -41,6 +42,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing))]
 
 pub mod accepted;
+pub mod alerts;
 pub mod cli;
 pub mod client;
 pub mod clock;
@@ -60,7 +62,7 @@ pub mod logging;
 pub mod manual;
 pub mod metrics;
 pub mod mirrors;
-#[cfg(feature = "mirror")]
+#[cfg(any(feature = "alert", feature = "mirror"))]
 pub mod outbound;
 pub mod reload;
 pub mod running;

@@ -29,13 +29,15 @@ const WRONG_CONFIGURATION: u8 = 78;
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Serve(arguments) => serve(arguments.into()),
-        Command::Check(file) => check(&file.into()),
+        Command::Check(arguments) => check(arguments),
         Command::Time(arguments) => in_client(|stop| until(stop, time(&arguments))),
         Command::Fetch(arguments) => match arguments.order() {
             Ok(order) => in_client(|stop| until(stop, fetch(&arguments, &order))),
             Err(error) => error.exit(),
         },
         Command::Download(arguments) => download(&arguments),
+        Command::Mail(arguments) => mail(&arguments),
+        Command::Sms(_) => ExitCode::FAILURE,
         Command::Completions { shell } => {
             let mut completions = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "handout", &mut completions);
@@ -153,8 +155,53 @@ async fn fetch(arguments: &cli::Fetch, order: &Order) -> ExitCode {
     }
 }
 
-fn check(sources: &Sources) -> ExitCode {
-    let config = match Config::load(sources) {
+#[cfg(feature = "alert")]
+fn mail(arguments: &cli::Mail) -> ExitCode {
+    match client::send::mail(arguments) {
+        Ok(mail) if arguments.dry_run => print(&mail.formatted()),
+        Ok(mail) => in_client(|stop| until(stop, async move { told(mail.send().await) })),
+        Err(error) => not_begun(error),
+    }
+}
+
+#[cfg(feature = "alert")]
+fn told(sent: Result<client::send::Sent, client::send::Failure>) -> ExitCode {
+    match sent {
+        Ok(sent) => {
+            let printed = print(format!("{}\n", sent.id).as_bytes());
+            for (to, failure) in &sent.refused {
+                complain(&format!("{}: {failure}", escape(to)));
+            }
+            if sent.refused.is_empty() { printed } else { ExitCode::FAILURE }
+        }
+        Err(failure) => fail(&failure),
+    }
+}
+
+#[cfg(feature = "alert")]
+fn not_begun(error: client::send::Error) -> ExitCode {
+    match error {
+        client::send::Error::Usage(error) => error.exit(),
+        client::send::Error::Configuration(faults) => refuse(&faults),
+        error @ client::send::Error::Other(_) => fail(&error),
+    }
+}
+
+#[cfg(not(feature = "alert"))]
+fn mail(_: &cli::Mail) -> ExitCode {
+    complain("this build has no `mail`: it was built without the feature `alert`");
+    ExitCode::FAILURE
+}
+
+#[cfg(not(feature = "alert"))]
+fn sms(_: &cli::Sms) -> ExitCode {
+    complain("this build has no `sms`: it was built without the feature `alert`");
+    ExitCode::FAILURE
+}
+
+fn check(arguments: cli::Check) -> ExitCode {
+    let sources = Sources::from(arguments.config);
+    let config = match Config::load(&sources) {
         Ok(config) => config,
         Err(faults) => return refuse(&faults),
     };
@@ -167,7 +214,40 @@ fn check(sources: &Sources) -> ExitCode {
         .iter()
         .map(|mirror| format!("mirror.{} into {}\n", mirror.name(), shown(mirror.folder())));
     let end = ["no fault found\n".to_owned()];
-    print(lines.chain(mirrors).chain(end).collect::<String>().as_bytes())
+    let checked = print(lines.chain(mirrors).chain(end).collect::<String>().as_bytes());
+    if arguments.connect { connect(config) } else { checked }
+}
+
+/// Tries every channel of a configuration.
+#[cfg(feature = "alert")]
+fn connect(config: Config) -> ExitCode {
+    in_client(|stop| {
+        until(stop, async move {
+            let mut code = ExitCode::SUCCESS;
+            if config.alerts.channels.is_empty() {
+                code = print(b"no channel to connect to\n");
+            }
+            for channel in &config.alerts.channels {
+                let name = channel.name();
+                match channel.try_out().await {
+                    Ok(done) => {
+                        let _ = print(format!("{name}: {done}\n").as_bytes());
+                    }
+                    Err(failure) => {
+                        complain(&format!("{name}: {failure}"));
+                        code = ExitCode::FAILURE;
+                    }
+                }
+            }
+            code
+        })
+    })
+}
+
+#[cfg(not(feature = "alert"))]
+fn connect(_: Config) -> ExitCode {
+    complain("this build has no channels: it was built without the feature `alert`");
+    ExitCode::FAILURE
 }
 
 fn shown(path: &Path) -> String {
@@ -180,7 +260,7 @@ fn serve(sources: Sources) -> ExitCode {
         Ok(inherited) => inherited,
         Err(error) => return fail(&error),
     };
-    let config = match Config::load(&sources) {
+    let config = match Config::load_to_serve(&sources) {
         Ok(config) => config,
         Err(faults) => return refuse(&faults),
     };

@@ -5,6 +5,8 @@ use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use crate::config::Context;
+
 /// The longest secret that is read, in bytes.
 const MAX_SECRET: u64 = 64 << 10;
 
@@ -33,6 +35,11 @@ impl Secret {
         Ok(Self(line.to_owned()))
     }
 
+    /// A text of somebody who was told the secret, and may repeat it, without it.
+    pub fn without(&self, text: &str) -> String {
+        text.replace(&self.0, "…")
+    }
+
     /// The text itself, for whom it is meant.
     pub fn reveal(&self) -> &str {
         &self.0
@@ -44,6 +51,17 @@ impl Secret {
 pub fn path(name: &str, folder: &Path, credentials: Option<&Path>) -> PathBuf {
     let credential = credentials.filter(|_| !name.contains('/')).map(|folder| folder.join(name));
     credential.filter(|path| path.is_file()).unwrap_or_else(|| folder.join(name))
+}
+
+/// Reads the secret that a configuration names, from where [`path`] says.
+///
+/// # Errors
+/// Says what is wrong.
+pub fn file(name: &str, context: &Context<'_>) -> Result<(PathBuf, Secret), String> {
+    let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
+    let path = path(name, context.folder, credentials.as_deref());
+    let secret = Secret::read(&path).map_err(|error| format!("cannot be read: {error}"))?;
+    Ok((path, secret))
 }
 
 #[cfg(test)]
@@ -63,6 +81,12 @@ mod tests {
         }
         fs::write(&path, "x".repeat(100_000)).unwrap();
         assert!(Secret::read(&path).is_err());
+    }
+
+    #[test]
+    fn a_secret_that_is_repeated_is_taken_out() {
+        let secret = Secret("hush".to_owned());
+        assert_eq!(secret.without("hush is wrong: hush!"), "… is wrong: …!");
     }
 
     #[test]

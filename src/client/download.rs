@@ -21,7 +21,8 @@ use super::progress::style;
 use crate::cli::{Cli, Download};
 use crate::outbound::batch::{self, Error, Observer, Order, Source, Summary};
 use crate::outbound::headers;
-use crate::outbound::listing::{Entry, Faulty, Pointer, Pointers};
+use crate::outbound::listing::{Entry, Faulty, Pointers};
+use crate::outbound::pointer::Pointer;
 use crate::outbound::reach::{self, shown};
 use crate::outbound::transfer::{self, Done, Existing, Outcome, Terms};
 

@@ -8,6 +8,7 @@
 //! | `progress` | how the fetching goes, for a person |
 //! | `save` | a file that appears only when it is whole |
 //! | `download` | asks HTTP(S) servers for files |
+//! | `send` | sends mail and SMS |
 //! | `names` | which names of a server's choice are taken, and how they are printed |
 
 #[cfg(feature = "mirror")]
@@ -17,6 +18,8 @@ pub mod names;
 pub mod progress;
 mod reply;
 mod save;
+#[cfg(feature = "alert")]
+pub mod send;
 pub mod time;
 
 use std::fmt;
@@ -111,8 +114,20 @@ impl Server {
         Ok(addresses)
     }
 
+    /// Its name or its address.
+    pub fn host(&self) -> &str {
+        &self.host
+    }
+
     /// Connects to the first of its addresses that answers, within `time` over all.
-    async fn connect(&self, default_port: u16, time: Duration) -> Result<TcpStream, ConnectError> {
+    ///
+    /// # Errors
+    /// If none does.
+    pub async fn connect(
+        &self,
+        default_port: u16,
+        time: Duration,
+    ) -> Result<TcpStream, ConnectError> {
         let deadline = Instant::now() + time;
         let addresses = self.addresses(default_port).await?;
         let mut causes = Vec::new();

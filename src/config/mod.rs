@@ -19,6 +19,7 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeArray, DeTable, DeValue};
 
+use crate::alerts;
 use crate::connection::Deadlines;
 use crate::limits::{Access, DatagramLimits, Limits, network};
 use crate::logging;
@@ -47,8 +48,10 @@ pub struct Config {
     pub daemon: Daemon,
     /// Every service, in the order of the file.
     pub services: Vec<Service>,
-    /// Every mirror; there is a service or a mirror.
+    /// Every mirror.
     pub mirrors: Vec<mirrors::Settings>,
+    /// How the operator is told. There is a service, a mirror or a channel.
+    pub alerts: alerts::Settings,
 }
 
 /// How the daemon logs.
@@ -140,14 +143,11 @@ impl Config {
             Some(Err(fault)) => return Err(Faults(vec![fault])),
         };
         let source = Source::file(name.clone(), &text);
-        let folder = sources.file.as_deref().and_then(Path::parent).unwrap_or(Path::new(""));
-        // An address of a socket is the same however the file was named.
-        let folder = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
+        let folder = folder_of(sources.file.as_deref());
         let context = Context { folder: &folder };
         let (root, errors) = DeTable::parse_recoverable(&text);
         for error in &errors {
-            let offset = error.span().map_or(0, |span| span.start);
-            source.fault(offset, String::new(), format_args!("not TOML: {}", error.message()));
+            not_toml(&source, error);
         }
         let mut root = Table::root(&source, root.get_ref());
         let log = root.table("log").map_or_else(|| Ok(Log::default()), Log::read);
@@ -175,6 +175,8 @@ impl Config {
             named += 1;
             mirrors.extend(read_mirror(name, table, &context, &mirrors).ok());
         }
+        let alerts = alerts::Settings::read(&mut root, &context);
+        named += alerts.as_ref().map_or(0, alerts::Settings::channels);
         let metrics = root.table(METRICS.name).map(|table| {
             let limits = metrics_limits(&limits_or_default);
             read_service(&METRICS, METRICS.name.into(), table, &context, &limits)
@@ -193,20 +195,67 @@ impl Config {
         faults.extend(source.into_faults());
         faults.extend(arguments.into_faults());
         if named == 0 && faults.is_empty() {
-            let problem = "no service; expected a table such as [time.clock] or [file.picture]";
-            faults.push(Fault {
-                place: Place::File(name),
-                key: String::new(),
-                problem: problem.to_owned(),
-            });
+            faults.push(no_service(name));
         }
-        match (log, daemon) {
-            (Ok(log), Ok(daemon)) if faults.is_empty() => {
-                Ok(Self { log, daemon, services, mirrors })
+        match (log, daemon, alerts) {
+            (Ok(log), Ok(daemon), Ok(alerts)) if faults.is_empty() => {
+                Ok(Self { log, daemon, services, mirrors, alerts })
             }
             _ => Err(Faults(faults)),
         }
     }
+
+    /// The same for a daemon, which has to have something to do.
+    ///
+    /// # Errors
+    /// Every fault, or that there is neither a service nor a mirror.
+    pub fn load_to_serve(sources: &Sources) -> Result<Self, Faults> {
+        let config = Self::load(sources)?;
+        if config.services.is_empty() && config.mirrors.is_empty() {
+            let file = sources.file.as_deref().map(|path| path.display().to_string());
+            return Err(Faults(vec![no_service(file.unwrap_or_default())]));
+        }
+        Ok(config)
+    }
+}
+
+fn no_service(file: String) -> Fault {
+    let problem = "no service; expected a table such as [time.clock] or [file.picture]";
+    Fault { place: Place::File(file), key: String::new(), problem: problem.to_owned() }
+}
+
+/// Reads a part of a configuration file, and does not look at the rest.
+///
+/// # Errors
+/// Every fault of that part, or that the file is no TOML.
+pub fn load_part<T>(
+    file: &Path,
+    read: impl FnOnce(&mut Table<'_>, &Context<'_>) -> Result<T, Noted>,
+) -> Result<T, Faults> {
+    let (name, text) = read_file(file).map_err(|fault| Faults(vec![fault]))?;
+    let source = Source::file(name, &text);
+    let folder = folder_of(Some(file));
+    let (root, errors) = DeTable::parse_recoverable(&text);
+    for error in &errors {
+        not_toml(&source, error);
+    }
+    let read = read(&mut Table::root(&source, root.get_ref()), &Context { folder: &folder });
+    match (read, source.into_faults()) {
+        (Ok(read), faults) if faults.is_empty() => Ok(read),
+        (_, faults) => Err(Faults(faults)),
+    }
+}
+
+fn not_toml(source: &Source, error: &toml::de::Error) {
+    let offset = error.span().map_or(0, |span| span.start);
+    source.fault(offset, String::new(), format_args!("not TOML: {}", error.message()));
+}
+
+/// The folder that relative paths of a file are relative to; absolute, as the address of a socket is
+/// the same however the file was named.
+fn folder_of(file: Option<&Path>) -> PathBuf {
+    let folder = file.and_then(Path::parent).unwrap_or(Path::new(""));
+    std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned())
 }
 
 /// The text of the configuration file, and its name as messages say it.
@@ -375,7 +424,11 @@ fn read_service<'a>(
     Ok((service, listen))
 }
 
-fn check_name(name: &str) -> Result<(), String> {
+/// Whether a name of the operator's can be one.
+///
+/// # Errors
+/// Says what was expected.
+pub fn check_name(name: &str) -> Result<(), String> {
     let fits = name.len() <= MAX_NAME
         && name.starts_with(|first: char| first.is_ascii_alphanumeric())
         && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_'));

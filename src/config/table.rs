@@ -194,6 +194,13 @@ impl<'a> Table<'a> {
         })
     }
 
+    /// The names of the tables below `name`; nothing is said of what is no table.
+    pub fn names(&self, name: &str) -> Vec<&'a str> {
+        let table = self.entries.get(name).map(toml::Spanned::get_ref);
+        let table = table.and_then(DeValue::as_table);
+        table.into_iter().flatten().map(|(key, _)| &**key.get_ref()).collect()
+    }
+
     /// A text, if the key is there, through `parse`.
     pub fn text<T, E: Display>(
         &mut self,

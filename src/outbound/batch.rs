@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,10 +11,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use flate2::write::GzDecoder;
 use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, HeaderMap, HeaderValue};
-use reqwest::{Certificate, Response, Url};
-use rustls::RootCertStore;
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject;
+use reqwest::{Response, Url};
 use tokio::sync::Semaphore;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, timeout_at};
@@ -25,6 +22,7 @@ use super::http::{BuildError, Client, Options};
 use super::listing::{self, Entry, Faulty, Pointers};
 use super::place::{Place, There};
 use super::reach::{Host, Reach, shown};
+use super::roots;
 use super::state::{self, Known, State, Validators};
 use super::transfer::{self, Budget, Done, Outcome, Shared, Terms, transfer};
 use crate::secret::Secret;
@@ -37,9 +35,6 @@ const MAX_FINISHING: usize = 32;
 
 /// How long parts are kept that another command may go on from.
 const KEEP_PARTS: Duration = Duration::from_hours(7 * 24);
-
-/// The largest file of roots that is read, in bytes.
-const MAX_ROOTS: u64 = 4 << 20;
 
 /// Where files are from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -220,26 +215,6 @@ pub trait Observer: Send + Sync {
     fn trouble(&self, problem: &str);
 }
 
-/// Reads the roots of a file in PEM form, of which there is at least one.
-///
-/// # Errors
-/// Says what is wrong.
-pub fn read_roots(path: &Path) -> Result<Vec<Certificate>, String> {
-    let mut pem = Vec::new();
-    let read = fs::File::open(path).and_then(|file| file.take(MAX_ROOTS).read_to_end(&mut pem));
-    read.map_err(|error| format!("cannot be read: {error}"))?;
-    let expected = || "expected certificates in PEM form".to_owned();
-    let mut roots = Vec::new();
-    for root in CertificateDer::pem_slice_iter(&pem) {
-        let root = root.map_err(|_| expected())?;
-        // The client says only that one of them is wrong, not whose.
-        let taken = RootCertStore::empty().add(root.clone());
-        taken.map_err(|error| format!("has a certificate that cannot be used: {error}"))?;
-        roots.push(Certificate::from_der(&root).map_err(|_| expected())?);
-    }
-    if roots.is_empty() { Err(expected()) } else { Ok(roots) }
-}
-
 /// Reads the token of a file, as the header that shows who asks.
 ///
 /// # Errors
@@ -264,7 +239,7 @@ pub fn prepare(order: &Order) -> Result<(Client, Arc<Reach>), Error> {
     let urls = order.source.urls();
     let reach = Arc::new(Reach::new(urls, &order.hosts, order.anybody));
     let roots = order.ca_file.as_deref().map(|path| {
-        read_roots(path).map_err(|problem| Error::File {
+        roots::read(path).map_err(|problem| Error::File {
             key: "ca-file",
             path: path.to_owned(),
             problem,

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::header::{HeaderMap, HeaderValue, LOCATION, USER_AGENT};
-use reqwest::{Certificate, Proxy, Request, Response, StatusCode, Url};
+use reqwest::{Body, Certificate, Method, Proxy, Request, Response, StatusCode, Url};
+use rustls::pki_types::CertificateDer;
 use tokio::time::timeout;
 
 use super::reach::{self, Reach, Refused};
@@ -111,7 +112,7 @@ impl Error {
 #[derive(Debug, Default)]
 pub struct Options {
     /// Roots besides those of the system.
-    pub roots: Vec<Certificate>,
+    pub roots: Vec<CertificateDer<'static>>,
     /// Whom it asks to ask.
     pub proxy: Option<Url>,
     /// What it says besides, to the origins of `sources` only.
@@ -168,6 +169,8 @@ impl Client {
             })
         };
         let other = |error: reqwest::Error| BuildError::Other(crate::errors::chain(&error));
+        let roots = roots.iter().map(|root| Certificate::from_der(root));
+        let roots = roots.collect::<Result<Vec<_>, _>>().map_err(other)?;
         let client = builder()?.tls_certs_merge(roots.clone()).build();
         let client = match client {
             // A machine without any root can still ask over plain HTTP.
@@ -193,7 +196,7 @@ impl Client {
         let mut url = url.clone();
         self.reach.may_ask(&url)?;
         for _ in 0..=MAX_REDIRECTS {
-            let mut response = self.ask(&url, headers).await?;
+            let mut response = self.ask(Method::GET, &url, headers, None).await?;
             if !is_redirect(response.status()) {
                 return Ok(response);
             }
@@ -204,8 +207,30 @@ impl Client {
         Err(Error::Redirects)
     }
 
-    async fn ask(&self, url: &Url, headers: &HeaderMap) -> Result<Response, Error> {
-        let mut request = Request::new(reqwest::Method::GET, url.clone());
+    /// Sends `body` to `url`, and returns the head of the reply, whatever its status is. A redirect
+    /// is not followed: what is sent is meant for this URL.
+    ///
+    /// # Errors
+    /// If it may not be asked, cannot be reached, or does not answer.
+    pub async fn post(
+        &self,
+        url: &Url,
+        headers: &HeaderMap,
+        body: impl Into<Body>,
+    ) -> Result<Response, Error> {
+        self.reach.may_ask(url)?;
+        self.ask(Method::POST, url, headers, Some(body.into())).await
+    }
+
+    async fn ask(
+        &self,
+        method: Method,
+        url: &Url,
+        headers: &HeaderMap,
+        body: Option<Body>,
+    ) -> Result<Response, Error> {
+        let mut request = Request::new(method, url.clone());
+        *request.body_mut() = body;
         let said = request.headers_mut();
         let agent = concat!("handout/", env!("CARGO_PKG_VERSION"));
         said.insert(USER_AGENT, HeaderValue::from_static(agent));

@@ -4,7 +4,6 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::str::FromStr;
 
 use percent_encoding::percent_decode_str;
 use reqwest::Url;
@@ -12,45 +11,12 @@ use serde::de::{
     DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor,
 };
 
+use super::pointer::Pointer;
 use super::reach::{self, Reach, Refused, shown};
 use crate::client::names::{NameError, escape, file_name};
 
 /// The longest text of a server's that is told in an error, in characters.
 const MAX_TOLD: usize = 200;
-
-/// A place in a JSON document (RFC 6901): the names on the way there.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Pointer(Vec<String>);
-
-impl FromStr for Pointer {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if text.is_empty() {
-            return Ok(Self::default());
-        }
-        let expected = "expected a JSON pointer (RFC 6901), as \"/pictures\" or \"/data/0/url\"";
-        let path = text.strip_prefix('/').ok_or(expected)?;
-        let name = |name: &str| {
-            let mut escapes = name.split('~').skip(1);
-            if escapes.all(|rest| rest.starts_with(['0', '1'])) {
-                Ok(name.replace("~1", "/").replace("~0", "~"))
-            } else {
-                Err(format!("{expected}; \"~\" is written \"~0\""))
-            }
-        };
-        path.split('/').map(name).collect::<Result<_, _>>().map(Self)
-    }
-}
-
-impl fmt::Display for Pointer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for name in &self.0 {
-            write!(f, "/{}", name.replace('~', "~0").replace('/', "~1"))?;
-        }
-        Ok(())
-    }
-}
 
 /// Where everything is in a listing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -102,10 +68,10 @@ pub enum Error {
 /// If it is no listing or too long.
 fn raw_entries(json: &[u8], pointers: &Pointers, max: usize) -> Result<Vec<Raw>, Error> {
     let fields = [Some(&pointers.url), pointers.filename.as_ref(), pointers.sha256.as_ref()];
-    let fields = fields.map(|pointer| pointer.map(|Pointer(names)| names.as_slice()));
+    let fields = fields.map(|pointer| pointer.map(Pointer::names));
     let (mut entries, mut too_long) = (None, false);
     let list = List {
-        way: &pointers.list.0,
+        way: pointers.list.names(),
         fields: &fields,
         max,
         entries: &mut entries,
@@ -602,22 +568,6 @@ mod tests {
         assert!(read(&"[".repeat(100_000)).starts_with("the listing is no JSON: "));
     }
 
-    #[test]
-    fn pointers_are_read_as_rfc_6901_says() {
-        assert_eq!(pointer(""), Pointer(vec![]));
-        assert_eq!(pointer("/"), Pointer(vec![String::new()]));
-        assert_eq!(
-            pointer("/a~1b/m~0n/~01"),
-            Pointer(["a/b", "m~n", "~1"].map(str::to_owned).to_vec())
-        );
-        for bad in ["a", "a/b", "/~", "/~2", "/a~"] {
-            assert!(
-                bad.parse::<Pointer>().unwrap_err().starts_with("expected a JSON pointer"),
-                "{bad}"
-            );
-        }
-    }
-
     fn document() -> impl Strategy<Value = Value> {
         let leaf = prop_oneof![
             Just(Value::Null),
@@ -659,12 +609,6 @@ mod tests {
                 }
                 _ => prop_assert!(matches!(read, Err(Error::NoArray(_)))),
             }
-        }
-
-        #[test]
-        fn a_pointer_prints_as_it_is_read(names in prop::collection::vec("[a~/0-9]{0,4}", 0..4)) {
-            let pointer = Pointer(names);
-            prop_assert_eq!(pointer.to_string().parse::<Pointer>().unwrap(), pointer);
         }
 
         #[test]

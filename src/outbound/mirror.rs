@@ -20,8 +20,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::back_off;
 use super::batch::{self, Error, Observer, Order, Source};
 use super::headers;
-use super::listing::{Entry, Faulty, Pointer, Pointers};
+use super::listing::{Entry, Faulty, Pointers};
+use super::pointer::Pointer;
 use super::reach::{self, Host};
+use super::roots;
 use super::transfer::{self, Done, Existing, Outcome, Terms};
 use crate::client::names::escape;
 use crate::config::{self, Context, Noted, Table};
@@ -84,7 +86,7 @@ impl Settings {
         });
         let ca_file = table.text("ca-file", |name| {
             let path = context.folder.join(name);
-            batch::read_roots(&path).map(|_| path)
+            roots::read(&path).map(|_| path)
         });
         let proxy = url(&mut table, "proxy");
         table.finish();

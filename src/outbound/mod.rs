@@ -1,27 +1,64 @@
-//! What handout does to the outside: it asks HTTP(S) servers for files.
+//! What handout does to the outside: it asks HTTP(S) servers for files, and tells the operator by mail
+//! and SMS.
 //!
 //! | file | subject |
 //! |---|---|
 //! | [`reach`] | which hosts and addresses may be asked |
 //! | [`http`] | the HTTP client |
-//! | [`headers`] | which headers may be added to requests |
+//! | [`roots`] | authorities that are trusted besides those of the system |
+//! | [`pointer`] | places in JSON documents |
 //! | [`back_off`] | what is tried again, and when |
-//! | [`listing`] | a JSON listing to entries |
-//! | [`state`] | what is known of the files here |
-//! | [`place`] | the folder that they are in |
-//! | [`transfer`] | one file |
-//! | [`batch`] | one run |
-//! | [`mirror`] | `[mirror.NAME]`: its table, and the daemon's jobs |
 //!
-//! Everything here is in builds with the feature `mirror`.
+//! With the feature `mirror`:
+//!
+//! | file | subject |
+//! |---|---|
+//! | `headers` | which headers may be added to requests |
+//! | `listing` | a JSON listing to entries |
+//! | `state` | what is known of the files here |
+//! | `place` | the folder that they are in |
+//! | `transfer` | one file |
+//! | `batch` | one run |
+//! | `mirror` | `[mirror.NAME]`: its table, and the daemon's jobs |
+//!
+//! With the feature `alert`:
+//!
+//! | file | subject |
+//! |---|---|
+//! | `channel` | a way to a person, by its name, and how sending ends |
+//! | `mail` | `[mail.NAME]`: its table, and sending |
+//! | `message` | a mail as it is sent |
+//! | `smtp` | a connection to a mail server |
+//! | `sms` | `[sms.NAME]`: its table, its providers, and sending |
 
 pub mod back_off;
-pub mod batch;
-pub mod headers;
 pub mod http;
-pub mod listing;
-pub mod mirror;
-pub mod place;
+pub mod pointer;
 pub mod reach;
+pub mod roots;
+
+#[cfg(feature = "mirror")]
+pub mod batch;
+#[cfg(feature = "mirror")]
+pub mod headers;
+#[cfg(feature = "mirror")]
+pub mod listing;
+#[cfg(feature = "mirror")]
+pub mod mirror;
+#[cfg(feature = "mirror")]
+pub mod place;
+#[cfg(feature = "mirror")]
 pub mod state;
+#[cfg(feature = "mirror")]
 pub mod transfer;
+
+#[cfg(feature = "alert")]
+pub mod alert;
+#[cfg(feature = "alert")]
+pub mod channel;
+#[cfg(feature = "alert")]
+pub mod mail;
+#[cfg(feature = "alert")]
+pub mod message;
+#[cfg(feature = "alert")]
+pub mod smtp;

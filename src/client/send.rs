@@ -1,0 +1,150 @@
+//! Sends a mail or an SMS through a configured channel: the commands beside alerts, with the same
+//! engine.
+
+use std::fs;
+use std::io::{self, Read};
+use std::path::Path;
+use std::time::SystemTime;
+
+use bytesize::ByteSize;
+use clap::CommandFactory;
+use clap::error::ErrorKind;
+use lettre::message::Message;
+
+use super::names::escape;
+use crate::cli::{Cli, ConfigFile, Mail};
+use crate::config::{Faults, load_part};
+use crate::outbound::alert;
+use crate::outbound::channel::Channel;
+use crate::outbound::mail;
+use crate::outbound::message::{self, Attachment, Letter, Mailbox};
+
+pub use crate::outbound::channel::{Failure, Sent};
+
+/// The longest text that is read, in bytes.
+const MAX_TEXT: u64 = 1 << 20;
+
+/// Why nothing is sent.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The command line is wrong.
+    #[error(transparent)]
+    Usage(#[from] clap::Error),
+    /// The configuration is wrong.
+    #[error("{0}")]
+    Configuration(Faults),
+    /// A file, or the text, cannot be sent.
+    #[error("{0}")]
+    Other(String),
+}
+
+fn wrong(problem: impl std::fmt::Display) -> Error {
+    Error::Usage(Cli::command().error(ErrorKind::ValueValidation, problem))
+}
+
+/// A mail that is ready to go.
+#[derive(Debug)]
+pub struct ReadyMail {
+    channel: mail::Settings,
+    id: String,
+    message: Message,
+}
+
+/// Makes the mail that a command line orders.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn mail(arguments: &Mail) -> Result<ReadyMail, Error> {
+    let Mail { config, name, subject, to, attach, text, .. } = arguments;
+    message::header_text(subject).map_err(|problem| wrong(format!("--subject: {problem}")))?;
+    let to = to.iter().map(|to| {
+        to.parse::<Mailbox>().map_err(|problem| wrong(format!("--to {}: {problem}", escape(to))))
+    });
+    let to = to.collect::<Result<Vec<_>, _>>()?;
+    let Channel::Mail(channel) = channel(config, "mail", name)?;
+    let attachments = read_attachments(attach, channel.max_attachment)?;
+    let text = read_text(text.as_deref())?;
+    let id = message::new_id(&channel.from);
+    let letter = Letter {
+        from: &channel.from,
+        to: if to.is_empty() { &channel.to } else { &to },
+        subject,
+        text: &text,
+        attachments,
+        id: &id,
+        date: SystemTime::now(),
+        automatic: false,
+    };
+    let message = message::compose(letter).map_err(Error::Other)?;
+    Ok(ReadyMail { channel, id, message })
+}
+
+impl ReadyMail {
+    /// The mail as it goes.
+    pub fn formatted(&self) -> Vec<u8> {
+        self.message.formatted()
+    }
+
+    /// Sends it.
+    ///
+    /// # Errors
+    /// If nobody got it, as far as is known.
+    pub async fn send(&self) -> Result<Sent, Failure> {
+        let to = self.message.envelope().to();
+        self.channel.send(&self.id, to, &self.message.formatted()).await
+    }
+}
+
+fn channel(config: &ConfigFile, kind: &'static str, name: &str) -> Result<Channel, Error> {
+    load_part(config.path(), |root, context| alert::channel(root, context, kind, name))
+        .map_err(Error::Configuration)
+}
+
+/// The text: as it was typed, or what standard input says.
+fn read_text(text: Option<&str>) -> Result<String, Error> {
+    match text {
+        Some(text) if text != "-" => Ok(text.to_owned()),
+        _ => {
+            let mut read = Vec::new();
+            let input = io::stdin().take(MAX_TEXT + 1).read_to_end(&mut read);
+            input.map_err(|error| Error::Other(format!("cannot read the text: {error}")))?;
+            if read.len() as u64 > MAX_TEXT {
+                let most = ByteSize(MAX_TEXT);
+                return Err(Error::Other(format!("the text is longer than {most}; --attach it")));
+            }
+            String::from_utf8(read)
+                .map_err(|_| Error::Other("the text is not UTF-8; --attach it".to_owned()))
+        }
+    }
+}
+
+fn read_attachments(
+    paths: &[impl AsRef<Path>],
+    max_attachment: u64,
+) -> Result<Vec<Attachment>, Error> {
+    let mut left = max_attachment;
+    let mut read = |path: &Path| {
+        let name = path.file_name().and_then(|name| name.to_str());
+        let name = name.ok_or("expected a path that ends with a file's name, in UTF-8")?;
+        message::attachment_name(name)?;
+        let mut content = Vec::new();
+        let file = fs::File::open(path);
+        let read = file.and_then(|file| file.take(left + 1).read_to_end(&mut content));
+        read.map_err(|error| format!("cannot be read: {error}"))?;
+        let Some(less) = left.checked_sub(content.len() as u64) else {
+            let most = ByteSize(max_attachment);
+            return Err(format!("all attachments are longer than {most} (max-attachment)"));
+        };
+        left = less;
+        Ok(Attachment { name: name.to_owned(), content })
+    };
+    paths
+        .iter()
+        .map(|path| {
+            let path = path.as_ref();
+            read(path).map_err(|problem: String| {
+                Error::Other(format!("{}: {problem}", escape(&path.to_string_lossy())))
+            })
+        })
+        .collect()
+}

@@ -1,0 +1,111 @@
+//! A way to a person: how sending over it ends.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::mail;
+use crate::client::names::escape;
+
+/// The longest that is told of what a server has said, in characters.
+const MAX_WORDS: usize = 500;
+
+/// What a failure means for the next attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lasting {
+    /// It may be better a little later.
+    Temporary,
+    /// It will not be better before somebody does something about the channel: its password, its
+    /// certificate, its address.
+    Unusable,
+    /// This message will never be taken.
+    Refused,
+}
+
+/// Why something was not sent.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{words}")]
+pub struct Failure {
+    /// What it means for the next attempt.
+    pub lasting: Lasting,
+    /// What happened, in the server's own words if it has said any.
+    pub words: String,
+}
+
+impl Failure {
+    /// One that may pass.
+    pub fn temporary(words: impl Into<String>) -> Self {
+        Self { lasting: Lasting::Temporary, words: words.into() }
+    }
+
+    /// One of the channel.
+    pub fn unusable(words: impl Into<String>) -> Self {
+        Self { lasting: Lasting::Unusable, words: words.into() }
+    }
+
+    /// One of this message.
+    pub fn refused(words: impl Into<String>) -> Self {
+        Self { lasting: Lasting::Refused, words: words.into() }
+    }
+
+    /// One that has taken too long.
+    pub fn late(time: Duration, doing: &str) -> Self {
+        Self::temporary(format!("not done within {} s (timeout): {doing}", time.as_secs_f64()))
+    }
+}
+
+/// What a server has said, as a line that can be printed.
+pub fn words(said: &str) -> String {
+    let said = said.trim();
+    let mut words = escape(&said.chars().take(MAX_WORDS).collect::<String>());
+    if said.chars().nth(MAX_WORDS).is_some() {
+        words.push('…');
+    }
+    words
+}
+
+/// A message that has been taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sent {
+    /// What it is known by: the Message-ID, or what the provider has called it.
+    pub id: String,
+    /// For whom it was not taken.
+    pub refused: Vec<(String, Failure)>,
+}
+
+/// A way to a person.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Channel {
+    /// `[mail.NAME]`
+    Mail(mail::Settings),
+}
+
+impl Channel {
+    /// Its kind and name, as `mail.ops`.
+    pub fn name(&self) -> &Arc<str> {
+        match self {
+            Self::Mail(mail) => &mail.name,
+        }
+    }
+
+    /// Looks whether its server can be reached, can encrypt, and knows us, as far as that can be seen
+    /// without sending; returns what was done.
+    ///
+    /// # Errors
+    /// If not.
+    pub async fn try_out(&self) -> Result<String, Failure> {
+        match self {
+            Self::Mail(mail) => mail.try_out().await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_server_says_is_bounded_and_obeyed_by_no_terminal() {
+        assert_eq!(words(" no \u{1b}[2J\r\nnever \n"), "no \\u{1b}[2J\\r\\nnever");
+        assert_eq!(words(&"ä".repeat(1000)).chars().count(), MAX_WORDS + 1);
+    }
+}

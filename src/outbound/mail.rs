@@ -1,0 +1,204 @@
+//! `[mail.NAME]`: its table, and sending.
+//!
+//! Some recipients may be refused and others not: those get the mail, and these are named.
+
+use std::net::IpAddr;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use lettre::Address;
+use lettre::transport::smtp::commands::{Data, Mail, Rcpt};
+use lettre::transport::smtp::extension::{Extension, MailBodyParameter, MailParameter};
+use tokio::time::timeout;
+
+use super::channel::{Failure, Lasting, Sent};
+use super::message::{Mailbox, header_text};
+use super::roots;
+use super::smtp::{self, Connection, Doing, Login, Place, Security};
+use crate::client::Server;
+use crate::config::{self, Context, Noted, Table};
+use crate::secret;
+
+/// The most recipients of a mail; servers take that many at least (RFC 5321, 4.5.3.1.8).
+const MAX_RECIPIENTS: usize = 100;
+
+/// The checked settings of a mail channel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// Its kind and name, as `mail.ops`.
+    pub name: Arc<str>,
+    place: Place,
+    /// Who writes.
+    pub from: Mailbox,
+    /// To whom, unless somebody else is named.
+    pub to: Vec<Mailbox>,
+    timeout: Duration,
+    /// How much may be attached to one mail, in bytes.
+    pub max_attachment: u64,
+}
+
+impl Settings {
+    /// Reads `[mail.NAME]`, and reports what is wrong to the table.
+    ///
+    /// # Errors
+    /// If something is.
+    pub fn read(name: &str, mut table: Table<'_>, context: &Context<'_>) -> Result<Self, Noted> {
+        let expected = "the server, as \"smtp.example.org:465\"";
+        let server = table.required("server", expected, Server::from_str);
+        let security = table.text_or("security", "tls", Security::from_str);
+        let allow_plaintext = table.boolean_or("allow-plaintext", false);
+        let username = table.text("username", |name| header_text(name).map(|()| name.to_owned()));
+        let password_file =
+            table.text("password-file", |name| secret::file(name, context).map(|(path, _)| path));
+        let from = table.required("from", "who writes, as \"handout@example.org\"", str::parse);
+        let to = table.texts("to", Mailbox::from_str);
+        let timeout = table.text_or("timeout", "30s", config::duration);
+        let ca_file = table.text("ca-file", |name| {
+            let path = context.folder.join(name);
+            roots::read(&path).map(|_| path)
+        });
+        let max_attachment = table.text_or("max-attachment", "10MiB", config::size);
+        let to = to.and_then(|to| match to {
+            None => Err(table.fault("to", "missing; expected at least one address")),
+            Some(to) if to.is_empty() => {
+                Err(table.fault("to", "empty; expected at least one address"))
+            }
+            Some(to) if to.len() > MAX_RECIPIENTS => {
+                Err(table.fault("to", format_args!("expected at most {MAX_RECIPIENTS} addresses")))
+            }
+            Some(to) => Ok(to.into_iter().map(|to| to.value).collect()),
+        });
+        let login = match (username?, password_file?) {
+            (Some(username), Some(password_file)) => Ok(Some(Login { username, password_file })),
+            (None, None) => Ok(None),
+            (Some(_), None) => Err(table.fault(
+                "password-file",
+                "missing; expected the file with the password of `username`, or the credential of \
+                 that name",
+            )),
+            (None, Some(_)) => {
+                Err(table.fault("username", "missing; expected whose password it is"))
+            }
+        };
+        let (server, security, allow_plaintext) = (server?, security?, allow_plaintext?);
+        let far = security == Security::Plaintext && !allow_plaintext && !is_loopback(&server);
+        let far = far.then(|| {
+            table.fault(
+                "security",
+                "none is for this machine only (127.0.0.1, ::1, localhost); expected tls or \
+                 starttls, or allow-plaintext = true",
+            )
+        });
+        table.finish();
+        let (from, to, login) = (from?, to?, login?);
+        let (timeout, ca_file, max_attachment) = (timeout?, ca_file?, max_attachment?);
+        match far {
+            Some(noted) => Err(noted),
+            None => Ok(Self {
+                name: format!("mail.{name}").into(),
+                place: Place { server, security, allow_plaintext, ca_file, login },
+                from,
+                to,
+                timeout,
+                max_attachment,
+            }),
+        }
+    }
+
+    /// Connects, encrypts and logs in, and sends nothing; returns what was done.
+    ///
+    /// # Errors
+    /// If that cannot be done.
+    pub async fn try_out(&self) -> Result<String, Failure> {
+        let doing = Doing::default();
+        let connected = smtp::connect(&self.place, self.timeout, &doing);
+        let late = |_| Err(Failure::late(self.timeout, doing.get()));
+        let connection = timeout(self.timeout, connected).await.unwrap_or_else(late)?;
+        connection.leave().await;
+        let Place { server, security, login, .. } = &self.place;
+        let encrypted = match security {
+            Security::Tls => ", encrypted",
+            Security::StartTls => ", encrypted after STARTTLS",
+            Security::Plaintext => ", not encrypted",
+        };
+        let logged_in = if login.is_some() { ", logged in" } else { "" };
+        Ok(format!("connected to {server}{encrypted}{logged_in}"))
+    }
+
+    /// Sends a mail, which is known by `id`, to these recipients.
+    ///
+    /// # Errors
+    /// If nobody got it, as far as is known.
+    pub async fn send(&self, id: &str, to: &[Address], mail: &[u8]) -> Result<Sent, Failure> {
+        let doing = Doing::default();
+        let deliver = async {
+            let mut connection = smtp::connect(&self.place, self.timeout, &doing).await?;
+            let delivered = self.deliver(&mut connection, to, mail, &doing).await;
+            Ok((connection, delivered))
+        };
+        let late = |_| Err(Failure::late(self.timeout, doing.get()));
+        let (connection, delivered) = timeout(self.timeout, deliver).await.unwrap_or_else(late)?;
+        // What the server has said is certain, whether it hears us go or not.
+        connection.leave().await;
+        Ok(Sent { id: id.to_owned(), refused: delivered? })
+    }
+
+    async fn deliver(
+        &self,
+        connection: &mut Connection,
+        to: &[Address],
+        mail: &[u8],
+        doing: &Doing,
+    ) -> Result<Vec<(String, Failure)>, Failure> {
+        let connection = &mut connection.inner;
+        let fail = |error| Failure::from_smtp(&error, Failure::refused);
+        let eight_bit = !mail.is_ascii();
+        let mut parameters = Vec::new();
+        if eight_bit && connection.server_info().supports_feature(Extension::EightBitMime) {
+            parameters.push(MailParameter::Body(MailBodyParameter::EightBitMime));
+        }
+        doing.set("waiting for the reply to MAIL");
+        let from = Mail::new(Some(self.from.address.clone()), parameters);
+        connection.command(from).await.map_err(fail)?;
+        doing.set("waiting for the reply to RCPT");
+        let mut refused = Vec::new();
+        for recipient in to {
+            let answer = connection.command(Rcpt::new(recipient.clone(), Vec::new())).await;
+            match answer {
+                Ok(_) => {}
+                Err(error) if error.status().is_some() => {
+                    refused.push((recipient.to_string(), fail(error)));
+                }
+                Err(error) => return Err(fail(error)),
+            }
+        }
+        if refused.len() == to.len() {
+            return Err(all_refused(&refused));
+        }
+        doing.set("waiting for the reply to DATA");
+        connection.command(Data).await.map_err(fail)?;
+        doing.set(
+            "waiting until the mail is taken, which it may be, although the server does not say so",
+        );
+        // It ends the last line by itself.
+        let mail = mail.strip_suffix(b"\r\n").unwrap_or(mail);
+        connection.message(mail).await.map_err(fail)?;
+        Ok(refused)
+    }
+}
+
+/// One failure of several recipients.
+fn all_refused(refused: &[(String, Failure)]) -> Failure {
+    let each: Vec<_> = refused.iter().map(|(to, failure)| format!("{to}: {failure}")).collect();
+    let temporary = refused.iter().any(|(_, failure)| failure.lasting == Lasting::Temporary);
+    let lasting = if temporary { Lasting::Temporary } else { Lasting::Refused };
+    Failure { lasting, words: each.join("; ") }
+}
+
+/// Whether a server is on this machine, whatever the names in the network say.
+fn is_loopback(server: &Server) -> bool {
+    let host = server.host();
+    host == "localhost"
+        || host.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
+}

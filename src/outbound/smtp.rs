@@ -1,0 +1,527 @@
+//! A connection to a mail server (RFC 5321): encrypted from the beginning (RFC 8314), after STARTTLS
+//! (RFC 3207), or not at all. Once it stands, lettre speaks.
+//!
+//! STARTTLS is asked for here, and not by lettre, so that nothing that was said before the encryption
+//! can be taken for something that was said within it.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use lettre::transport::smtp::authentication::{Credentials, DEFAULT_MECHANISMS};
+use lettre::transport::smtp::client::{AsyncSmtpConnection, AsyncTokioStream};
+use lettre::transport::smtp::extension::ClientId;
+use lettre::transport::smtp::response::{Response, Severity};
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, RootCertStore};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use super::channel::{Failure, words};
+use super::roots;
+use crate::client::Server;
+use crate::errors::chain;
+use crate::secret::Secret;
+
+/// How much a server may say in one connection, in bytes.
+const MAX_SAID: u64 = 1 << 20;
+
+/// The longest reply before the encryption, in bytes.
+const MAX_REPLY: usize = 64 << 10;
+
+/// How long a server is waited for that is only said goodbye to.
+const GOODBYE: Duration = Duration::from_secs(1);
+
+/// What a server that was greeted before is taken to say at the beginning of the encryption.
+const GREETED: &[u8] = b"220 \r\n";
+
+/// How a connection is protected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Security {
+    /// TLS from the first byte.
+    Tls,
+    /// TLS after STARTTLS, or nothing at all.
+    StartTls,
+    /// None.
+    Plaintext,
+}
+
+impl FromStr for Security {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "tls" => Ok(Self::Tls),
+            "starttls" => Ok(Self::StartTls),
+            "none" => Ok(Self::Plaintext),
+            _ => Err("expected tls, starttls or none"),
+        }
+    }
+}
+
+impl Security {
+    /// The port that is meant if none is said.
+    pub fn port(self) -> u16 {
+        match self {
+            Self::Tls => 465,
+            Self::StartTls => 587,
+            Self::Plaintext => 25,
+        }
+    }
+}
+
+/// A user with a file that the password is in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Login {
+    /// The user.
+    pub username: String,
+    /// Where the password is.
+    pub password_file: PathBuf,
+}
+
+/// Who is connected to, and how.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The server.
+    pub server: Server,
+    /// How the connection is protected.
+    pub security: Security,
+    /// Whether one that is not may lead to another machine.
+    pub allow_plaintext: bool,
+    /// Authorities besides those of the system.
+    pub ca_file: Option<PathBuf>,
+    /// Who is said to ask, if anybody.
+    pub login: Option<Login>,
+}
+
+/// What is being done at the moment, so that it can be told if it takes too long.
+#[derive(Debug, Default)]
+pub struct Doing(Mutex<&'static str>);
+
+impl Doing {
+    /// This is being done from now on.
+    pub fn set(&self, what: &'static str) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = what;
+    }
+
+    /// What is being done.
+    pub fn get(&self) -> &'static str {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A connection over which mail can be sent.
+pub struct Connection {
+    /// What lettre has made of it.
+    pub inner: AsyncSmtpConnection,
+}
+
+/// Connects and logs in, which has to be done within `time`, as the caller sees to.
+///
+/// # Errors
+/// If there is nobody, if it is not the one, if it does not encrypt though it has to, or if it does
+/// not know us.
+pub async fn connect(place: &Place, time: Duration, doing: &Doing) -> Result<Connection, Failure> {
+    let Place { server, security, allow_plaintext, ca_file, login } = place;
+    // First what can fail without anybody being asked.
+    let login = login.as_ref().map(|Login { username, password_file }| {
+        let password = Secret::read(password_file).map_err(|error| {
+            let path = password_file.display();
+            Failure::unusable(words(&format!("the password in {path} cannot be read: {error}")))
+        })?;
+        Ok((username, password))
+    });
+    let login = login.transpose()?;
+    let tls = match security {
+        Security::Plaintext => None,
+        Security::Tls | Security::StartTls => Some(tls(ca_file.clone(), server).await?),
+    };
+    doing.set("connecting");
+    let stream = server.connect(security.port(), time).await;
+    let stream = stream.map_err(|error| Failure::temporary(words(&chain(&error))))?;
+    let peer = stream.peer_addr().map_err(lost)?;
+    let nodelay = stream.set_nodelay(true);
+    nodelay.map_err(lost)?;
+    let stream: Box<dyn AsyncTokioStream> = match (security, tls) {
+        (Security::Plaintext, _) | (_, None) => {
+            if !allow_plaintext && !peer.ip().to_canonical().is_loopback() {
+                return Err(Failure::unusable(format!(
+                    "{peer} is another machine: without encryption (security = \"none\") it is sent \
+                     to only with allow-plaintext = true"
+                )));
+            }
+            Box::new(Bounded::new(stream, peer, b""))
+        }
+        (Security::Tls, Some(tls)) => {
+            Box::new(Bounded::new(encrypt(stream, tls, doing).await?, peer, b""))
+        }
+        (Security::StartTls, Some(tls)) => {
+            let stream = start_tls(stream, doing).await?;
+            Box::new(Bounded::new(encrypt(stream, tls, doing).await?, peer, GREETED))
+        }
+    };
+    doing.set("waiting for the server's greeting");
+    let hello = hello();
+    let mut inner = AsyncSmtpConnection::connect_with_transport(stream, &hello)
+        .await
+        .map_err(|error| Failure::from_smtp(&error, Failure::unusable))?;
+    if let Some((username, password)) = login {
+        doing.set("logging in");
+        let credentials = Credentials::new(username.clone(), password.reveal().to_owned());
+        let logged_in = inner.auth(DEFAULT_MECHANISMS, &credentials).await;
+        if let Err(error) = logged_in {
+            let failure = Failure::from_smtp(&error, Failure::unusable);
+            Connection { inner }.leave().await;
+            let failure =
+                Failure { words: without(&failure.words, username, &password), ..failure };
+            let said = if error.is_client() {
+                "the server offers neither AUTH PLAIN nor AUTH LOGIN".to_owned()
+            } else {
+                format!("the login is refused: {}", failure.words)
+            };
+            return Err(Failure { words: said, ..failure });
+        }
+    }
+    Ok(Connection { inner })
+}
+
+impl Connection {
+    /// Says goodbye. Whether that is heard does not matter.
+    pub async fn leave(mut self) {
+        let _ = tokio::time::timeout(GOODBYE, self.inner.abort()).await;
+    }
+}
+
+/// What a server has said, without the password, which it may have repeated.
+fn without(words: &str, username: &str, password: &Secret) -> String {
+    use base64::prelude::{BASE64_STANDARD, Engine as _};
+    let secret = password.reveal();
+    let plain = BASE64_STANDARD.encode(format!("\0{username}\0{secret}"));
+    let login = BASE64_STANDARD.encode(secret);
+    password.without(words).replace(&plain, "…").replace(&login, "…")
+}
+
+impl Failure {
+    /// What lettre says of a reply, or of there being none; what a definite refusal means is for
+    /// the caller to say.
+    pub fn from_smtp(error: &lettre::transport::smtp::Error, definite: fn(String) -> Self) -> Self {
+        let said = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
+        match error.status() {
+            Some(code) => {
+                let said = words(&format!("{code} {said}"));
+                match code.severity {
+                    Severity::PermanentNegativeCompletion => definite(said),
+                    _ => Self::temporary(said),
+                }
+            }
+            None if error.is_client() => definite(words(&said)),
+            None if error.is_response() && said.contains("incomplete") => {
+                Self::temporary("the server closed the connection without a reply")
+            }
+            None if error.is_response() => {
+                Self::temporary(format!("what the server says is no SMTP: {}", words(&said)))
+            }
+            None => Self::temporary(format!("the connection failed: {}", words(&said))),
+        }
+    }
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
+fn lost(error: io::Error) -> Failure {
+    let closed = error.kind() == io::ErrorKind::UnexpectedEof;
+    Failure::temporary(if closed {
+        "the server closed the connection without a reply".to_owned()
+    } else {
+        format!("the connection failed: {error}")
+    })
+}
+
+/// Who we say we are: this machine's name, or nobody in particular.
+fn hello() -> ClientId {
+    let uname = rustix::system::uname();
+    let name = uname.nodename().to_str().unwrap_or_default();
+    let fits = !name.is_empty()
+        && name.len() <= 255
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.'));
+    if fits { ClientId::Domain(name.to_owned()) } else { ClientId::default() }
+}
+
+/// How a server shows who it is, with the name that it has to have.
+struct Tls {
+    config: Arc<ClientConfig>,
+    name: ServerName<'static>,
+}
+
+/// Prepares the encryption; the files of roots are read, which can take its time.
+async fn tls(ca_file: Option<PathBuf>, server: &Server) -> Result<Tls, Failure> {
+    let unusable = |error: &dyn fmt::Display| Failure::unusable(error.to_string());
+    let name = ServerName::try_from(server.host().to_owned()).map_err(|error| unusable(&error))?;
+    let store = tokio::task::spawn_blocking(move || root_store(ca_file.as_deref()));
+    let store = store.await.map_err(|error| Failure::temporary(error.to_string()))?;
+    let store = store.map_err(Failure::unusable)?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| unusable(&error))?
+        .with_root_certificates(store)
+        .with_no_client_auth();
+    Ok(Tls { config: Arc::new(config), name })
+}
+
+fn root_store(ca_file: Option<&Path>) -> Result<RootCertStore, String> {
+    let mut store = RootCertStore::empty();
+    // What cannot be read of the system's is missed when a server shows a certificate of it.
+    store.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    if let Some(path) = ca_file {
+        let further = roots::read(path)
+            .map_err(|error| words(&format!("ca-file: {}: {error}", path.display())))?;
+        store.add_parsable_certificates(further);
+    }
+    Ok(store)
+}
+
+async fn encrypt(
+    stream: TcpStream,
+    Tls { config, name }: Tls,
+    doing: &Doing,
+) -> Result<TlsStream<TcpStream>, Failure> {
+    doing.set("agreeing on the encryption (TLS)");
+    TlsConnector::from(config).connect(name, stream).await.map_err(|error| {
+        let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+        match tls {
+            Some(rustls::Error::InvalidCertificate(why)) => Failure::unusable(format!(
+                "the server's certificate is not taken: {why}; further roots can be named (ca-file)"
+            )),
+            Some(rustls::Error::InvalidMessage(_)) => Failure::unusable(
+                "the server does not answer with TLS: is it the right port, or security = \
+                 \"starttls\"?",
+            ),
+            Some(error) => Failure::unusable(words(&format!("no encryption (TLS): {error}"))),
+            None if error.kind() == io::ErrorKind::UnexpectedEof => {
+                Failure::temporary("the server closed the connection before it was encrypted (TLS)")
+            }
+            None => lost(error),
+        }
+    })
+}
+
+/// Asks for TLS, and returns the connection at the place where it begins.
+async fn start_tls(mut stream: TcpStream, doing: &Doing) -> Result<TcpStream, Failure> {
+    let mut said = Vec::new();
+    doing.set("waiting for the server's greeting");
+    positive(reply(&mut stream, &mut said).await?, Failure::unusable)?;
+    doing.set("waiting for the reply to EHLO");
+    say(&mut stream, &format!("EHLO {}\r\n", hello())).await?;
+    let offers = positive(reply(&mut stream, &mut said).await?, Failure::unusable)?;
+    let offered = offers.message().skip(1).any(|line| line.trim().eq_ignore_ascii_case("STARTTLS"));
+    if !offered {
+        let _ = say(&mut stream, "QUIT\r\n").await;
+        return Err(Failure::unusable(
+            "the server offers no STARTTLS, and without encryption nothing is sent to it",
+        ));
+    }
+    doing.set("waiting for the reply to STARTTLS");
+    say(&mut stream, "STARTTLS\r\n").await?;
+    let agreed = reply(&mut stream, &mut said).await?;
+    let agreed = positive(agreed, Failure::unusable)?;
+    if !agreed.has_code(220) {
+        return Err(Failure::unusable(format!("STARTTLS is answered with {}", agreed.code())));
+    }
+    if said.is_empty() {
+        Ok(stream)
+    } else {
+        Err(Failure::unusable("something was said between STARTTLS and the encryption"))
+    }
+}
+
+async fn say(stream: &mut TcpStream, line: &str) -> Result<(), Failure> {
+    stream.write_all(line.as_bytes()).await.map_err(lost)
+}
+
+fn positive(reply: Response, definite: fn(String) -> Failure) -> Result<Response, Failure> {
+    if reply.is_positive() {
+        return Ok(reply);
+    }
+    let said = reply.message().collect::<Vec<_>>().join(" ");
+    let said = words(&format!("{} {said}", reply.code()));
+    match reply.code().severity {
+        Severity::PermanentNegativeCompletion => Err(definite(said)),
+        _ => Err(Failure::temporary(said)),
+    }
+}
+
+/// Reads a whole reply; what comes behind it stays in `said`.
+async fn reply(stream: &mut TcpStream, said: &mut Vec<u8>) -> Result<Response, Failure> {
+    loop {
+        if let Some(end) = end_of_reply(said) {
+            let reply: Vec<u8> = said.drain(..end).collect();
+            let text = String::from_utf8_lossy(&reply);
+            return text.parse().map_err(|_| {
+                Failure::temporary(format!("what the server says is no SMTP: {}", words(&text)))
+            });
+        }
+        if said.len() > MAX_REPLY {
+            return Err(Failure::temporary("the server says too much"));
+        }
+        if stream.read_buf(said).await.map_err(lost)? == 0 {
+            return Err(lost(io::ErrorKind::UnexpectedEof.into()));
+        }
+    }
+}
+
+/// Where a reply ends: behind the first line that does not say that another follows.
+fn end_of_reply(said: &[u8]) -> Option<usize> {
+    let mut end = 0;
+    for line in said.split_inclusive(|byte| *byte == b'\n') {
+        end += line.len();
+        if line.ends_with(b"\n") && line.get(3) != Some(&b'-') {
+            return Some(end);
+        }
+    }
+    None
+}
+
+/// A stream whose other end may say only so much.
+struct Bounded<S> {
+    inner: S,
+    peer: SocketAddr,
+    /// What is taken to have been said first.
+    first: &'static [u8],
+    left: u64,
+}
+
+impl<S> Bounded<S> {
+    fn new(inner: S, peer: SocketAddr, first: &'static [u8]) -> Self {
+        Self { inner, peer, first, left: MAX_SAID }
+    }
+}
+
+impl<S> fmt::Debug for Bounded<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Bounded").field("peer", &self.peer).finish_non_exhaustive()
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Send + Sync + Unpin> AsyncTokioStream for Bounded<S> {
+    fn peer_addr(&self) -> io::Result<SocketAddr> {
+        Ok(self.peer)
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Bounded<S> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if !this.first.is_empty() {
+            let (now, later) = this.first.split_at(this.first.len().min(buffer.remaining()));
+            buffer.put_slice(now);
+            this.first = later;
+            return Poll::Ready(Ok(()));
+        }
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut this.inner).poll_read(context, buffer);
+        if let Poll::Ready(Ok(())) = read {
+            let came = (buffer.filled().len() - before) as u64;
+            match this.left.checked_sub(came) {
+                Some(left) => this.left = left,
+                None => return Poll::Ready(Err(io::Error::other("the server says too much"))),
+            }
+        }
+        read
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Bounded<S> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().inner).poll_write(context, bytes)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().inner).poll_flush(context)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().inner).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reply_ends_with_its_last_line() {
+        let end = |said: &str| end_of_reply(said.as_bytes());
+        assert_eq!(end("220 hi\r\n"), Some(8));
+        assert_eq!(end("250-a\r\n250 b\r\nrest"), Some(14));
+        assert_eq!(end("250-a\r\n"), None);
+        assert_eq!(end("250-a\r\n250 b"), None);
+        assert_eq!(end(""), None);
+        // It is no reply, and is not waited for more of.
+        assert_eq!(end("\r\n"), Some(2));
+    }
+
+    #[test]
+    fn a_password_that_a_server_repeats_is_not_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("password");
+        std::fs::write(&path, "hush").unwrap();
+        let password = Secret::read(&path).unwrap();
+        for said in ["hush", "aHVzaA==", "AUTH PLAIN AG1lAGh1c2g="] {
+            let told = without(said, "me", &password);
+            assert!(told.ends_with('…'), "{told}");
+        }
+    }
+
+    /// What `start_tls` does with a server that says these things, one after the other.
+    async fn ask(said: &'static [&'static str]) -> Result<(), Failure> {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut heard = [0; 1024];
+            for reply in said {
+                stream.write_all(reply.as_bytes()).await.unwrap();
+                let _ = stream.read(&mut heard).await;
+            }
+        });
+        let stream = TcpStream::connect(address).await.unwrap();
+        start_tls(stream, &Doing::default()).await.map(drop)
+    }
+
+    #[tokio::test]
+    async fn encryption_is_agreed_on_or_nothing_is_sent() {
+        let right = &["220 hi\r\n", "250-me\r\n250 STARTTLS\r\n", "220 go\r\n"];
+        assert_eq!(ask(right).await, Ok(()));
+        let wrong: [(&'static [&'static str], &str); 6] = [
+            (&["220 hi\r\n", "250 STARTTLS\r\n"], "the server offers no STARTTLS"),
+            (&["220 hi\r\n", "250-me\r\n250 SIZE\r\n"], "the server offers no STARTTLS"),
+            (&["220 hi\r\n", "250-me\r\n250 STARTTLS\r\n", "454 no\r\n"], "454 no"),
+            (
+                &["220 hi\r\n", "250-me\r\n250 STARTTLS\r\n", "220 go\r\n250 AUTH PLAIN\r\n"],
+                "something was said between",
+            ),
+            (&["554 never\r\n"], "554 never"),
+            (&["HTTP/1.1 400\r\n"], "what the server says is no SMTP"),
+        ];
+        for (said, why) in wrong {
+            let failure = ask(said).await.unwrap_err();
+            assert!(failure.words.starts_with(why), "{failure}");
+        }
+    }
+}
