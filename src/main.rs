@@ -37,7 +37,7 @@ fn main() -> ExitCode {
         },
         Command::Download(arguments) => download(&arguments),
         Command::Mail(arguments) => mail(&arguments),
-        Command::Sms(_) => ExitCode::FAILURE,
+        Command::Sms(arguments) => sms(&arguments),
         Command::Completions { shell } => {
             let mut completions = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "handout", &mut completions);
@@ -165,10 +165,20 @@ fn mail(arguments: &cli::Mail) -> ExitCode {
 }
 
 #[cfg(feature = "alert")]
+fn sms(arguments: &cli::Sms) -> ExitCode {
+    match client::send::sms(arguments) {
+        Ok(sms) if arguments.dry_run => print(sms.show().as_bytes()),
+        Ok(sms) => in_client(|stop| until(stop, async move { told(sms.send().await) })),
+        Err(error) => not_begun(error),
+    }
+}
+
+#[cfg(feature = "alert")]
 fn told(sent: Result<client::send::Sent, client::send::Failure>) -> ExitCode {
     match sent {
         Ok(sent) => {
-            let printed = print(format!("{}\n", sent.id).as_bytes());
+            let lines = sent.ids.iter().map(|id| format!("{id}\n"));
+            let printed = print(lines.collect::<String>().as_bytes());
             for (to, failure) in &sent.refused {
                 complain(&format!("{}: {failure}", escape(to)));
             }

@@ -12,12 +12,13 @@ use clap::error::ErrorKind;
 use lettre::message::Message;
 
 use super::names::escape;
-use crate::cli::{Cli, ConfigFile, Mail};
+use crate::cli::{Cli, ConfigFile, Mail, Sms};
 use crate::config::{Faults, load_part};
 use crate::outbound::alert;
 use crate::outbound::channel::Channel;
-use crate::outbound::mail;
 use crate::outbound::message::{self, Attachment, Letter, Mailbox};
+use crate::outbound::sms::Number;
+use crate::outbound::{mail, sms};
 
 pub use crate::outbound::channel::{Failure, Sent};
 
@@ -61,7 +62,9 @@ pub fn mail(arguments: &Mail) -> Result<ReadyMail, Error> {
         to.parse::<Mailbox>().map_err(|problem| wrong(format!("--to {}: {problem}", escape(to))))
     });
     let to = to.collect::<Result<Vec<_>, _>>()?;
-    let Channel::Mail(channel) = channel(config, "mail", name)?;
+    let Channel::Mail(channel) = channel(config, "mail", name)? else {
+        return Err(Error::Other(format!("mail.{name} is no mail channel")));
+    };
     let attachments = read_attachments(attach, channel.max_attachment)?;
     let text = read_text(text.as_deref())?;
     let id = message::new_id(&channel.from);
@@ -92,6 +95,47 @@ impl ReadyMail {
     pub async fn send(&self) -> Result<Sent, Failure> {
         let to = self.message.envelope().to();
         self.channel.send(&self.id, to, &self.message.formatted()).await
+    }
+}
+
+/// An SMS that is ready to go.
+#[derive(Debug)]
+pub struct ReadySms {
+    channel: sms::Settings,
+    to: Vec<Number>,
+    text: String,
+}
+
+/// Makes the SMS that a command line orders.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn sms(arguments: &Sms) -> Result<ReadySms, Error> {
+    let Sms { config, name, to, text, .. } = arguments;
+    let Channel::Sms(channel) = channel(config, "sms", name)? else {
+        return Err(Error::Other(format!("sms.{name} is no SMS channel")));
+    };
+    let to = to.iter().map(|to| {
+        channel.number(to).map_err(|problem| wrong(format!("--to {}: {problem}", escape(to))))
+    });
+    let to = to.collect::<Result<Vec<_>, _>>()?;
+    let text = channel.check(&read_text(text.as_deref())?).map_err(Error::Other)?;
+    let to = if to.is_empty() { channel.to.clone() } else { to };
+    Ok(ReadySms { channel, to, text })
+}
+
+impl ReadySms {
+    /// What would be asked of the provider, without secrets.
+    pub fn show(&self) -> String {
+        self.channel.show(&self.to, &self.text)
+    }
+
+    /// Sends it.
+    ///
+    /// # Errors
+    /// If nobody got it, as far as is known.
+    pub async fn send(&self) -> Result<Sent, Failure> {
+        self.channel.send(&self.to, &self.text).await
     }
 }
 

@@ -194,6 +194,11 @@ impl<'a> Table<'a> {
         })
     }
 
+    /// Whether a key is there.
+    pub fn has(&self, name: &str) -> bool {
+        self.entries.contains_key(name)
+    }
+
     /// The names of the tables below `name`; nothing is said of what is no table.
     pub fn names(&self, name: &str) -> Vec<&'a str> {
         let table = self.entries.get(name).map(toml::Spanned::get_ref);

@@ -1,7 +1,7 @@
 //! The channels of a configuration, and `[alert]`.
 
 use super::channel::Channel;
-use super::mail;
+use super::{mail, sms};
 use crate::config::{Context, Noted, Table, check_name};
 
 /// How the operator is told.
@@ -18,8 +18,10 @@ impl Settings {
     /// If something is.
     pub fn read(root: &mut Table<'_>, context: &Context<'_>) -> Result<Self, Noted> {
         let mut channels = Vec::new();
-        for (name, table) in root.tables("mail") {
-            channels.push(read_channel("mail", name, table, context));
+        for kind in ["mail", "sms"] {
+            for (name, table) in root.tables(kind) {
+                channels.push(read_channel(kind, name, table, context));
+            }
         }
         let channels = channels.into_iter().collect::<Result<Vec<_>, _>>();
         Ok(Self { channels: channels? })
@@ -39,7 +41,8 @@ fn read_channel(
 ) -> Result<Channel, Noted> {
     let named = check_name(name).map_err(|expected| table.fault_here(expected));
     let channel = match kind {
-        _ => mail::Settings::read(name, table, context).map(Channel::Mail),
+        "mail" => mail::Settings::read(name, table, context).map(Channel::Mail),
+        _ => sms::Settings::read(name, table, context).map(Channel::Sms),
     };
     named.and(channel)
 }

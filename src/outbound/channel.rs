@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::mail;
+use super::{mail, sms};
 use crate::client::names::escape;
 
 /// The longest that is told of what a server has said, in characters.
@@ -47,6 +47,14 @@ impl Failure {
         Self { lasting: Lasting::Refused, words: words.into() }
     }
 
+    /// One of several recipients, none of whom was taken.
+    pub fn of_all(refused: &[(String, Self)]) -> Self {
+        let each: Vec<_> = refused.iter().map(|(to, failure)| format!("{to}: {failure}")).collect();
+        let is = |lasting| refused.iter().any(|(_, failure)| failure.lasting == lasting);
+        let lasting = [Lasting::Temporary, Lasting::Unusable].into_iter().find(|one| is(*one));
+        Self { lasting: lasting.unwrap_or(Lasting::Refused), words: each.join("; ") }
+    }
+
     /// One that has taken too long.
     pub fn late(time: Duration, doing: &str) -> Self {
         Self::temporary(format!("not done within {} s (timeout): {doing}", time.as_secs_f64()))
@@ -66,8 +74,8 @@ pub fn words(said: &str) -> String {
 /// A message that has been taken.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sent {
-    /// What it is known by: the Message-ID, or what the provider has called it.
-    pub id: String,
+    /// What it is known by: the Message-ID, or what the provider has called it for each number.
+    pub ids: Vec<String>,
     /// For whom it was not taken.
     pub refused: Vec<(String, Failure)>,
 }
@@ -77,6 +85,8 @@ pub struct Sent {
 pub enum Channel {
     /// `[mail.NAME]`
     Mail(mail::Settings),
+    /// `[sms.NAME]`
+    Sms(sms::Settings),
 }
 
 impl Channel {
@@ -84,6 +94,7 @@ impl Channel {
     pub fn name(&self) -> &Arc<str> {
         match self {
             Self::Mail(mail) => &mail.name,
+            Self::Sms(sms) => &sms.name,
         }
     }
 
@@ -95,6 +106,7 @@ impl Channel {
     pub async fn try_out(&self) -> Result<String, Failure> {
         match self {
             Self::Mail(mail) => mail.try_out().await,
+            Self::Sms(sms) => sms.try_out().await,
         }
     }
 }

@@ -12,7 +12,7 @@ use lettre::transport::smtp::commands::{Data, Mail, Rcpt};
 use lettre::transport::smtp::extension::{Extension, MailBodyParameter, MailParameter};
 use tokio::time::timeout;
 
-use super::channel::{Failure, Lasting, Sent};
+use super::channel::{Failure, Sent};
 use super::message::{Mailbox, header_text};
 use super::roots;
 use super::smtp::{self, Connection, Doing, Login, Place, Security};
@@ -141,7 +141,7 @@ impl Settings {
         let (connection, delivered) = timeout(self.timeout, deliver).await.unwrap_or_else(late)?;
         // What the server has said is certain, whether it hears us go or not.
         connection.leave().await;
-        Ok(Sent { id: id.to_owned(), refused: delivered? })
+        Ok(Sent { ids: vec![id.to_owned()], refused: delivered? })
     }
 
     async fn deliver(
@@ -174,7 +174,7 @@ impl Settings {
             }
         }
         if refused.len() == to.len() {
-            return Err(all_refused(&refused));
+            return Err(Failure::of_all(&refused));
         }
         doing.set("waiting for the reply to DATA");
         connection.command(Data).await.map_err(fail)?;
@@ -186,14 +186,6 @@ impl Settings {
         connection.message(mail).await.map_err(fail)?;
         Ok(refused)
     }
-}
-
-/// One failure of several recipients.
-fn all_refused(refused: &[(String, Failure)]) -> Failure {
-    let each: Vec<_> = refused.iter().map(|(to, failure)| format!("{to}: {failure}")).collect();
-    let temporary = refused.iter().any(|(_, failure)| failure.lasting == Lasting::Temporary);
-    let lasting = if temporary { Lasting::Temporary } else { Lasting::Refused };
-    Failure { lasting, words: each.join("; ") }
 }
 
 /// Whether a server is on this machine, whatever the names in the network say.

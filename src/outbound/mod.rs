@@ -61,4 +61,6 @@ pub mod mail;
 #[cfg(feature = "alert")]
 pub mod message;
 #[cfg(feature = "alert")]
+pub mod sms;
+#[cfg(feature = "alert")]
 pub mod smtp;
