@@ -1120,19 +1120,3 @@ into = \"sixth\"
         assert!(said.contains(mirror), "no {mirror} in {said}");
     }
 }
-
-#[test]
-fn the_example_of_the_readme_is_a_configuration_of_a_mirror() {
-    let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
-    let section = readme.split_once("\n## Mirrors\n").unwrap().1;
-    let example = section.split_once("```toml\n").unwrap().1.split_once("```").unwrap().0;
-    let folder = folder();
-    let path = folder.path().join("handout.toml");
-    fs::write(&path, example).unwrap();
-    let output = run(program().args(["check", "--config"]).arg(&path));
-    assert_eq!(output.status.code(), Some(0), "{output:?}");
-    // Its keys are looked at.
-    fs::write(&path, example.replace("hosts", "hostz")).unwrap();
-    let output = run(program().args(["check", "--config"]).arg(&path));
-    assert_eq!(output.status.code(), Some(78), "{output:?}");
-}
