@@ -258,7 +258,8 @@ pub struct Download {
     /// Trust these authorities, in PEM form, besides those of the system
     #[arg(long, value_name = "FILE")]
     pub ca_file: Option<PathBuf>,
-    /// Ask this proxy; it looks up the names, so that only addresses in URLs are looked at here
+    /// Ask this proxy, and none that the environment names; it looks up the names, so that only
+    /// addresses in URLs are looked at here
     #[arg(long, value_name = "URL")]
     pub proxy: Option<String>,
     /// Only print what would be asked for

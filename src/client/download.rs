@@ -98,6 +98,7 @@ pub fn order(arguments: &Download) -> Result<Order, clap::Error> {
         max_total: u64::MAX,
         delete: false,
         keep_state: arguments.update,
+        owns_folder: false,
         hosts: Vec::new(),
         anybody: true,
         headers: read_headers(&arguments.headers).map_err(wrong)?,

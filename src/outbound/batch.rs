@@ -1,5 +1,6 @@
 //! One run: the listing, its files so many at a time, what has left it, and the sum of it all.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -33,6 +34,9 @@ pub const MAX_LISTING: usize = 16 << 20;
 
 /// How many files may be forced to the disk at one time.
 const MAX_FINISHING: usize = 32;
+
+/// How long parts are kept that another command may go on from.
+const KEEP_PARTS: Duration = Duration::from_hours(7 * 24);
 
 /// The largest file of roots that is read, in bytes.
 const MAX_ROOTS: u64 = 4 << 20;
@@ -82,6 +86,8 @@ pub struct Order {
     pub delete: bool,
     /// Whether it is kept in the folder what is known of the files.
     pub keep_state: bool,
+    /// Whether nobody else brings files into the folder, and what is left there of no use is ours.
+    pub owns_folder: bool,
     /// Who may be asked besides the source.
     pub hosts: Vec<Host>,
     /// Whether every other host with public addresses may be asked.
@@ -635,17 +641,20 @@ impl Run<'_> {
         let place = Arc::clone(&self.shared.place);
         let state = self.state.take();
         let keep: Vec<_> = listing::names(entries).into_iter().map(str::to_owned).collect();
-        let whole = matches!(self.order.source, Source::Listing { .. }) || self.order.keep_state;
+        // Where others may be at work, what is left is theirs for a while.
+        let age = if self.order.owns_folder { Duration::ZERO } else { KEEP_PARTS };
         let anything = self.summary.new + self.summary.changed + self.summary.removed > 0;
         let concluded = tokio::task::spawn_blocking(move || -> io::Result<()> {
             if anything {
                 place.sync()?;
             }
-            if let Some(state) = state {
+            let keep: HashSet<&str> = keep.iter().map(String::as_str).collect();
+            if let Some(mut state) = state {
+                let here = |name: &str| !matches!(place.look(name), Ok(There::Nothing));
+                state.files.retain(|name, _| keep.contains(name.as_str()) || here(name));
                 state.save_if_changed(&place)?;
             }
-            // Another download into the same folder may want its part.
-            if whole { place.clean(keep.iter().map(String::as_str)) } else { Ok(()) }
+            place.clean(keep, age)
         });
         if let Err(error) = concluded.await? {
             self.observer.trouble(&format!("{}: {error}", self.order.into.display()));

@@ -54,7 +54,12 @@ impl Settings {
         let into = table.required("into", "the folder for the files", |text| {
             folder(&context.folder.join(text), text)
         });
-        let every = table.text_or("every", "10m", config::duration);
+        let every = table.text_or("every", "10m", |text| match config::duration(text) {
+            Ok(every) if every < Duration::from_secs(1) => {
+                Err("expected at least \"1s\"".to_owned())
+            }
+            every => every,
+        });
         let jobs = table.integer_or("jobs", 8, 1..=MAX_JOBS);
         let timeout = table.text_or("timeout", "30s", config::duration);
         let max_duration = table.text_or("max-duration", "1h", config::duration);
@@ -104,6 +109,7 @@ impl Settings {
                 max_total: max_total?,
                 delete: delete?,
                 keep_state: true,
+                owns_folder: true,
                 hosts: values_of(hosts?),
                 anybody: false,
                 headers: headers?.into_iter().collect::<HeaderMap>(),

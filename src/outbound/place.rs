@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{
     AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, RenameFlags, Timespec, Timestamps,
@@ -44,8 +44,7 @@ impl Local {
     /// When its content was last changed; `None` if that cannot be told.
     pub fn modified(&self) -> Option<SystemTime> {
         let (seconds, nanoseconds) = self.modified;
-        let since =
-            std::time::Duration::new(seconds.try_into().ok()?, nanoseconds.try_into().ok()?);
+        let since = Duration::new(seconds.try_into().ok()?, nanoseconds.try_into().ok()?);
         UNIX_EPOCH.checked_add(since)
     }
 }
@@ -317,21 +316,29 @@ impl Place {
         Ok(fsync(&self.folder)?)
     }
 
-    /// Removes what is left of files that were not whole, but for those of these names, and for
-    /// what another process is at.
+    /// Removes what is left of files that were not whole, and of which nothing has come for so
+    /// long, but for those of these names, and for what another process is at.
     ///
     /// # Errors
     /// If the folder cannot be read.
-    pub fn clean<'a>(&self, keep: impl IntoIterator<Item = &'a str>) -> io::Result<()> {
+    pub fn clean<'a>(
+        &self,
+        keep: impl IntoIterator<Item = &'a str>,
+        age: Duration,
+    ) -> io::Result<()> {
         let keep: HashSet<String> = keep.into_iter().map(hash).collect();
         for (hash, name) in parts(&self.folder)? {
             if keep.contains(&hash) {
                 continue;
             }
+            let busy = |part: &File| flock(part, FlockOperation::NonBlockingLockExclusive).is_err();
+            let fresh = |part: &File| {
+                let modified = part.metadata().and_then(|metadata| metadata.modified());
+                // A time in the future is not long ago.
+                modified.is_ok_and(|at| at.elapsed().unwrap_or_default() < age)
+            };
             let part = self.read(format!("{PREFIX}{hash}{PART}"));
-            let lock = FlockOperation::NonBlockingLockExclusive;
-            let busy = part.is_ok_and(|part| flock(&part, lock).is_err());
-            if !busy {
+            if !part.is_ok_and(|part| fresh(&part) || busy(&part)) {
                 self.remove(Path::new(&name));
             }
         }
@@ -373,7 +380,6 @@ mod tests {
     use super::*;
     use std::fs;
     use std::os::unix::fs::symlink;
-    use std::time::Duration;
 
     fn place() -> (tempfile::TempDir, Place) {
         let folder = tempfile::tempdir().unwrap();
@@ -444,16 +450,17 @@ mod tests {
         part.file.write_all(b"half").unwrap();
         let busy = Place::open(folder.path()).unwrap().part("a").unwrap_err();
         assert_eq!(busy.kind(), io::ErrorKind::WouldBlock);
-        place.clean([]).unwrap();
+        place.clean([], Duration::ZERO).unwrap();
         drop(part);
         let place = Place::open(folder.path()).unwrap();
         assert_eq!(place.part_size("a"), 4);
         assert_eq!(place.part("a").unwrap().length, 4);
         place.write_about("a", b"{}").unwrap();
-        place.clean(["a"]).unwrap();
+        place.clean(["a"], Duration::ZERO).unwrap();
+        place.clean([], Duration::from_secs(3600)).unwrap();
         assert_eq!((place.part_size("a"), place.about("a")), (4, Some(b"{}".to_vec())));
         fs::write(folder.path().join(".handout-mirror.json"), "x").unwrap();
-        place.clean(["b"]).unwrap();
+        place.clean(["b"], Duration::ZERO).unwrap();
         assert_eq!(names(folder.path()), [".handout-mirror.json"]);
     }
 }
