@@ -110,6 +110,7 @@ fn every_configuration_in_the_readme_is_without_fault() {
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("picture.jpg"), "x").unwrap();
+    fs::create_dir(folder.path().join("files")).unwrap();
     let blocks: Vec<_> = readme
         .split("```toml\n")
         .skip(1)
