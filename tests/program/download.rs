@@ -462,6 +462,64 @@ fn nothing_leads_from_https_to_http() {
 }
 
 #[test]
+fn http_may_lead_to_https() {
+    let nginx = Nginx::start_with("location /up { return 302 https://localhost:SECURE/a.txt; }");
+    nginx.has("a.txt", b"alpha", THEN);
+    let place = Place::new();
+    let url = nginx.plain_url("up").replace("127.0.0.1", "localhost");
+    download(&place, &[&url, "--ca-file", &nginx.authority()]).succeeded();
+    assert_eq!(place.read("up"), b"alpha");
+    assert_eq!(nginx.requests_after(0, 2)[1]["scheme"], "https");
+}
+
+#[test]
+fn an_ipv6_address_may_be_asked() {
+    let web = Web::on("::1".parse().unwrap(), |_| Reply::ok("alpha"));
+    let place = Place::new();
+    download(&place, &[&web.url("a.txt")]).succeeded();
+    assert_eq!(place.read("a.txt"), b"alpha");
+}
+
+#[test]
+fn on_a_terminal_there_are_bars_and_the_same_lines() {
+    let web = Web::answers(|request| match request.target.as_str() {
+        "/bad.bin" => Reply::status(404),
+        _ => Reply::ok(sample(46, 3_000_000)),
+    });
+    let place = Place::new();
+    let urls = ["a.bin", "b.bin", "bad.bin"].map(|name| web.url(name)).join(" ");
+    let line = format!("{PROGRAM} download {urls}");
+    let mut command = Command::new("script");
+    command.args(["--quiet", "--return", "--command", &line, "/dev/null"]);
+    command.current_dir(place.path("")).env("TERM", "xterm").stdin(Stdio::null());
+    let output = run(&mut command);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let shown = String::from_utf8(output.stdout).unwrap();
+    // The cursor is moved, as nothing but bars does.
+    assert!(shown.contains("\u{1b}["), "{shown:?}");
+    for words in
+        ["a.bin: ", "b.bin: ", "bad.bin: ", "404", "2 new, 0 changed, 0 unchanged, 1 failed"]
+    {
+        assert!(shown.contains(words), "{words}: {shown:?}");
+    }
+    assert_eq!(files(&place), ["a.bin", "b.bin"]);
+}
+
+#[test]
+fn quiet_says_only_what_failed() {
+    let web = Web::answers(|request| match request.target.as_str() {
+        "/bad.txt" => Reply::status(404),
+        _ => Reply::ok("alpha"),
+    });
+    let place = Place::new();
+    let outcome = download(&place, &[&web.url("a.txt"), "--quiet"]);
+    assert_eq!(outcome.succeeded().stderr, "");
+    let outcome = download(&place, &[&web.url("b.txt"), &web.url("bad.txt"), "--quiet"]);
+    outcome.failed_with(&["bad.txt: ", "404"]);
+    assert_eq!(outcome.stderr.lines().count(), 1, "{outcome:?}");
+}
+
+#[test]
 fn headers_are_sent_to_their_own_origin_only() {
     let target = Web::always(Reply::ok("alpha"));
     let to = target.url("b.txt");

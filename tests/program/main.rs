@@ -24,6 +24,8 @@ mod metrics;
 #[cfg(feature = "mirror")]
 mod mirror;
 mod monitoring;
+#[cfg(not(feature = "mirror"))]
+mod no_mirror;
 mod package;
 mod reload;
 mod servers;

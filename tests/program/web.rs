@@ -306,7 +306,8 @@ impl Nginx {
         Self::start_with("")
     }
 
-    /// Starts it with more for its server, such as `etag off;`.
+    /// Starts it with more for its server, such as `etag off;`. `PLAIN` stands for its address in
+    /// the clear, and `SECURE` for its port with TLS.
     pub fn start_with(more: &str) -> Self {
         Self::start_on(Ipv4Addr::LOCALHOST, more)
     }
@@ -348,7 +349,9 @@ impl Nginx {
             leaf = path("leaf.pem"),
             key = path("leaf.key"),
             root = path("root"),
-            more = more.replace("PLAIN", &plain.to_string()),
+            more = more
+                .replace("PLAIN", &plain.to_string())
+                .replace("SECURE", &secure.port().to_string()),
         );
         fs::write(path("nginx.conf"), config).unwrap();
         let mut command = Command::new("nginx");
