@@ -12,6 +12,8 @@ use tokio::task::JoinError;
 use tokio::time::{Instant, MissedTickBehavior, interval, interval_at};
 use tokio_util::sync::CancellationToken;
 
+use crate::alerts::{self, Alerts, Watch};
+use crate::clock::Health;
 use crate::config::{Config, Faults, Sources};
 use crate::errors::chain;
 use crate::logging::Logger;
@@ -68,6 +70,12 @@ pub struct Daemon {
     mirrors: Mirrors,
     /// Their names, as the status has them.
     mirrored: Vec<Arc<str>>,
+    alerts: Alerts,
+    watch: Watch,
+    /// Whether anybody is told what is not well, and of the clock.
+    told: (bool, bool),
+    /// Why the last reload failed, if it did.
+    reload_trouble: Option<String>,
 }
 
 impl Daemon {
@@ -89,8 +97,23 @@ impl Daemon {
         let grace = config.daemon.grace;
         running.change(prepared, grace);
         let (mirrors, mirrored) = (Mirrors::default(), Vec::new());
-        let mut daemon = Self { sources, log, grace, running, mirrors, mirrored };
+        let alerts = Alerts::default();
+        let watch = Watch::new(alerts.reporter());
+        let mut daemon = Self {
+            sources,
+            log,
+            grace,
+            running,
+            mirrors,
+            mirrored,
+            alerts,
+            watch,
+            told: (false, false),
+            reload_trouble: None,
+        };
         daemon.mirrors.prepare(&config.mirrors).map_err(running::Error::Mirrors)?;
+        daemon.alerts.prepare(&config.alerts).map_err(running::Error::Alerts)?;
+        daemon.change_alerts(&config.alerts);
         daemon.change_mirrors(&config.mirrors);
         Ok(daemon)
     }
@@ -107,6 +130,8 @@ impl Daemon {
         systemd::ready(&status);
 
         let mut sums = interval_at(Instant::now() + SUM_UP_EVERY, SUM_UP_EVERY);
+        let mut looks = interval(alerts::LOOK_EVERY);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let ended = loop {
             tokio::select! {
                 () = orders.stop.cancelled() => break Ok(()),
@@ -115,6 +140,7 @@ impl Daemon {
                     self.sum_up();
                     self.running.forget_who_has_left();
                 }
+                _ = looks.tick(), if self.told.0 => self.look(),
                 () = orders.reload.notified() => tokio::select! {
                     () = orders.stop.cancelled() => break Ok(()),
                     () = self.reload() => {}
@@ -133,6 +159,7 @@ impl Daemon {
         let status = match self.try_to_reload().await {
             Ok(summary) => {
                 self.running.monitor.count_reload(Reload::Done);
+                self.reload_trouble = None;
                 let Summary { added, changed, removed, kept } = summary;
                 let status = self.status();
                 tracing::info!(
@@ -152,6 +179,7 @@ impl Daemon {
                     tracing::error!("reload failed, nothing was changed: {problem}");
                 }
                 let first = text.lines().next().unwrap_or_default();
+                self.reload_trouble = Some(first.to_owned());
                 format!("{before}; reload failed, nothing was changed: {first}")
             }
         };
@@ -167,16 +195,40 @@ impl Daemon {
         let log = self.log.prepare(&config.log).map_err(ReloadError::Log)?;
         let prepared = self.running.prepare(&config).await?;
         self.mirrors.prepare(&config.mirrors).map_err(running::Error::Mirrors)?;
+        self.alerts.prepare(&config.alerts).map_err(running::Error::Alerts)?;
         // Nothing can fail from here on.
         self.log.change(log);
         self.grace = config.daemon.grace;
+        self.change_alerts(&config.alerts);
         self.change_mirrors(&config.mirrors);
         Ok(self.running.change(prepared, self.grace))
     }
 
+    fn change_alerts(&mut self, settings: &alerts::Settings) {
+        self.alerts.change(settings);
+        self.running.monitor.watch_alerts(self.alerts.counts());
+        let clock = settings.tells_of(alerts::Kind::ClockUnsynchronized);
+        self.told = (settings.is_on(), clock);
+        if clock && let Err(error) = Health::read() {
+            let cause = error.to_string();
+            tracing::info!(
+                cause,
+                "nobody is told if the clock is not synchronized: its state may not be read                  ({cause}; see clock-state.conf)"
+            );
+        }
+    }
+
+    /// Looks at what is not well, for those who are to be told.
+    fn look(&mut self) {
+        let reload = self.reload_trouble.as_deref();
+        let (services, mirrors) = (self.running.services(), self.mirrors.counts());
+        self.watch.look(services, &mirrors, self.told.1, reload);
+    }
+
     fn change_mirrors(&mut self, wanted: &[mirrors::Settings]) {
         let had = !self.mirrored.is_empty();
-        let mirrors::Summary { started, changed, ended, kept } = self.mirrors.change(wanted);
+        let mirrors::Summary { started, changed, ended, kept } =
+            self.mirrors.change(wanted, &self.alerts.reporter());
         self.mirrored = wanted.iter().map(|mirror| Arc::clone(mirror.name())).collect();
         self.running.monitor.watch_mirrors(self.mirrors.counts());
         if had || !wanted.is_empty() {
@@ -192,6 +244,7 @@ impl Daemon {
 
     async fn stop(&mut self, orders: &Orders) {
         self.mirrors.stop();
+        self.alerts.stop();
         systemd::stopping("finishing the connections that are under way");
         let connections = self.running.under_way();
         tokio::select! {
@@ -200,7 +253,8 @@ impl Daemon {
         }
         let under_way = connections.len();
         tracing::info!(connections = under_way, "stopping: {under_way} connections may finish");
-        let finished = async { tokio::join!(connections.wait(), self.mirrors.ended()) };
+        let finished =
+            async { tokio::join!(connections.wait(), self.mirrors.ended(), self.alerts.ended()) };
         tokio::select! {
             _ = finished => {}
             () = tokio::time::sleep(self.grace) => {}

@@ -85,6 +85,11 @@ impl OpenFile {
         Ok(Self { file, stamp: Stamp::of(&metadata) })
     }
 
+    /// The file itself, at its beginning.
+    pub fn into_file(self) -> fs::File {
+        self.file
+    }
+
     /// Fills `piece` with what is at `offset`, as it was when the file was opened.
     ///
     /// # Errors

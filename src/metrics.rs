@@ -15,6 +15,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::alerts;
 use crate::clock::Health;
 use crate::counts::{Counter, Label};
 use crate::mirrors;
@@ -42,6 +43,7 @@ impl Label for Reload {
 pub struct Monitor {
     services: Mutex<Vec<Arc<Served>>>,
     mirrors: Mutex<Vec<Arc<mirrors::Counts>>>,
+    alerts: Mutex<Vec<Arc<alerts::Counts>>>,
     reloads: Counter<Reload>,
     last_reload_failed: AtomicBool,
     draining: AtomicBool,
@@ -56,6 +58,11 @@ impl Monitor {
     /// These are the mirrors from now on.
     pub fn watch_mirrors(&self, mirrors: Vec<Arc<mirrors::Counts>>) {
         *self.mirrors.lock().unwrap_or_else(PoisonError::into_inner) = mirrors;
+    }
+
+    /// These are the channels from now on over which the operator is told.
+    pub fn watch_alerts(&self, alerts: Vec<Arc<alerts::Counts>>) {
+        *self.alerts.lock().unwrap_or_else(PoisonError::into_inner) = alerts;
     }
 
     /// A reload has ended.
@@ -93,6 +100,7 @@ impl Monitor {
         registry.register_collector(Box::new(Snapshot {
             services: self.services(),
             mirrors: self.mirrors.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            alerts: self.alerts.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             reloads: self.reloads.each().collect(),
             last_reload_successful: !self.last_reload_failed.load(Ordering::Relaxed),
             clock: Health::read().ok(),
@@ -108,6 +116,7 @@ impl Monitor {
 struct Snapshot {
     services: Vec<Arc<Served>>,
     mirrors: Vec<Arc<mirrors::Counts>>,
+    alerts: Vec<Arc<alerts::Counts>>,
     reloads: Vec<(Reload, u64)>,
     last_reload_successful: bool,
     /// None if the kernel may not be asked.
@@ -127,6 +136,9 @@ impl Collector for Snapshot {
         // Who has no mirror is not told of them.
         if !self.mirrors.is_empty() {
             self.mirrors(&mut to)?;
+        }
+        if !self.alerts.is_empty() {
+            self.alerts(&mut to)?;
         }
         self.daemon(&mut to)
     }
@@ -228,6 +240,24 @@ impl Snapshot {
                 let labels = [("mirror", &*mirror.name)];
                 ConstGauge::new(duration.as_secs_f64()).encode(took.encode_family(&labels)?)?;
             }
+        }
+        Ok(())
+    }
+
+    fn alerts(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let help = "Alerts, by what became of them or of an attempt to send them";
+        let mut alerts = to.encode_descriptor("alerts", help, None, MetricType::Counter)?;
+        for counts in &self.alerts {
+            for (outcome, count) in counts.outcomes.each() {
+                let labels = [("channel", &*counts.channel), ("outcome", outcome.name())];
+                ConstCounter::new(count).encode(alerts.encode_family(&labels)?)?;
+            }
+        }
+        let help = "Alerts that wait to be sent";
+        let mut queued = to.encode_descriptor("alerts_queued", help, None, MetricType::Gauge)?;
+        for counts in &self.alerts {
+            let labels = [("channel", &*counts.channel)];
+            ConstGauge::new(counts.queued()).encode(queued.encode_family(&labels)?)?;
         }
         Ok(())
     }

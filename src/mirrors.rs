@@ -1,8 +1,8 @@
 //! The mirrors as the rest of the daemon knows them: in builds with the feature `mirror` and in
 //! those without it.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use crate::counts::{Counter, Label};
@@ -68,6 +68,8 @@ pub struct Counts {
     last_success: AtomicU64,
     /// In microseconds, and one more; 0 if there was no run.
     last_duration: AtomicU64,
+    /// What went wrong in the last run.
+    trouble: Mutex<Option<String>>,
 }
 
 impl Counts {
@@ -80,6 +82,7 @@ impl Counts {
             received: AtomicU64::new(0),
             last_success: AtomicU64::new(0),
             last_duration: AtomicU64::new(0),
+            trouble: Mutex::default(),
         }
     }
 
@@ -102,6 +105,16 @@ impl Counts {
         if let (Run::Complete, Ok(now)) = (run, now) {
             self.last_success.store(now.as_secs(), Ordering::Relaxed);
         }
+    }
+
+    /// What went wrong in the last run, if anything.
+    pub fn trouble(&self) -> Option<String> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The last run went wrong in this way, or in none.
+    pub fn set_trouble(&self, trouble: Option<String>) {
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
     }
 
     /// When everything was here the last time, in seconds since 1970.
@@ -143,6 +156,7 @@ mod absent {
     use std::sync::Arc;
 
     use super::{Counts, Summary};
+    use crate::alerts::Reporter;
     use crate::config::{Context, Noted, Table};
 
     /// The settings of a mirror, of which there are none.
@@ -184,7 +198,7 @@ mod absent {
         }
 
         /// Changes nothing.
-        pub fn change(&mut self, _: &[Settings]) -> Summary {
+        pub fn change(&mut self, _: &[Settings], _: &Reporter) -> Summary {
             Summary::default()
         }
 

@@ -56,6 +56,9 @@ pub enum Error {
     /// The mirrors have no thread.
     #[error("the mirrors cannot be started")]
     Mirrors(#[source] io::Error),
+    /// Who tells the operator has no thread.
+    #[error("alerts cannot be started")]
+    Alerts(#[source] io::Error),
     /// The configuration does not fit the inherited sockets.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
     Inherited(Vec<Mismatch>),

@@ -100,10 +100,17 @@ impl Served {
 
     /// What is not well with it, if anything.
     pub fn trouble(&self) -> Option<String> {
-        let listener = self.counts().in_trouble();
-        listener
-            .then(|| "its clients cannot be accepted".to_owned())
-            .or_else(|| self.service.trouble())
+        self.listener_trouble().or_else(|| self.service.trouble())
+    }
+
+    /// What is not well with its listeners, if anything.
+    pub fn listener_trouble(&self) -> Option<String> {
+        self.counts().in_trouble().then(|| "its clients cannot be accepted".to_owned())
+    }
+
+    /// Whether all of its places are taken.
+    pub fn is_full(&self) -> bool {
+        self.permits.available_permits() == 0
     }
 
     /// Waits for a place for one more connection.

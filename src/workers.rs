@@ -65,6 +65,32 @@ impl Workers {
     }
 }
 
+/// A thread with an event loop of its own, for what must not delay the services. It ends when this
+/// is dropped.
+#[derive(Debug)]
+pub struct EventLoop {
+    /// Where tasks are started.
+    pub handle: Handle,
+    _end: DropGuard,
+}
+
+impl EventLoop {
+    /// Starts a thread with this name.
+    ///
+    /// # Errors
+    /// If the thread or its loop cannot be had.
+    pub fn start(name: &str) -> io::Result<Self> {
+        let runtime = event_loop()?;
+        let (end, handle) = (CancellationToken::new(), runtime.handle().clone());
+        let ended = end.clone();
+        thread::Builder::new().name(name.to_owned()).spawn(move || {
+            runtime.block_on(ended.cancelled());
+            runtime.shutdown_timeout(END_TIME);
+        })?;
+        Ok(Self { handle, _end: end.drop_guard() })
+    }
+}
+
 /// Returns when each of these loops has turned.
 pub async fn turn(loops: &[Handle]) {
     for event_loop in loops {

@@ -6,16 +6,15 @@
 use std::fmt::Display;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::thread;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use reqwest::Url;
 use reqwest::header::{AUTHORIZATION, HeaderMap};
-use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::CancellationToken;
 
 use super::back_off;
 use super::batch::{self, Error, Observer, Order, Source};
@@ -25,18 +24,22 @@ use super::pointer::Pointer;
 use super::reach::{self, Host};
 use super::roots;
 use super::transfer::{self, Done, Existing, Outcome, Terms};
+use crate::alerts::{Change, Event, Kind, Reporter};
 use crate::client::names::escape;
 use crate::config::{self, Context, Noted, Table};
 use crate::errors::chain;
 use crate::mirrors::{Counts, File, Run, Summary};
 use crate::secret;
-use crate::workers;
+use crate::workers::EventLoop;
 
 /// How many downloads there may be at one time.
 const MAX_JOBS: u32 = 256;
 
 /// How long after the first failure of a whole run the next begins, unless it would anyway.
 const SOON: Duration = Duration::from_secs(30);
+
+/// How many files that a run has brought are told by their names.
+const MAX_TOLD: usize = 100;
 
 /// The checked settings of a mirror.
 #[derive(Debug, Clone, PartialEq)]
@@ -220,13 +223,6 @@ pub struct Mirrors {
     ending: Vec<JoinHandle<()>>,
 }
 
-/// A thread with an event loop, which ends when it is dropped.
-#[derive(Debug)]
-struct EventLoop {
-    handle: Handle,
-    _end: DropGuard,
-}
-
 #[derive(Debug)]
 struct Job {
     settings: Settings,
@@ -244,19 +240,13 @@ impl Mirrors {
         if wanted.is_empty() || self.event_loop.is_some() {
             return Ok(());
         }
-        let runtime = workers::event_loop()?;
-        let (end, handle) = (CancellationToken::new(), runtime.handle().clone());
-        let ended = end.clone();
-        thread::Builder::new().name("mirrors".to_owned()).spawn(move || {
-            runtime.block_on(ended.cancelled());
-            runtime.shutdown_timeout(workers::END_TIME);
-        })?;
-        self.event_loop = Some(EventLoop { handle, _end: end.drop_guard() });
+        self.event_loop = Some(EventLoop::start("mirrors")?);
         Ok(())
     }
 
-    /// Becomes what is wanted: a mirror that stays as it is goes on undisturbed.
-    pub fn change(&mut self, wanted: &[Settings]) -> Summary {
+    /// Becomes what is wanted: a mirror that stays as it is goes on undisturbed. Those that are new or
+    /// other ones tell `reporter` what they bring.
+    pub fn change(&mut self, wanted: &[Settings], reporter: &Reporter) -> Summary {
         let mut summary = Summary::default();
         let mut before = std::mem::take(&mut self.jobs);
         let mut gone = Vec::new();
@@ -274,7 +264,7 @@ impl Mirrors {
                 self.jobs.push(before.swap_remove(at));
                 continue;
             }
-            let Some(EventLoop { handle, .. }) = &self.event_loop else { continue };
+            let Some(event_loop) = &self.event_loop else { continue };
             let same = gone.iter().position(|(name, _)| *name == settings.name);
             let counts = if let Some((_, counts)) = same.map(|at| gone.swap_remove(at)) {
                 summary.changed += 1;
@@ -286,8 +276,9 @@ impl Mirrors {
             let stop = CancellationToken::new();
             // The first waits for all that end: they do so quickly.
             let before = std::mem::take(&mut ending);
-            let keep = keep(settings.clone(), Arc::clone(&counts), stop.clone(), before);
-            let task = handle.spawn(keep);
+            let told = (Arc::clone(&counts), reporter.clone());
+            let keep = keep(settings.clone(), told, stop.clone(), before);
+            let task = event_loop.handle.spawn(keep);
             self.jobs.push(Job { settings: settings.clone(), counts, stop, task });
         }
         self.ending = ending;
@@ -320,7 +311,7 @@ impl Mirrors {
 /// Keeps a folder as its source has it, until it is stopped.
 async fn keep(
     settings: Settings,
-    counts: Arc<Counts>,
+    (counts, reporter): (Arc<Counts>, Reporter),
     stop: CancellationToken,
     before: Vec<JoinHandle<()>>,
 ) {
@@ -328,12 +319,17 @@ async fn keep(
         let _ = task.await;
     }
     let Settings { name, every, order } = settings;
+    let folder = order.into.clone();
     let mut failures = 0;
     let listing = Arc::new(tokio::sync::Mutex::new(None));
     while !stop.is_cancelled() {
         let begun = Instant::now();
-        let observer: Arc<dyn Observer> =
-            Arc::new(Log { name: Arc::clone(&name), counts: Arc::clone(&counts) });
+        let log = Arc::new(Log {
+            name: Arc::clone(&name),
+            counts: Arc::clone(&counts),
+            brought: Mutex::default(),
+        });
+        let observer: Arc<dyn Observer> = Arc::clone(&log) as _;
         let (order, end, listing) = (order.clone(), stop.clone(), Arc::clone(&listing));
         // Apart, so that a fault of the program ends a run and not the mirror.
         let run = tokio::spawn(async move {
@@ -343,6 +339,7 @@ async fn keep(
             Ok(summary) => {
                 failures = 0;
                 conclude(&name, &counts, &summary);
+                log.report(&reporter, &summary, &folder);
                 back_off::around(every, fastrand::f64())
             }
             Err(error) if error.is_interruption() => return,
@@ -355,6 +352,7 @@ async fn keep(
                 let wait = wait.max(error.asked_for().unwrap_or_default().min(every.max(wait)));
                 let (mirror, next) = (&*name, wait.as_secs_f64());
                 let error = chain(&error);
+                counts.set_trouble(Some(error.clone()));
                 tracing::warn!(mirror, error, next, "mirror failed");
                 wait
             }
@@ -382,6 +380,7 @@ fn conclude(name: &str, counts: &Counts, summary: &batch::Summary) {
         return;
     }
     counts.end_run(if failed == 0 { Run::Complete } else { Run::Partial }, duration);
+    counts.set_trouble((failed > 0).then(|| format!("{failed} files failed; see the log")));
     tracing::info!(
         mirror = name,
         new,
@@ -399,9 +398,32 @@ fn conclude(name: &str, counts: &Counts, summary: &batch::Summary) {
 struct Log {
     name: Arc<str>,
     counts: Arc<Counts>,
+    /// The names of files that are new or have changed, as many as are told.
+    brought: Mutex<Vec<String>>,
 }
 
 impl Log {
+    /// Tells which files a run has brought, if any.
+    fn report(&self, reporter: &Reporter, summary: &batch::Summary, folder: &Path) {
+        let brought =
+            std::mem::take(&mut *self.brought.lock().unwrap_or_else(PoisonError::into_inner));
+        if summary.interrupted || brought.is_empty() {
+            return;
+        }
+        let batch::Summary { new, changed, .. } = summary;
+        let names: Vec<_> = brought.iter().map(|name| escape(name)).collect();
+        let more = new + changed - u64::try_from(brought.len()).unwrap_or_default();
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        let what = format!("{new} new, {changed} changed: {}{more}", names.join(", "));
+        let files = brought.iter().map(|name| folder.join(name)).collect();
+        reporter.report(Event {
+            kind: Kind::MirrorUpdated,
+            subject: format!("mirror.{}", self.name).into(),
+            at: Timestamp::now(),
+            change: Change::Happened { what, files },
+        });
+    }
+
     fn fail(&self, name: &str, error: &dyn Display) {
         self.counts.files.add(File::Failed);
         tracing::warn!(mirror = &*self.name, name, %error, "not mirrored");
@@ -415,11 +437,19 @@ impl Observer for Log {
 
     fn end(&self, _: usize, entry: &Entry, result: &Result<Done, transfer::Error>) {
         match result {
-            Ok(done) => self.counts.files.add(match done.outcome {
-                Outcome::New => File::New,
-                Outcome::Changed => File::Changed,
-                Outcome::Unchanged => File::Unchanged,
-            }),
+            Ok(done) => {
+                self.counts.files.add(match done.outcome {
+                    Outcome::New => File::New,
+                    Outcome::Changed => File::Changed,
+                    Outcome::Unchanged => File::Unchanged,
+                });
+                if done.outcome != Outcome::Unchanged {
+                    let mut brought = self.brought.lock().unwrap_or_else(PoisonError::into_inner);
+                    if brought.len() < MAX_TOLD {
+                        brought.push(entry.name.clone());
+                    }
+                }
+            }
             Err(transfer::Error::Interrupted) => {}
             Err(error) => self.fail(&escape(&entry.name), error),
         }
@@ -539,7 +569,7 @@ mod tests {
         // They fill no folder here, as the one that they name is gone.
         let mut change = |wanted: &[Settings]| {
             mirrors.prepare(wanted).unwrap();
-            let summary = mirrors.change(wanted);
+            let summary = mirrors.change(wanted, &Reporter::default());
             let Summary { started, changed, ended, kept } = summary;
             let names: Vec<_> =
                 mirrors.counts().iter().map(|counts| counts.name.to_string()).collect();

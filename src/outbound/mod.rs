@@ -30,6 +30,9 @@
 //! | `message` | a mail as it is sent |
 //! | `smtp` | a connection to a mail server |
 //! | `sms` | `[sms.NAME]`: its table, its providers, and sending |
+//! | `incidents` | what of all that happens is told, and when |
+//! | `queue` | what waits to be sent, also across a restart |
+//! | `alert` | `[alert]`: its table, and the daemon's job |
 
 pub mod back_off;
 pub mod http;
@@ -57,9 +60,13 @@ pub mod alert;
 #[cfg(feature = "alert")]
 pub mod channel;
 #[cfg(feature = "alert")]
+pub mod incidents;
+#[cfg(feature = "alert")]
 pub mod mail;
 #[cfg(feature = "alert")]
 pub mod message;
+#[cfg(feature = "alert")]
+pub mod queue;
 #[cfg(feature = "alert")]
 pub mod sms;
 #[cfg(feature = "alert")]

@@ -20,11 +20,14 @@ use super::http::{self, Client, Options};
 use super::pointer::Pointer;
 use super::reach::{self, Reach, shown};
 use super::{back_off, roots};
-use crate::config::{self, Context, Noted, Table};
+use crate::config::{self, Context, Located, Noted, Table};
 use crate::secret::{self, Secret};
 
 /// The most recipients of one text.
 const MAX_RECIPIENTS: usize = 100;
+
+/// The longest segment, in characters.
+const MAX_SEGMENT: usize = 160;
 
 /// The largest reply of a provider that is read, in bytes.
 const MAX_REPLY: usize = 64 << 10;
@@ -283,16 +286,7 @@ impl Settings {
         let (provider, account, password_file) = (provider?, account?, password_file?);
         let missing =
             |key, expected: &str| table.fault(key, format_args!("missing; expected {expected}"));
-        let to = to.and_then(|to| match to {
-            Some(to) if (1..=MAX_RECIPIENTS).contains(&to.len()) => {
-                let each = to.iter().map(|to| {
-                    to.value.check(&provider).map_err(|problem| to.fault(problem))?;
-                    Ok(to.value.clone())
-                });
-                each.collect::<Vec<_>>().into_iter().collect::<Result<Vec<_>, _>>()
-            }
-            _ => Err(table.fault("to", format_args!("expected 1 to {MAX_RECIPIENTS} numbers"))),
-        });
+        let to = to.and_then(|to| numbers(to.unwrap_or_default(), &provider, &table));
         let (form, usual) = match provider.as_str() {
             "form" => (Some(keys.form(&table)), None),
             provider => {
@@ -404,8 +398,9 @@ impl Settings {
     /// A text that fits, made of one that may not.
     pub fn shorten(&self, text: &str) -> String {
         let visible = |c: char| if c.is_control() && c != '\n' { ' ' } else { c };
-        let text: String = text.trim().chars().map(visible).collect();
-        let mut short = text.clone();
+        // No more fits in any alphabet.
+        let most = self.max_segments * MAX_SEGMENT + 1;
+        let mut short: String = text.trim().chars().map(visible).take(most).collect();
         while Segments::of(&short).count > self.max_segments {
             // The mark takes place, too, and may need another alphabet.
             short = short.trim_end_matches('…').to_owned();
@@ -417,13 +412,9 @@ impl Settings {
 
     /// What would be asked of the provider for each number, without the password.
     pub fn show(&self, to: &[Number], text: &str) -> String {
-        let mut lines = format!("POST {}\n", shown(&self.url));
-        for number in to {
-            for (name, value) in self.fields(&number.0, text, "…") {
-                lines.push_str(&format!("{name} = {value:?}\n"));
-            }
-        }
-        lines
+        let fields = to.iter().flat_map(|number| self.fields(&number.0, text, "…"));
+        let lines = fields.map(|(name, value)| format!("{name} = {value:?}\n"));
+        format!("POST {}\n{}", shown(&self.url), lines.collect::<String>())
     }
 
     fn fields(&self, to: &str, text: &str, password: &str) -> Vec<(String, String)> {
@@ -470,8 +461,8 @@ impl Settings {
             Client::new(options, reach).map_err(|error| Failure::unusable(error.to_string()))
         };
         // Files of roots are read, which can take its time.
-        let built = tokio::task::spawn_blocking(build).await;
-        built.map_err(|error| Failure::temporary(error.to_string()))?
+        let client = tokio::task::spawn_blocking(build).await;
+        client.map_err(|error| Failure::temporary(error.to_string()))?
     }
 
     fn headers(&self, password: Option<&Secret>) -> HeaderMap {
@@ -613,6 +604,23 @@ fn is_loopback(url: &Url) -> bool {
     let host = reach::host_of(url);
     let literal = host.trim_start_matches('[').trim_end_matches(']');
     host == "localhost" || literal.parse::<IpAddr>().is_ok_and(|ip| ip.to_canonical().is_loopback())
+}
+
+/// The numbers of a table, if this provider sends to all of them.
+fn numbers(
+    to: Vec<Located<'_, Number>>,
+    provider: &str,
+    table: &Table<'_>,
+) -> Result<Vec<Number>, Noted> {
+    if !(1..=MAX_RECIPIENTS).contains(&to.len()) {
+        return Err(table.fault("to", format_args!("expected 1 to {MAX_RECIPIENTS} numbers")));
+    }
+    let each = to.into_iter().map(|to| match to.value.check(provider) {
+        Ok(()) => Ok(to.value),
+        Err(problem) => Err(to.fault(problem)),
+    });
+    // All of them first, so that every fault is noted.
+    each.collect::<Vec<_>>().into_iter().collect()
 }
 
 fn account(text: &str) -> Result<String, String> {
@@ -784,7 +792,7 @@ impl Segments {
         };
         let gsm = text.chars().map(septets).sum::<Option<usize>>();
         let (length, single, several, alphabet) = match gsm {
-            Some(septets) => (septets, 160, 153, "GSM 7 bit"),
+            Some(septets) => (septets, MAX_SEGMENT, 153, "GSM 7 bit"),
             None => (text.encode_utf16().count(), 70, 67, "UCS-2, as it is not all GSM 7 bit"),
         };
         if length <= single {

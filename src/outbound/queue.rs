@@ -1,0 +1,335 @@
+//! What waits to be sent: bounded, and kept in a file that survives a restart.
+//!
+//! A message is in the file before it is sent for the first time, and leaves it when it was taken. So
+//! it is sent at least once; and twice only after a crash in between, with the same Message-ID then.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::incidents::Withheld;
+
+/// The file's name; hidden, so that no file service has it.
+const FILE: &str = ".handout-alerts.json";
+
+/// What it is called until it is whole.
+const NEW: &str = ".handout-alerts.json.new";
+
+/// What it is called if it cannot be read, so that somebody may look at it.
+const UNREADABLE: &str = ".handout-alerts.json.unreadable";
+
+/// The largest file that is read, in bytes.
+const MAX_FILE: u64 = 64 << 20;
+
+/// How many messages may wait for one channel.
+pub const MAX_WAITING: usize = 100;
+
+/// A message that is to be sent over one channel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// By which it is known, here and as its Message-ID.
+    pub id: String,
+    /// The channel, as `mail.ops`.
+    pub channel: String,
+    /// What it is about.
+    pub subject: String,
+    /// What it says.
+    pub text: String,
+    /// When it was written, in seconds since 1970.
+    pub date: i64,
+    /// What is attached, as far as it is there when it is sent.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<PathBuf>,
+    /// Who has not got it yet, if somebody has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<Vec<String>>,
+}
+
+/// What is in the file.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Contents {
+    messages: VecDeque<Message>,
+    /// When messages were made for a channel lately, in seconds since 1970.
+    #[serde(default)]
+    made: BTreeMap<String, Vec<i64>>,
+    /// What was not told over a channel.
+    #[serde(default)]
+    withheld: BTreeMap<String, Withheld>,
+}
+
+/// The queue of all channels.
+#[derive(Debug, Default)]
+pub struct Queue {
+    /// None if nothing is kept.
+    folder: Option<PathBuf>,
+    contents: Contents,
+    changed: bool,
+}
+
+impl Queue {
+    /// Takes up the queue of a folder; without a folder, one that is lost at the end.
+    ///
+    /// # Errors
+    /// If what is there cannot be read. Then a queue can still be had without it: see
+    /// [`Queue::begin_anew`].
+    pub fn open(folder: Option<&Path>) -> io::Result<Self> {
+        let Some(folder) = folder else { return Ok(Self::default()) };
+        let contents = match File::open(folder.join(FILE)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Contents::default(),
+            opened => {
+                let mut bytes = Vec::new();
+                opened?.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
+                serde_json::from_slice(&bytes)?
+            }
+        };
+        Ok(Self { folder: Some(folder.to_owned()), contents, changed: false })
+    }
+
+    /// An empty queue in a folder; what is there and cannot be read is put aside.
+    pub fn begin_anew(folder: &Path) -> Self {
+        // If that fails, it is replaced.
+        let _ = fs::rename(folder.join(FILE), folder.join(UNREADABLE));
+        Self { folder: Some(folder.to_owned()), ..Self::default() }
+    }
+
+    /// Writes what has changed, whole or not at all.
+    ///
+    /// # Errors
+    /// Whatever the disk says; it is tried again the next time.
+    pub fn save(&mut self) -> io::Result<()> {
+        let Some(folder) = &self.folder else { return Ok(()) };
+        if !self.changed {
+            return Ok(());
+        }
+        let new = folder.join(NEW);
+        // Whoever may read the folder need not read what went wrong.
+        let mut file =
+            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+        file.write_all(&serde_json::to_vec(&self.contents)?)?;
+        file.sync_all()?;
+        fs::rename(&new, folder.join(FILE))?;
+        File::open(folder)?.sync_all()?;
+        self.changed = false;
+        Ok(())
+    }
+
+    /// Takes a message, if there is a place for it.
+    pub fn add(&mut self, message: Message) -> bool {
+        let fits = self.waiting(&message.channel) < MAX_WAITING;
+        if fits {
+            self.contents.messages.push_back(message);
+            self.changed = true;
+        }
+        fits
+    }
+
+    /// How many messages wait for a channel.
+    pub fn waiting(&self, channel: &str) -> usize {
+        self.contents.messages.iter().filter(|message| message.channel == channel).count()
+    }
+
+    /// The next message for a channel.
+    pub fn first(&self, channel: &str) -> Option<&Message> {
+        self.contents.messages.iter().find(|message| message.channel == channel)
+    }
+
+    /// A message was taken, or never will be.
+    pub fn remove(&mut self, channel: &str, id: &str) {
+        self.contents.messages.retain(|message| message.channel != channel || message.id != id);
+        self.changed = true;
+    }
+
+    /// A message is to be tried again, after those that wait, for these recipients if some have got
+    /// it.
+    pub fn put_back(&mut self, channel: &str, id: &str, to: Option<Vec<String>>) {
+        let is_it = |message: &Message| message.channel == channel && message.id == id;
+        let at = self.contents.messages.iter().position(is_it);
+        if let Some(mut message) = at.and_then(|at| self.contents.messages.remove(at)) {
+            message.to = to.or(message.to);
+            self.contents.messages.push_back(message);
+            self.changed = true;
+        }
+    }
+
+    /// Takes out what was written before `date`.
+    pub fn expire(&mut self, date: i64) -> Vec<Message> {
+        let (old, young) = std::mem::take(&mut self.contents.messages)
+            .into_iter()
+            .partition::<VecDeque<_>, _>(|message| message.date < date);
+        self.contents.messages = young;
+        self.changed |= !old.is_empty();
+        old.into()
+    }
+
+    /// When messages were made for a channel lately, in seconds since 1970.
+    pub fn made(&self, channel: &str) -> Vec<i64> {
+        self.contents.made.get(channel).cloned().unwrap_or_default()
+    }
+
+    /// Messages were made for a channel at these times.
+    pub fn set_made(&mut self, channel: &str, times: Vec<i64>) {
+        self.contents.made.insert(channel.to_owned(), times);
+        self.changed = true;
+    }
+
+    /// What was not told over a channel.
+    pub fn withheld(&self, channel: &str) -> Withheld {
+        self.contents.withheld.get(channel).cloned().unwrap_or_default()
+    }
+
+    /// Changes what was not told over a channel.
+    pub fn set_withheld(&mut self, channel: &str, withheld: Withheld) {
+        self.contents.withheld.insert(channel.to_owned(), withheld);
+        self.changed = true;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn message(channel: &str, id: usize) -> Message {
+        Message {
+            id: id.to_string(),
+            channel: channel.to_owned(),
+            subject: "host: gone".to_owned(),
+            text: "host: gone\r\n\"汇\"".to_owned(),
+            date: i64::try_from(id).unwrap(),
+            files: vec!["/a b/汇".into()],
+            to: None,
+        }
+    }
+
+    #[test]
+    fn messages_of_a_channel_wait_in_order_and_are_bounded() {
+        let mut queue = Queue::open(None).unwrap();
+        for id in 0..=MAX_WAITING {
+            assert_eq!(queue.add(message("mail.a", id)), id < MAX_WAITING);
+        }
+        assert!(queue.add(message("sms.a", 0)));
+        assert_eq!(queue.first("mail.a").unwrap().id, "0");
+        queue.put_back("mail.a", "0", Some(vec!["x".to_owned()]));
+        assert_eq!(queue.first("mail.a").unwrap().id, "1");
+        queue.remove("mail.a", "1");
+        assert_eq!((queue.waiting("mail.a"), queue.waiting("sms.a")), (MAX_WAITING - 1, 1));
+        assert_eq!(queue.expire(50).len(), 50);
+        assert_eq!(queue.first("mail.a").unwrap().id, "50");
+        assert!(queue.save().is_ok());
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_put_aside() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join(FILE), "{\"messages\":[").unwrap();
+        assert!(Queue::open(Some(folder.path())).is_err());
+        let mut queue = Queue::begin_anew(folder.path());
+        assert!(queue.add(message("mail.a", 1)));
+        queue.save().unwrap();
+        assert_eq!(Queue::open(Some(folder.path())).unwrap().contents, queue.contents);
+        assert!(folder.path().join(UNREADABLE).exists());
+    }
+
+    #[test]
+    fn a_crash_while_it_is_written_leaves_what_was_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut queue = Queue::open(Some(folder.path())).unwrap();
+        assert!(queue.add(message("mail.a", 1)));
+        queue.save().unwrap();
+        let before = queue.contents.clone();
+        assert!(queue.add(message("mail.a", 2)));
+        let whole = serde_json::to_vec(&queue.contents).unwrap();
+        for length in 0..=whole.len() {
+            fs::write(folder.path().join(NEW), &whole[..length]).unwrap();
+            assert_eq!(Queue::open(Some(folder.path())).unwrap().contents, before);
+        }
+        queue.save().unwrap();
+        assert_eq!(Queue::open(Some(folder.path())).unwrap().contents, queue.contents);
+        // Nothing is left but the file.
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_disk_that_fails_is_tried_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path().join("later");
+        let mut queue = Queue::open(Some(&place)).unwrap();
+        assert!(queue.add(message("mail.a", 1)));
+        assert!(queue.save().is_err());
+        fs::create_dir(&place).unwrap();
+        queue.save().unwrap();
+        assert_eq!(Queue::open(Some(&place)).unwrap().waiting("mail.a"), 1);
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Add(usize),
+        /// Sent, and noted.
+        Send,
+        /// Sent, and a crash before it is noted.
+        SendAndCrash,
+        /// Not sent.
+        Fail,
+        Crash,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            (0_usize..1000).prop_map(Step::Add),
+            Just(Step::Send),
+            Just(Step::SendAndCrash),
+            Just(Step::Fail),
+            Just(Step::Crash),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn every_message_is_sent_and_twice_only_after_a_crash(
+            steps in prop::collection::vec(step(), 0..40),
+        ) {
+            let folder = tempfile::tempdir().unwrap();
+            let open = || Queue::open(Some(folder.path())).unwrap();
+            let mut queue = open();
+            let (mut added, mut sent) = (Vec::new(), Vec::new());
+            let mut repeated = 0;
+            for (number, step) in steps.into_iter().enumerate() {
+                let first = queue.first("mail.a").map(|message| message.id.clone());
+                match (step, first) {
+                    (Step::Add(id), _) => {
+                        let id = id * 100 + number;
+                        if queue.add(message("mail.a", id)) {
+                            added.push(id.to_string());
+                        }
+                    }
+                    (Step::Send, Some(id)) => {
+                        sent.push(id.clone());
+                        queue.remove("mail.a", &id);
+                    }
+                    (Step::SendAndCrash, Some(id)) => {
+                        sent.push(id.clone());
+                        queue.remove("mail.a", &id);
+                        queue = open();
+                        repeated += 1;
+                    }
+                    (Step::Fail, Some(id)) => queue.put_back("mail.a", &id, None),
+                    (Step::Crash, _) => queue = open(),
+                    (_, None) => {}
+                }
+                queue.save().unwrap();
+            }
+            while let Some(id) = queue.first("mail.a").map(|message| message.id.clone()) {
+                sent.push(id.clone());
+                queue.remove("mail.a", &id);
+            }
+            prop_assert!(added.iter().all(|id| sent.contains(id)));
+            prop_assert_eq!(sent.len(), added.len() + repeated);
+        }
+    }
+}
