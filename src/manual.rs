@@ -30,6 +30,10 @@ const FILES: &[(&str, &str)] = &[
         "In a folder that is mirrored into: what is known of its files, so that only what changed is \
          asked for. It can be removed.",
     ),
+    (
+        ".handout-alerts.json",
+        "In the folder of the service's state, as /var/lib/handout: alerts that wait to be sent.",
+    ),
     ("/run/handout/", "The place for Unix sockets of the service."),
     ("/usr/share/doc/handout/", "What is sent over the wire, and examples."),
 ];
@@ -41,13 +45,15 @@ const ENVIRONMENT: &[(&str, &str)] = &[
         "NOTIFY_SOCKET, WATCHDOG_USEC, LISTEN_FDS, JOURNAL_STREAM",
         "Set by systemd for handout serve; see systemd.exec(5).",
     ),
+    ("STATE_DIRECTORY", "Set by systemd (StateDirectory=): where alerts wait to be sent."),
     ("CREDENTIALS_DIRECTORY", "Set by systemd: where the secrets are that LoadCredential= passes."),
 ];
 const SIGNALS: &[(&str, &str)] = &[
     (
         "SIGTERM, SIGINT",
         "handout serve closes its listeners at once; connections get the configured grace to \
-         finish, then they are reset; mirrors end, and go on where they were the next time. A second \
+         finish, then they are reset; mirrors end, and go on where they were the next time; alerts that \
+         are due are sent, and what cannot be waits for the next time. A second \
          signal ends it now. A client ends, and leaves nothing half done; download keeps what has \
          come, hidden, to go on from there.",
     ),

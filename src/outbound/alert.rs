@@ -723,3 +723,183 @@ fn attachment(path: &Path, left: u64) -> Result<Attachment, String> {
     file.into_file().take(left).read_to_end(&mut content).map_err(|error| error.to_string())?;
     Ok(Attachment { name: name.to_owned(), content })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::alerts::{Change, Event};
+    use crate::config::{Config, Sources};
+
+    const SHIPPED: &str = include_str!("../../config/handout.toml");
+
+    const MAIL: &str = "[mail.a]\nserver = \"127.0.0.1:1\"\nsecurity = \"none\"\n\
+                        from = \"a@example.org\"\nto = [\"b@example.org\"]\n";
+
+    /// What a configuration says, or its faults.
+    fn load(text: &str) -> Result<Settings, String> {
+        load_in(&tempfile::tempdir().unwrap(), text)
+    }
+
+    fn load_in(folder: &tempfile::TempDir, text: &str) -> Result<Settings, String> {
+        for (name, content) in
+            [("handout.toml", text), ("mail.password", "hush\n"), ("sms.password", "hush\n")]
+        {
+            fs::write(folder.path().join(name), content).unwrap();
+        }
+        fs::create_dir_all(folder.path().join("state")).unwrap();
+        let file = Some(folder.path().join("handout.toml"));
+        Config::load(&Sources { file, ..Sources::default() })
+            .map(|config| config.alerts)
+            .map_err(|faults| faults.to_string())
+    }
+
+    /// The channels and alerts of the shipped configuration, without what comments them out.
+    fn shipped() -> Vec<&'static str> {
+        let lines = SHIPPED.lines().skip_while(|line| !line.starts_with("#[mail."));
+        let lines = lines.filter_map(|line| line.strip_prefix('#'));
+        // It names roots, which are not here.
+        lines.filter(|line| !line.starts_with(' ') && !line.starts_with("ca-file")).collect()
+    }
+
+    #[test]
+    fn the_shipped_configuration_says_every_key_and_the_defaults() {
+        let lines = shipped();
+        let folder = tempfile::tempdir().unwrap();
+        let said = load_in(&folder, &lines.join("\n")).unwrap();
+        assert_eq!(said.channels(), 3);
+        let with_default = [
+            "security",
+            "allow-plaintext",
+            "timeout",
+            "max-attachment",
+            "max-segments",
+            "on",
+            "wait",
+            "repeat",
+            "max-per-hour",
+            "attach",
+        ];
+        let key = |line: &str| line.split(' ').next().unwrap_or_default().to_owned();
+        let ihuyi = "url       = \"https://106";
+        let bare = lines
+            .iter()
+            .filter(|line| !with_default.contains(&&*key(line)) && !line.starts_with(ihuyi))
+            .copied();
+        let bare = bare.collect::<Vec<_>>().join("\n");
+        assert_eq!(load_in(&folder, &bare).unwrap(), said);
+        // Every key that is known is said.
+        for table in ["[mail.ops]", "[sms.ops]", "[alert]"] {
+            let at = lines.iter().position(|line| line.starts_with(table)).unwrap();
+            let mut with_junk = lines.clone();
+            with_junk.insert(at + 1, "junk = 1");
+            let fault = load(&with_junk.join("\n")).unwrap_err();
+            let (_, known) = fault.split_once("unknown key; expected one of ").unwrap();
+            for key in known.split(", ").map(str::trim) {
+                let said = SHIPPED.contains(&format!("\n#{key} ")) || key == "from";
+                assert!(said, "{key}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_secret_is_neither_in_the_faults_nor_in_what_is_printed() {
+        let said = load(&shipped().join("\n")).unwrap();
+        assert!(!format!("{said:?}").contains("hush"));
+        let form = "[sms.a]\nprovider = \"form\"\nto = [\"110\"]\n";
+        for wrong in [
+            "url = \"https://me:hush@example.org/\"",
+            "url = \"https://a/\"\nfields = { a = \"hush{\" }",
+        ] {
+            let faults = load(&format!("{form}{wrong}")).unwrap_err();
+            assert!(!faults.contains("hush"), "{faults}");
+        }
+        let kept = "url = \"https://a/\"\nsuccess = { pointer = \"\", equals = \"1\" }\n\
+                    fields = { a = \"hush\", b = \"{to}{text}\" }";
+        let said = load(&format!("{form}{kept}")).unwrap();
+        assert!(!format!("{said:?}").contains("hush"));
+    }
+
+    #[test]
+    fn what_is_wrong_is_said() {
+        for (text, problem) in [
+            ("[alert]\nto = [\"mail.a\"]", "no such channel; expected a table such as [mail.ops]"),
+            (&format!("{MAIL}[alert]\nto = [\"sms.a\"]"), "expected one of mail.a"),
+            (&format!("{MAIL}[alert]\n"), "alert.to: expected at least one channel"),
+            (&format!("{MAIL}[alert]\nto = [\"mail.a\"]\non = [\"x\"]"), "service-failed"),
+            (&format!("{MAIL}[alert]\nto = [\"mail.a\"]\nstate = \"x\""), "a folder that is there"),
+            (&MAIL.replace("127.0.0.1", "192.0.2.1"), "none is for this machine only"),
+            (&MAIL.replace("b@", "b\\r\\n@"), "has the end of a line or a NUL in it"),
+            (&format!("{MAIL}username = \"x\""), "password-file: missing"),
+            (&format!("{MAIL}password-file = \"x\""), "password-file: \"x\": cannot be read"),
+        ] {
+            let faults = load(text).unwrap_err();
+            assert!(faults.contains(problem), "{text}: {faults}");
+        }
+        assert!(load(MAIL).is_ok());
+    }
+
+    fn event(change: Change) -> Event {
+        let at = jiff::Timestamp::now();
+        Event { kind: Kind::FileMissing, subject: "file.a".into(), at, change }
+    }
+
+    #[tokio::test]
+    async fn what_nobody_takes_stays_in_the_queue_for_the_next_time() {
+        let folder = tempfile::tempdir().unwrap();
+        // Nobody answers there.
+        let mut settings = load(&format!("{MAIL}[alert]\nto = [\"mail.a\"]")).unwrap();
+        let Some(alert) = &mut settings.alert else { panic!() };
+        alert.state = Some(folder.path().to_owned());
+        let run = async |settings: &Settings, events: Vec<Event>| {
+            let mut alerts = Alerts::default();
+            alerts.prepare(settings).unwrap();
+            alerts.change(settings);
+            for event in events {
+                assert!(alerts.reporter().report(event));
+            }
+            alerts.stop();
+            alerts.ended().await;
+            alerts.counts().iter().map(|counts| counts.queued()).sum::<u64>()
+        };
+        run(&settings, vec![event(Change::Begun("gone".to_owned()))]).await;
+        let queue = Queue::open(Some(folder.path())).unwrap();
+        let message = queue.first("mail.a").unwrap().clone();
+        assert!(message.subject.contains("file-missing: file.a, since 20"), "{message:?}");
+        assert!(message.text.ends_with(": gone\n"), "{message:?}");
+        // It is the same afterwards, and under a configuration that tells of nothing.
+        run(&settings, Vec::new()).await;
+        let queue = Queue::open(Some(folder.path())).unwrap();
+        assert_eq!(queue.first("mail.a"), Some(&message));
+        assert_eq!(queue.waiting("mail.a"), 1);
+    }
+
+    #[tokio::test]
+    async fn who_tells_nobody_needs_no_thread() {
+        let settings = load(MAIL).unwrap();
+        let mut alerts = Alerts::default();
+        alerts.prepare(&settings).unwrap();
+        alerts.change(&settings);
+        assert!(alerts.event_loop.is_none() && alerts.counts().is_empty());
+        assert!(alerts.reporter().report(event(Change::Ended)));
+        alerts.stop();
+        alerts.ended().await;
+    }
+
+    #[test]
+    fn files_are_attached_as_far_as_they_fit() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, content: &str| {
+            let path = folder.path().join(name);
+            fs::write(&path, content).unwrap();
+            path
+        };
+        let files = [file("a", "1234"), file("b", "12345"), file("c", ""), folder.path().into()];
+        let (attached, problems) = attachments(&files, 8);
+        let names: Vec<_> = attached.iter().map(|attachment| &*attachment.name).collect();
+        assert_eq!(names, ["a", "c"]);
+        assert_eq!(problems[0], "b: with the others it is larger than max-attachment");
+        assert_eq!(problems.len(), 2);
+    }
+}

@@ -228,7 +228,7 @@ impl Incidents {
             let what = escape(&incident.what);
             let mut tell = |prefix: &str, when: &str| {
                 let line = format!("{prefix}{name}, {when}: {what}");
-                report.add(format!("{prefix}{name}"), &line);
+                report.add(format!("{prefix}{name}, since {since}"), &line);
             };
             let flapping_is_over = match &incident.flapping {
                 Some(flapping) => flapping.told && flapping.changed.saturating_add(calm) <= now,
@@ -281,7 +281,8 @@ impl Incidents {
             for happened in std::mem::take(&mut self.happened) {
                 let Happened { kind, subject, at, what, files } = happened;
                 let name = format!("{}: {subject}", kind.name());
-                let line = format!("{name}, at {}: {}", time(at), escape(&what));
+                let name = format!("{name}, at {}", time(at));
+                let line = format!("{name}: {}", escape(&what));
                 report.add(name, &line);
                 report.files.extend(files);
             }
@@ -445,6 +446,12 @@ mod tests {
         Event { kind: Kind::FileMissing, subject: subject.into(), at, change }
     }
 
+    /// What a report is about, without since when.
+    fn whats(report: &Report) -> Vec<String> {
+        let what = |subject: &String| subject.split_once(", ").unwrap().0.to_owned();
+        report.subjects.iter().map(what).collect()
+    }
+
     /// The incidents with a clock.
     struct Told {
         incidents: Incidents,
@@ -462,7 +469,7 @@ mod tests {
             while let Some(next) = self.incidents.next().filter(|next| *next <= at(second)) {
                 self.now = self.now.max(next.as_secs());
                 if let Some(report) = self.incidents.due(at(self.now), false) {
-                    self.messages.push((self.now, report.subjects));
+                    self.messages.push((self.now, whats(&report)));
                 }
             }
             self.now = second;
@@ -515,11 +522,13 @@ mod tests {
         told.incidents.add(happened, at(29));
         let report = told.incidents.due(at(WAIT), false).unwrap();
         assert_eq!(
-            report.subjects,
+            whats(&report),
             ["over: file-missing: a", "file-missing: b", "mirror-updated: m"]
         );
         assert_eq!(report.files, [PathBuf::from("/x/y")]);
-        assert_eq!(report.subject("host"), "host: over: file-missing: a and 2 more");
+        let subject = report.subject("host");
+        assert!(subject.starts_with("host: over: file-missing: a, since 2027-01-15 "), "{subject}");
+        assert!(subject.ends_with(" and 2 more"), "{subject}");
         let text = report.text("host", &Withheld::default());
         assert!(text.starts_with("host: over: file-missing: a, since 2027-01-15 "), "{text}");
         assert!(text.contains("(10s): gone\nfile-missing: b, since "), "{text}");

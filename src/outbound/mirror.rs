@@ -494,7 +494,8 @@ mod tests {
     fn shipped() -> Vec<&'static str> {
         let lines = SHIPPED
             .lines()
-            .skip_while(|line| *line != "[metrics]" && !line.starts_with("#[mirror."));
+            .skip_while(|line| *line != "[metrics]" && !line.starts_with("#[mirror."))
+            .take_while(|line| !line.starts_with("# A channel"));
         let lines = lines.filter_map(|line| line.strip_prefix('#'));
         // It names roots, which are not here.
         lines.filter(|line| !line.starts_with(' ') && !line.starts_with("ca-file")).collect()
