@@ -3,20 +3,19 @@
 //! A reply that fits into the kernel's buffer is written at once, and the registration, which costs
 //! more than the writing, is spared.
 
-use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use rustix::fs::sendfile;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 use tokio::io::{AsyncRead, Interest, ReadBuf};
 use tokio::task::coop;
 
 use crate::connection::{Next, Stream};
 use crate::kernel::{self, Watched};
+use crate::memory_file::MemoryFile;
 
 /// How much is received at one time.
 const RECEIVE_BUFFER: usize = 16 << 10;
@@ -53,7 +52,11 @@ impl AcceptedSocket {
         Self { socket: Socket::Fresh(socket), kind }
     }
 
-    fn fd(&self) -> io::Result<BorrowedFd<'_>> {
+    /// Its descriptor.
+    ///
+    /// # Errors
+    /// If it could not be registered.
+    pub fn fd(&self) -> io::Result<BorrowedFd<'_>> {
         match &self.socket {
             Socket::Fresh(socket) => Ok(socket.as_fd()),
             Socket::Watched(socket) => Ok(socket.as_fd()),
@@ -121,13 +124,11 @@ impl Stream for AcceptedSocket {
     fn poll_write_file(
         &mut self,
         context: &mut Context<'_>,
-        file: &File,
+        file: &MemoryFile,
         offset: u64,
         length: usize,
     ) -> Poll<io::Result<usize>> {
-        self.poll(context, Interest::WRITABLE, |socket| {
-            sendfile(socket, file, Some(&mut offset.clone()), length)
-        })
+        self.poll(context, Interest::WRITABLE, |socket| file.send(socket, offset, length))
     }
 
     fn half_close(&mut self) -> io::Result<()> {

@@ -8,7 +8,6 @@
 //! What services say, and who may connect, is not decided here.
 
 use std::fmt;
-use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
@@ -24,6 +23,7 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::counts::{Counts, Ending, Label};
+use crate::memory_file::MemoryFile;
 
 /// How much of what a client sends is read and dropped; beyond it the client waits.
 const MAX_DISCARDED: u64 = 16 << 20;
@@ -57,6 +57,17 @@ pub enum Next {
     AtOnce,
 }
 
+/// What was heard of a client that has been answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Heard {
+    /// Nothing yet.
+    Nothing,
+    /// It has ended its side, and there is no fault.
+    End,
+    /// It has sent something, or there is a fault, or nobody knows: it takes a read to see.
+    Something,
+}
+
 /// A stream socket, or what stands for one in a test, of which the close is a reset until it is
 /// told otherwise.
 pub trait Stream: AsyncRead + Unpin + Send {
@@ -68,11 +79,11 @@ pub trait Stream: AsyncRead + Unpin + Send {
         next: Next,
     ) -> Poll<io::Result<usize>>;
 
-    /// Writes some of a file that is in memory, at most `length` bytes from `offset` on.
+    /// Writes some of a file in memory, at most `length` bytes from `offset` on.
     fn poll_write_file(
         &mut self,
         context: &mut Context<'_>,
-        file: &File,
+        file: &MemoryFile,
         offset: u64,
         length: usize,
     ) -> Poll<io::Result<usize>>;
@@ -307,10 +318,23 @@ impl<S: Stream> Connection<S> {
         });
     }
 
+    /// The stream itself.
+    pub fn stream(&self) -> &S {
+        &self.stream
+    }
+
     /// Looks, without waiting, whether the client has everything and has closed its side, or the
     /// connection has failed. Then there is nothing more to be done.
-    pub fn is_over(&mut self) -> bool {
-        if let Err(broken) = self.discard_a_little() {
+    pub fn is_over(&mut self, heard: Heard) -> bool {
+        let read = match heard {
+            Heard::Nothing => Ok(()),
+            Heard::End => {
+                self.input_ended = true;
+                Ok(())
+            }
+            Heard::Something => self.discard_a_little(),
+        };
+        if let Err(broken) = read {
             self.end(Outcome::Broken(broken));
         } else if self.input_ended || self.terms.shutdown.drain.is_cancelled() {
             if self.close_if_delivered() {
@@ -387,12 +411,12 @@ impl<S: Stream> Connection<S> {
         Ok(())
     }
 
-    /// Sends the first `length` bytes of a file that is in memory, as [`Connection::send`] does,
-    /// without copying them.
+    /// Sends a file in memory as [`Connection::send`] does, without copying it.
     ///
     /// # Errors
     /// As [`Connection::send`].
-    pub async fn send_file(&mut self, file: &File, length: u64) -> Result<(), Broken> {
+    pub async fn send_file(&mut self, file: &MemoryFile) -> Result<(), Broken> {
+        let length = file.len();
         let mut offset = 0;
         while offset < length {
             let left = usize::try_from(length - offset).unwrap_or(MAX_SENT).min(MAX_SENT);
@@ -572,7 +596,6 @@ impl<S: Stream> Drop for Connection<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::FileExt;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
     use tokio::io::{AsyncWrite, AsyncWriteExt, DuplexStream};
 
@@ -596,12 +619,12 @@ mod tests {
         fn poll_write_file(
             &mut self,
             context: &mut Context<'_>,
-            file: &File,
+            file: &MemoryFile,
             offset: u64,
             length: usize,
         ) -> Poll<io::Result<usize>> {
             let mut bytes = vec![0; length];
-            let read = file.read_at(&mut bytes, offset)?;
+            let read = rustix::io::pread(file, &mut bytes, offset)?;
             Pin::new(&mut self.stream).poll_write(context, &bytes[..read])
         }
 
@@ -707,10 +730,9 @@ mod tests {
     async fn a_file_in_memory_arrives_whole() {
         let Tried { mut client, connection, reset, .. } = connected(30, 3600);
         let content: Vec<u8> = (0..=255).cycle().take(10_000).collect();
-        let mut file = tempfile::tempfile().unwrap();
-        std::io::Write::write_all(&mut file, &content).unwrap();
+        let file = MemoryFile::make(|file| file.write_all(&content)).unwrap();
         let serving = tokio::spawn(run(connection, async move |connection: &mut Connection<_>| {
-            connection.send_file(&file, 10_000).await
+            connection.send_file(&file).await
         }));
         let mut received = Vec::new();
         client.read_to_end(&mut received).await.unwrap();
