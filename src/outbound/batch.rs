@@ -33,7 +33,7 @@ use crate::secret::Secret;
 pub const MAX_LISTING: usize = 16 << 20;
 
 /// How many files may be forced to the disk at one time.
-const MAX_FINISHING: usize = 32;
+const MAX_FINISHING: usize = 16;
 
 /// How long parts are kept that another command may go on from.
 const KEEP_PARTS: Duration = Duration::from_hours(7 * 24);

@@ -457,7 +457,7 @@ mod tests {
         assert_eq!(place.part("a").unwrap().length, 4);
         place.write_about("a", b"{}").unwrap();
         place.clean(["a"], Duration::ZERO).unwrap();
-        place.clean([], Duration::from_secs(3600)).unwrap();
+        place.clean([], Duration::from_hours(1)).unwrap();
         assert_eq!((place.part_size("a"), place.about("a")), (4, Some(b"{}".to_vec())));
         fs::write(folder.path().join(".handout-mirror.json"), "x").unwrap();
         place.clean(["b"], Duration::ZERO).unwrap();
