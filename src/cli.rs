@@ -77,6 +77,19 @@ Examples:
 Nothing is overwritten without --force, and a file appears only when it is whole.
 Exit codes: 0 everything was saved, 1 something was not, 2 wrong usage.")]
     Fetch(Fetch),
+    /// Save what is at URLs, or in a listing that is at one, over HTTP(S)
+    #[command(after_help = "\
+Examples:
+  handout download https://example.org/ca.pem
+  handout download --update -o pictures/ https://example.org/1.jpg https://example.org/2.jpg
+  handout download --list /newslist --url /picUrl --filename /title -o pictures/ \\
+      https://api.example.org/pictures.json
+
+A file appears only when it is whole, with the server's time. Nothing is overwritten without --force
+or --update. What has come of a file that is interrupted is kept, hidden, and the same command goes
+on from there. Other hosts, to which a listing or a redirect leads, must have public addresses.
+Exit codes: 0 everything is there, 1 something failed, 2 wrong usage.")]
+    Download(Download),
     /// Print the completions of a shell
     #[command(after_help = "\
 Examples:
@@ -190,6 +203,68 @@ pub struct Fetch {
     /// How long the service may be silent
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = config::duration)]
     idle_timeout: Duration,
+    /// Say only what failed
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+/// What to download.
+#[derive(Debug, Args)]
+pub struct Download {
+    /// What to save, under the last part of its path; or, with --list, where the listing is
+    #[arg(value_name = "URL", required = true)]
+    pub urls: Vec<String>,
+    /// Save into this folder
+    #[arg(short, long, value_name = "DIR", default_value = ".")]
+    pub output: PathBuf,
+    /// The URL is that of a JSON listing, with the array at this pointer ("" for the whole)
+    #[arg(long, value_name = "POINTER", requires = "url")]
+    pub list: Option<String>,
+    /// In each entry of the listing, where its URL is ("" for the whole)
+    #[arg(long, value_name = "POINTER", requires = "list")]
+    pub url: Option<String>,
+    /// In each entry, where its name is [default: the last part of its URL's path]
+    #[arg(long, value_name = "POINTER", requires = "list")]
+    pub filename: Option<String>,
+    /// In each entry, where the digest is that must hold
+    #[arg(long, value_name = "POINTER", requires = "list")]
+    pub sha256: Option<String>,
+    /// How many at one time
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub jobs: u32,
+    /// Replace files that are there
+    #[arg(long)]
+    pub force: bool,
+    /// Replace files that are there if they have changed; what the server says of them is kept in
+    /// a hidden file beside them
+    #[arg(long)]
+    pub update: bool,
+    /// The largest file that is taken
+    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = config::size)]
+    pub max_size: u64,
+    /// How long a server may be silent
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = config::duration)]
+    pub timeout: Duration,
+    /// How long a file may take, with all attempts
+    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = config::duration)]
+    pub max_duration: Duration,
+    /// How often a file is tried again that fails for a reason that may pass
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub retries: u32,
+    /// Say this, too, to the servers of the URLs, but to no other; @FILE: each line of a file, which
+    /// is the place for what is secret
+    #[arg(long = "header", value_name = "NAME: VALUE")]
+    pub headers: Vec<String>,
+    /// Trust these authorities, in PEM form, besides those of the system
+    #[arg(long, value_name = "FILE")]
+    pub ca_file: Option<PathBuf>,
+    /// Ask this proxy, and none that the environment names; it looks up the names, so that only
+    /// addresses in URLs are looked at here
+    #[arg(long, value_name = "URL")]
+    pub proxy: Option<String>,
+    /// Only print what would be asked for
+    #[arg(long)]
+    pub dry_run: bool,
     /// Say only what failed
     #[arg(short, long)]
     pub quiet: bool,

@@ -16,6 +16,7 @@ use crate::config::{Config, Faults, Sources};
 use crate::errors::chain;
 use crate::logging::Logger;
 use crate::metrics::Reload;
+use crate::mirrors::{self, Mirrors};
 use crate::running::{self, Running, Summary};
 use crate::sockets::Inherited;
 use crate::systemd;
@@ -64,6 +65,9 @@ pub struct Daemon {
     log: Logger,
     grace: Duration,
     running: Running,
+    mirrors: Mirrors,
+    /// Their names, as the status has them.
+    mirrored: Vec<Arc<str>>,
 }
 
 impl Daemon {
@@ -84,7 +88,11 @@ impl Daemon {
         let prepared = running.prepare(config).await?;
         let grace = config.daemon.grace;
         running.change(prepared, grace);
-        Ok(Self { sources, log, grace, running })
+        let (mirrors, mirrored) = (Mirrors::default(), Vec::new());
+        let mut daemon = Self { sources, log, grace, running, mirrors, mirrored };
+        daemon.mirrors.prepare(&config.mirrors).map_err(running::Error::Mirrors)?;
+        daemon.change_mirrors(&config.mirrors);
+        Ok(daemon)
     }
 
     /// Serves until it is ordered to stop, and returns when the connections have finished or their
@@ -158,13 +166,32 @@ impl Daemon {
         let config = config.map_err(ReloadError::Configuration)?;
         let log = self.log.prepare(&config.log).map_err(ReloadError::Log)?;
         let prepared = self.running.prepare(&config).await?;
+        self.mirrors.prepare(&config.mirrors).map_err(running::Error::Mirrors)?;
         // Nothing can fail from here on.
         self.log.change(log);
         self.grace = config.daemon.grace;
+        self.change_mirrors(&config.mirrors);
         Ok(self.running.change(prepared, self.grace))
     }
 
+    fn change_mirrors(&mut self, wanted: &[mirrors::Settings]) {
+        let had = !self.mirrored.is_empty();
+        let mirrors::Summary { started, changed, ended, kept } = self.mirrors.change(wanted);
+        self.mirrored = wanted.iter().map(|mirror| Arc::clone(mirror.name())).collect();
+        self.running.monitor.watch_mirrors(self.mirrors.counts());
+        if had || !wanted.is_empty() {
+            tracing::info!(
+                started,
+                changed,
+                ended,
+                kept,
+                "mirrors: {started} started, {changed} changed, {ended} ended, {kept} as before"
+            );
+        }
+    }
+
     async fn stop(&mut self, orders: &Orders) {
+        self.mirrors.stop();
         systemd::stopping("finishing the connections that are under way");
         let connections = self.running.under_way();
         tokio::select! {
@@ -173,8 +200,9 @@ impl Daemon {
         }
         let under_way = connections.len();
         tracing::info!(connections = under_way, "stopping: {under_way} connections may finish");
+        let finished = async { tokio::join!(connections.wait(), self.mirrors.ended()) };
         tokio::select! {
-            () = connections.wait() => {}
+            _ = finished => {}
             () = tokio::time::sleep(self.grace) => {}
             () = orders.stop_now.cancelled() => {}
         }
@@ -193,7 +221,13 @@ impl Daemon {
         let names: Vec<&str> = self.running.services().map(|served| &**served.name()).collect();
         let addresses = self.running.addresses();
         let plural = if addresses == 1 { "address" } else { "addresses" };
-        format!("serving {} on {addresses} {plural}", names.join(", "))
+        let serving = format!("serving {} on {addresses} {plural}", names.join(", "));
+        let mirroring = format!("mirroring {}", self.mirrored.join(", "));
+        match (names.is_empty(), self.mirrored.is_empty()) {
+            (_, true) => serving,
+            (true, false) => mirroring,
+            (false, false) => format!("{serving}, {mirroring}"),
+        }
     }
 }
 

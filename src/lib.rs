@@ -22,6 +22,9 @@
 //! | [`counts`], [`metrics`] | what services count, and what monitoring is told of it |
 //! | [`datagram`] | which datagrams are answered |
 //! | [`services`] | one file for each service, and their registry |
+//! | [`mirrors`] | the mirrors as the daemon knows them, in every build |
+//! | `outbound` | what is done to the outside, with the feature `mirror`: mirrors, and `download` |
+//! | [`secret`] | secrets, which are read from files and not printed |
 //! | [`document`] | the document that carries a file: written here, read by the client |
 //! | [`files`] | regular files, and folders that no name leads out of |
 //! | [`memory_file`] | files that are only in memory, and are sent without being copied |
@@ -58,8 +61,12 @@ pub mod logging;
 pub mod manual;
 pub mod memory_file;
 pub mod metrics;
+pub mod mirrors;
+#[cfg(feature = "mirror")]
+pub mod outbound;
 pub mod reload;
 pub mod running;
+pub mod secret;
 pub mod served;
 pub mod services;
 pub mod sockets;

@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -20,6 +21,7 @@ use handout::sockets::Inherited;
 use handout::workers::{self, Workers};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
 /// Wrong configuration (sysexits(3), `EX_CONFIG`), which a restart does not mend.
 const WRONG_CONFIGURATION: u8 = 78;
@@ -28,11 +30,12 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Serve(arguments) => serve(arguments.into()),
         Command::Check(file) => check(&file.into()),
-        Command::Time(arguments) => in_client(time(&arguments)),
+        Command::Time(arguments) => in_client(|stop| until(stop, time(&arguments))),
         Command::Fetch(arguments) => match arguments.order() {
-            Ok(order) => in_client(fetch(&arguments, &order)),
+            Ok(order) => in_client(|stop| until(stop, fetch(&arguments, &order))),
             Err(error) => error.exit(),
         },
+        Command::Download(arguments) => download(&arguments),
         Command::Completions { shell } => {
             let mut completions = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "handout", &mut completions);
@@ -44,8 +47,11 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs a client, which needs one thread, until it has done or a signal ends it.
-fn in_client(client: impl Future<Output = ExitCode>) -> ExitCode {
+/// Runs a client, which needs one thread, until it has done. A signal asks it to stop; a second one
+/// ends it.
+fn in_client<F: Future<Output = ExitCode>>(
+    client: impl FnOnce(CancellationToken) -> F,
+) -> ExitCode {
     let runtime = match workers::event_loop() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error),
@@ -59,17 +65,57 @@ fn in_client(client: impl Future<Output = ExitCode>) -> ExitCode {
             Ok(hangup) => hangup,
             Err(error) => return fail(&error),
         };
-        // Dropped, the client removes what is not whole.
+        let stop = orders.stop.clone();
+        tokio::spawn(async move {
+            hangup.recv().await;
+            stop.cancel();
+        });
         tokio::select! {
-            code = client => return code,
-            () = orders.stop.cancelled() => {}
-            _ = hangup.recv() => {}
+            code = client(orders.stop) => code,
+            () = orders.stop_now.cancelled() => interrupted(),
         }
-        complain("interrupted");
-        ExitCode::FAILURE
     });
     runtime.shutdown_timeout(workers::END_TIME);
     code
+}
+
+/// Runs a client that, dropped, removes what is not whole.
+async fn until(stop: CancellationToken, client: impl Future<Output = ExitCode>) -> ExitCode {
+    stop.run_until_cancelled(client).await.unwrap_or_else(interrupted)
+}
+
+fn interrupted() -> ExitCode {
+    complain("interrupted");
+    ExitCode::FAILURE
+}
+
+#[cfg(feature = "mirror")]
+fn download(arguments: &cli::Download) -> ExitCode {
+    let order = match client::download::order(arguments) {
+        Ok(order) => order,
+        Err(error) => error.exit(),
+    };
+    in_client(|stop| async move {
+        let downloaded = if arguments.dry_run {
+            client::download::dry_run(&order, &stop).await
+        } else {
+            client::download::download(&order, arguments.quiet, &stop).await
+        };
+        match downloaded {
+            _ if stop.is_cancelled() => interrupted(),
+            Ok(downloaded) => {
+                let printed = print(downloaded.lines.as_bytes());
+                if downloaded.complete { printed } else { ExitCode::FAILURE }
+            }
+            Err(error) => fail(&error),
+        }
+    })
+}
+
+#[cfg(not(feature = "mirror"))]
+fn download(_: &cli::Download) -> ExitCode {
+    complain("this build has no `download`: it was built without the feature `mirror`");
+    ExitCode::FAILURE
 }
 
 async fn time(arguments: &cli::Time) -> ExitCode {
@@ -116,7 +162,16 @@ fn check(sources: &Sources) -> ExitCode {
         let listen: Vec<_> = service.listen.iter().map(ToString::to_string).collect();
         format!("{} on {}\n", service.name, listen.join(", "))
     });
-    print(lines.chain(["no fault found\n".to_owned()]).collect::<String>().as_bytes())
+    let mirrors = config
+        .mirrors
+        .iter()
+        .map(|mirror| format!("mirror.{} into {}\n", mirror.name(), shown(mirror.folder())));
+    let end = ["no fault found\n".to_owned()];
+    print(lines.chain(mirrors).chain(end).collect::<String>().as_bytes())
+}
+
+fn shown(path: &Path) -> String {
+    escape(&path.to_string_lossy())
 }
 
 fn serve(sources: Sources) -> ExitCode {

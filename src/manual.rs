@@ -25,6 +25,11 @@ default, and what it means.";
 /// What only a manual page says, by its section.
 const FILES: &[(&str, &str)] = &[
     (DEFAULT_CONFIG, "The configuration, unless another is named; see handout.toml(5)."),
+    (
+        ".handout-mirror.json",
+        "In a folder that is mirrored into: what is known of its files, so that only what changed is \
+         asked for. It can be removed.",
+    ),
     ("/run/handout/", "The place for Unix sockets of the service."),
     ("/usr/share/doc/handout/", "What is sent over the wire, and examples."),
 ];
@@ -36,13 +41,15 @@ const ENVIRONMENT: &[(&str, &str)] = &[
         "NOTIFY_SOCKET, WATCHDOG_USEC, LISTEN_FDS, JOURNAL_STREAM",
         "Set by systemd for handout serve; see systemd.exec(5).",
     ),
+    ("CREDENTIALS_DIRECTORY", "Set by systemd: where the secrets are that LoadCredential= passes."),
 ];
 const SIGNALS: &[(&str, &str)] = &[
     (
         "SIGTERM, SIGINT",
         "handout serve closes its listeners at once; connections get the configured grace to \
-         finish, then they are reset. A second signal ends it now. A client ends, and leaves \
-         nothing half done.",
+         finish, then they are reset; mirrors end, and go on where they were the next time. A second \
+         signal ends it now. A client ends, and leaves nothing half done; download keeps what has \
+         come, hidden, to go on from there.",
     ),
     (
         "SIGHUP",

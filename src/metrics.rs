@@ -17,6 +17,7 @@ use prometheus_client::registry::{Registry, Unit};
 
 use crate::clock::Health;
 use crate::counts::{Counter, Label};
+use crate::mirrors;
 use crate::served::Served;
 
 /// The media type of [`Monitor::metrics`].
@@ -40,6 +41,7 @@ impl Label for Reload {
 #[derive(Debug, Default)]
 pub struct Monitor {
     services: Mutex<Vec<Arc<Served>>>,
+    mirrors: Mutex<Vec<Arc<mirrors::Counts>>>,
     reloads: Counter<Reload>,
     last_reload_failed: AtomicBool,
     draining: AtomicBool,
@@ -49,6 +51,11 @@ impl Monitor {
     /// These are the services from now on.
     pub fn watch(&self, services: Vec<Arc<Served>>) {
         *self.services.lock().unwrap_or_else(PoisonError::into_inner) = services;
+    }
+
+    /// These are the mirrors from now on.
+    pub fn watch_mirrors(&self, mirrors: Vec<Arc<mirrors::Counts>>) {
+        *self.mirrors.lock().unwrap_or_else(PoisonError::into_inner) = mirrors;
     }
 
     /// A reload has ended.
@@ -85,6 +92,7 @@ impl Monitor {
         let mut registry = Registry::with_prefix("handout");
         registry.register_collector(Box::new(Snapshot {
             services: self.services(),
+            mirrors: self.mirrors.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             reloads: self.reloads.each().collect(),
             last_reload_successful: !self.last_reload_failed.load(Ordering::Relaxed),
             clock: Health::read().ok(),
@@ -99,6 +107,7 @@ impl Monitor {
 #[derive(Debug)]
 struct Snapshot {
     services: Vec<Arc<Served>>,
+    mirrors: Vec<Arc<mirrors::Counts>>,
     reloads: Vec<(Reload, u64)>,
     last_reload_successful: bool,
     /// None if the kernel may not be asked.
@@ -115,6 +124,10 @@ impl Collector for Snapshot {
             |served| served.service.datagrams().map(|_| &served.counts().datagrams),
         )?;
         self.files(&mut to)?;
+        // Who has no mirror is not told of them.
+        if !self.mirrors.is_empty() {
+            self.mirrors(&mut to)?;
+        }
         self.daemon(&mut to)
     }
 }
@@ -172,6 +185,51 @@ impl Snapshot {
         self.gauges(to, ("service_healthy", help), None, |served| {
             Some(u64::from(served.trouble().is_none()))
         })
+    }
+
+    fn mirrors(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let kind = MetricType::Counter;
+        let help = "Files of mirrors, by what became of them in a run";
+        let mut files = to.encode_descriptor("mirror_files", help, None, kind)?;
+        for mirror in &self.mirrors {
+            for (outcome, count) in mirror.files.each() {
+                let labels = [("mirror", &*mirror.name), ("outcome", outcome.name())];
+                ConstCounter::new(count).encode(files.encode_family(&labels)?)?;
+            }
+        }
+        let help = "Runs of mirrors, by how they ended";
+        let mut runs = to.encode_descriptor("mirror_runs", help, None, kind)?;
+        for mirror in &self.mirrors {
+            for (outcome, count) in mirror.runs.each() {
+                let labels = [("mirror", &*mirror.name), ("outcome", outcome.name())];
+                ConstCounter::new(count).encode(runs.encode_family(&labels)?)?;
+            }
+        }
+        let help = "Bytes of files that mirrors have received";
+        let mut received =
+            to.encode_descriptor("mirror_received", help, Some(&Unit::Bytes), kind)?;
+        for mirror in &self.mirrors {
+            let labels = [("mirror", &*mirror.name)];
+            ConstCounter::new(mirror.received()).encode(received.encode_family(&labels)?)?;
+        }
+        let (kind, unit) = (MetricType::Gauge, Some(&Unit::Seconds));
+        let help = "When a mirror's last run without a failure ended, since 1970";
+        let mut last = to.encode_descriptor("mirror_last_success_timestamp", help, unit, kind)?;
+        for mirror in &self.mirrors {
+            if let Some(seconds) = mirror.last_success() {
+                let labels = [("mirror", &*mirror.name)];
+                ConstGauge::new(seconds).encode(last.encode_family(&labels)?)?;
+            }
+        }
+        let help = "How long a mirror's last run took";
+        let mut took = to.encode_descriptor("mirror_run", help, unit, kind)?;
+        for mirror in &self.mirrors {
+            if let Some(duration) = mirror.last_duration() {
+                let labels = [("mirror", &*mirror.name)];
+                ConstGauge::new(duration.as_secs_f64()).encode(took.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
     }
 
     fn daemon(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {

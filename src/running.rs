@@ -53,6 +53,9 @@ pub enum Error {
         /// The cause.
         source: io::Error,
     },
+    /// The mirrors have no thread.
+    #[error("the mirrors cannot be started")]
+    Mirrors(#[source] io::Error),
     /// The configuration does not fit the inherited sockets.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
     Inherited(Vec<Mismatch>),

@@ -12,17 +12,15 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::Simd;
 use base64::engine::general_purpose::PAD;
-use nix::sys::resource::{UsageWho, getrusage};
-use nix::sys::time::TimeValLike;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
-use crate::machine::{kibibytes, time_of_thread};
+use crate::machine::{Taken, finish, time_of_thread};
 use crate::rounds::median;
 use crate::table::{Row, Unit};
 use crate::{Result, Run, pseudo_random};
@@ -33,9 +31,6 @@ const SMOKE: usize = 1 << 20;
 
 /// How much the parts alone take at one time, as `handout fetch` does.
 const PIECE: usize = 256 << 10;
-
-/// How often a client is looked at while it runs.
-const LOOK: Duration = Duration::from_millis(5);
 
 pub fn measure(run: &Run) -> Result<Vec<Row>> {
     let data = pseudo_random(run.choose(FULL, SMOKE));
@@ -77,9 +72,9 @@ fn compare(
     let (mut sums, mut costs) = (Vec::new(), Vec::new());
     for _ in 0..run.choose(3, 1) {
         let read = finish(&mut read)?;
-        read.print("a loop that only reads", data.len());
+        print(&read, "a loop that only reads", data.len());
         let fetched = finish(&mut fetch)?;
-        fetched.print("handout fetch", data.len());
+        print(&fetched, "handout fetch", data.len());
         expect(target, data)?;
         sums.push((read.processor + parts(data, document, target)?).as_secs_f64());
         costs.push(fetched.processor.as_secs_f64());
@@ -92,7 +87,7 @@ fn compare(
     let piped = finish(&mut pipeline);
     match &piped {
         Ok(piped) => {
-            piped.print("nc | jq -r .filedata | base64 -d", data.len());
+            print(piped, "nc | jq -r .filedata | base64 -d", data.len());
             expect(target, data)?;
         }
         Err(error) => println!("the pipeline is left out, as it failed: {error}"),
@@ -107,49 +102,10 @@ fn compare(
     Ok(rows)
 }
 
-/// What a client took.
-struct Taken {
-    wall: Duration,
-    processor: Duration,
-    /// Its peak of resident memory in KiB, without that of processes that it started.
-    peak: f64,
-}
-
-impl Taken {
-    fn print(&self, name: &str, size: usize) {
-        let (wall, processor) = (self.wall.as_secs_f64(), self.processor.as_secs_f64());
-        let (rate, peak) = (size as f64 / wall / 1e6, self.peak);
-        println!("{name:<32} {wall:>10.2} {processor:>12.2} {rate:>8.0} {peak:>8} KiB");
-    }
-}
-
-/// Runs a client to its end.
-fn finish(command: &mut Command) -> Result<Taken> {
-    let before = time_of_children()?;
-    let start = Instant::now();
-    let mut child = command.spawn()?;
-    let status_file = format!("/proc/{}/status", child.id());
-    let mut peak = 0.0;
-    let status = loop {
-        // Asked while it lives, as nobody tells afterwards.
-        let status = fs::read_to_string(&status_file).unwrap_or_default();
-        peak = kibibytes(&status, "VmHWM").unwrap_or(0.0).max(peak);
-        match child.try_wait()? {
-            Some(status) => break status,
-            None => thread::sleep(LOOK),
-        }
-    };
-    if !status.success() {
-        return Err(format!("{command:?}: {status}").into());
-    }
-    let processor = time_of_children()?.saturating_sub(before);
-    Ok(Taken { wall: start.elapsed(), processor, peak })
-}
-
-fn time_of_children() -> io::Result<Duration> {
-    let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
-    let micros = (usage.user_time() + usage.system_time()).num_microseconds();
-    Ok(Duration::from_micros(u64::try_from(micros).unwrap_or(0)))
+fn print(taken: &Taken, name: &str, size: usize) {
+    let (wall, processor) = (taken.wall.as_secs_f64(), taken.processor.as_secs_f64());
+    let (rate, peak) = (size as f64 / wall / 1e6, taken.peak / 1024.0);
+    println!("{name:<32} {wall:>10.2} {processor:>12.2} {rate:>8.0} {peak:>8} KiB");
 }
 
 fn expect(target: &Path, data: &[u8]) -> Result<()> {

@@ -4,13 +4,19 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::process::{Child, Command};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
 use nix::time::ClockId;
 use nix::unistd::Pid;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::Result;
+
+/// How often a process is looked at while it runs.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// Which cores are used; servers and clients share one if there is only one.
 pub struct Cores {
@@ -102,8 +108,45 @@ impl Drop for Server {
     }
 }
 
+/// What a process took.
+pub struct Taken {
+    pub wall: Duration,
+    pub processor: Duration,
+    /// Its peak of resident memory in bytes, without that of processes that it started.
+    pub peak: f64,
+}
+
+/// Runs a process to its end.
+pub fn finish(command: &mut Command) -> Result<Taken> {
+    let before = time_of_children()?;
+    let start = Instant::now();
+    let mut child = command.spawn()?;
+    let status_file = format!("/proc/{}/status", child.id());
+    let mut peak = 0.0;
+    let status = loop {
+        // Asked while it lives, as nobody tells afterwards.
+        let status = fs::read_to_string(&status_file).unwrap_or_default();
+        peak = kibibytes(&status, "VmHWM").map_or(0.0, |size| size * 1024.0).max(peak);
+        match child.try_wait()? {
+            Some(status) => break status,
+            None => thread::sleep(LOOK),
+        }
+    };
+    if !status.success() {
+        return Err(format!("{command:?}: {status}").into());
+    }
+    let processor = time_of_children()?.saturating_sub(before);
+    Ok(Taken { wall: start.elapsed(), processor, peak })
+}
+
+fn time_of_children() -> io::Result<Duration> {
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
+    let micros = (usage.user_time() + usage.system_time()).num_microseconds();
+    Ok(Duration::from_micros(u64::try_from(micros).unwrap_or(0)))
+}
+
 /// A field of `/proc/PID/status` that counts KiB.
-pub fn kibibytes(status: &str, field: &str) -> Option<f64> {
+fn kibibytes(status: &str, field: &str) -> Option<f64> {
     let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
     line.trim().trim_end_matches(" kB").parse().ok()
 }

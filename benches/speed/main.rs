@@ -5,6 +5,7 @@
 //! | `short` | short connections, datagrams and a picture beside bare loops, nginx and Python |
 //! | `folder` | a large file from a folder beside encoding, digesting and writing alone |
 //! | `fetch` | the client beside reading, decoding, digesting and writing alone |
+//! | `mirror` | `handout download` beside aria2c and wget |
 //! | `crowd` | what clients that read nothing cost in memory, and the others in time |
 //! | `start` | from exec to ready, and the size of the program |
 //! | `floors`, `contenders` | the bare loops, and how they, handout and its peers are started |
@@ -31,6 +32,8 @@ mod fetch;
 mod floors;
 mod folder;
 mod machine;
+#[cfg(feature = "mirror")]
+mod mirror;
 mod rounds;
 mod short;
 mod start;
@@ -82,6 +85,8 @@ enum Subject {
     Picture,
     Folder,
     Fetch,
+    #[cfg(feature = "mirror")]
+    Mirror,
     Crowd,
     Start,
 }
@@ -132,6 +137,8 @@ fn measure(subject: Subject, run: &Run) -> Result<Vec<Row>> {
         Subject::Picture => short::picture(run),
         Subject::Folder => folder::measure(run),
         Subject::Fetch => fetch::measure(run),
+        #[cfg(feature = "mirror")]
+        Subject::Mirror => mirror::measure(run),
         Subject::Crowd => crowd::measure(run),
         Subject::Start => start::measure(run),
     }

@@ -316,7 +316,7 @@ fn place_for(name: &str, order: &Order) -> Result<Option<PathBuf>, Error> {
 }
 
 /// A path below a folder, as a person would write it.
-fn within(folder: &Path, name: &Path) -> PathBuf {
+pub(super) fn within(folder: &Path, name: &Path) -> PathBuf {
     if folder == Path::new(".") { name.to_owned() } else { folder.join(name) }
 }
 

@@ -7,8 +7,11 @@
 //! | `fetch` | asks a file service |
 //! | `progress` | how the fetching goes, for a person |
 //! | `save` | a file that appears only when it is whole |
+//! | `download` | asks HTTP(S) servers for files |
 //! | `names` | which names of a server's choice are taken, and how they are printed |
 
+#[cfg(feature = "mirror")]
+pub mod download;
 pub mod fetch;
 pub mod names;
 pub mod progress;

@@ -22,6 +22,7 @@ use toml::de::{DeArray, DeTable, DeValue};
 use crate::connection::Deadlines;
 use crate::limits::{Access, DatagramLimits, Limits, network};
 use crate::logging;
+use crate::mirrors;
 use crate::services::{self, KINDS, Kind, METRICS, Settings};
 
 pub use fault::{Fault, Faults, Place};
@@ -44,8 +45,10 @@ pub struct Config {
     pub log: Log,
     /// `[daemon]`
     pub daemon: Daemon,
-    /// Every service, in the order of the file; at least one.
+    /// Every service, in the order of the file.
     pub services: Vec<Service>,
+    /// Every mirror; there is a service or a mirror.
+    pub mirrors: Vec<mirrors::Settings>,
 }
 
 /// How the daemon logs.
@@ -167,6 +170,11 @@ impl Config {
                 found.extend(read_named(kind, name, table, &context, &limits_or_default).ok());
             }
         }
+        let mut mirrors = Vec::new();
+        for (name, table) in root.tables("mirror") {
+            named += 1;
+            mirrors.extend(read_mirror(name, table, &context, &mirrors).ok());
+        }
         let metrics = root.table(METRICS.name).map(|table| {
             let limits = metrics_limits(&limits_or_default);
             read_service(&METRICS, METRICS.name.into(), table, &context, &limits)
@@ -193,7 +201,9 @@ impl Config {
             });
         }
         match (log, daemon) {
-            (Ok(log), Ok(daemon)) if faults.is_empty() => Ok(Self { log, daemon, services }),
+            (Ok(log), Ok(daemon)) if faults.is_empty() => {
+                Ok(Self { log, daemon, services, mirrors })
+            }
             _ => Err(Faults(faults)),
         }
     }
@@ -309,6 +319,25 @@ fn read_named<'a>(
     let named = check_name(name).map_err(|expected| table.fault_here(expected));
     let read = read_service(kind, format!("{}.{name}", kind.name).into(), table, context, limits);
     named.and(read)
+}
+
+fn read_mirror(
+    name: &str,
+    table: Table<'_>,
+    context: &Context<'_>,
+    others: &[mirrors::Settings],
+) -> Result<mirrors::Settings, Noted> {
+    let named = check_name(name).map_err(|expected| table.fault_here(expected));
+    let into = table.place("into");
+    let settings = mirrors::Settings::read(name, table, context);
+    let settings = named.and(settings)?;
+    match others.iter().find(|other| other.folder() == settings.folder()) {
+        None => Ok(settings),
+        Some(other) => Err(into.fault(format_args!(
+            "the folder of mirror.{}; expected a folder of its own",
+            other.name()
+        ))),
+    }
 }
 
 fn read_service<'a>(

@@ -10,6 +10,7 @@ use std::cell::RefCell;
 use std::collections::HashSet;
 use std::fmt::Display;
 use std::num::NonZeroU32;
+use std::ops::RangeInclusive;
 
 use toml::de::{DeTable, DeValue};
 
@@ -165,9 +166,14 @@ impl<'a> Table<'a> {
 
     /// Notes a fault of one of its keys, or of the table if it does not have that key.
     pub fn fault(&self, name: &str, problem: impl Display) -> Noted {
+        self.place(name).fault(problem)
+    }
+
+    /// The place of one of its keys, or of the table if it does not have that key.
+    pub fn place(&self, name: &str) -> Located<'a, ()> {
         let offset =
             self.entries.get_key_value(name).map_or(self.offset, |(_, value)| value.span().start);
-        self.source.fault(offset, self.key(name), problem)
+        Located { value: (), source: self.source, key: self.key(name), offset }
     }
 
     /// Notes a fault of the table itself.
@@ -285,6 +291,48 @@ impl<'a> Table<'a> {
             .ok()
             .and_then(NonZeroU32::new)
             .ok_or_else(|| value.fault(format_args!("expected a number from 1 to {}", u32::MAX)))
+    }
+
+    /// A number within `range`, or else `default`.
+    pub fn integer_or(
+        &mut self,
+        name: &'static str,
+        default: u32,
+        range: RangeInclusive<u32>,
+    ) -> Result<u32, Noted> {
+        let Some(value) = self.ask(name) else { return Ok(default) };
+        let Some(integer) = value.value.as_integer() else {
+            return Err(value.wrong_type("an integer"));
+        };
+        let number = u32::from_str_radix(integer.as_str(), integer.radix()).ok();
+        number.filter(|number| range.contains(number)).ok_or_else(|| {
+            let (least, most) = (range.start(), range.end());
+            value.fault(format_args!("expected a number from {least} to {most}"))
+        })
+    }
+
+    /// A table below this one of keys of the operator's with texts, which may be secrets and are
+    /// not told in faults; nothing if it is not there.
+    pub fn entries<T, E: Display>(
+        &mut self,
+        name: &'static str,
+        parse: impl Fn(&str, &str) -> Result<T, E>,
+    ) -> Result<Vec<T>, Noted> {
+        let Some(table) = self.table(name) else {
+            // That it is no table was noted.
+            return if self.entries.contains_key(name) { Err(Noted) } else { Ok(Vec::new()) };
+        };
+        let parsed = table.entries.iter().map(|(key, value)| {
+            let key: &str = key.get_ref();
+            match value.get_ref().as_str() {
+                None => {
+                    let found = a_type(value.get_ref());
+                    Err(table.fault(key, format_args!("expected a string, found {found}")))
+                }
+                Some(text) => parse(key, text).map_err(|error| table.fault(key, error)),
+            }
+        });
+        parsed.collect::<Vec<_>>().into_iter().collect()
     }
 
     /// A table below this one, if it is there.

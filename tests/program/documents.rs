@@ -110,15 +110,17 @@ fn every_configuration_in_the_readme_is_without_fault() {
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("picture.jpg"), "x").unwrap();
+    fs::create_dir(folder.path().join("files")).unwrap();
     let blocks: Vec<_> = readme
         .split("```toml\n")
         .skip(1)
         .map(|rest| rest.split("```").next().unwrap().replace("/srv/", ""))
         .collect();
     assert!(!blocks.is_empty());
-    for block in blocks {
+    // A build without mirrors has nothing against the rest.
+    for block in blocks.iter().filter(|it| cfg!(feature = "mirror") || !it.contains("[mirror.")) {
         let path = folder.path().join("handout.toml");
-        fs::write(&path, &block).unwrap();
+        fs::write(&path, block).unwrap();
         assert_eq!(check(&path), (Some(0), String::new()), "{block}");
     }
 }

@@ -10,14 +10,22 @@ mod common;
 mod cost;
 mod delivery;
 mod documents;
+#[cfg(feature = "mirror")]
+mod download;
 mod fetch;
 mod file;
 mod folder;
+#[cfg(feature = "mirror")]
+mod gateway;
 mod limits;
 mod logs;
 mod manual;
 mod metrics;
+#[cfg(feature = "mirror")]
+mod mirror;
 mod monitoring;
+#[cfg(not(feature = "mirror"))]
+mod no_mirror;
 mod package;
 mod reload;
 mod servers;
@@ -25,3 +33,5 @@ mod shutdown;
 mod soak;
 mod systemd;
 mod time;
+#[cfg(feature = "mirror")]
+mod web;

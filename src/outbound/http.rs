@@ -1,0 +1,298 @@
+//! The HTTP client: it asks only whom it may, follows redirects by itself, and is not kept waiting.
+//!
+//! HTTP/1.1 only. What was checked is what is connected to: names are looked up here, and the
+//! addresses that were looked at are those that are used.
+
+use std::error::Error as _;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use reqwest::header::{HeaderMap, HeaderValue, LOCATION, USER_AGENT};
+use reqwest::{Certificate, Proxy, Request, Response, StatusCode, Url};
+use tokio::time::timeout;
+
+use super::reach::{self, Reach, Refused};
+
+/// How many redirects are followed.
+const MAX_REDIRECTS: usize = 5;
+
+/// The largest body that is read only so that its connection can be used again.
+const MAX_DRAINED: usize = 16 << 10;
+
+/// How long that may take.
+const MAX_DRAINING: Duration = Duration::from_secs(1);
+
+/// How long a connection is kept that nobody uses.
+const KEEP_IDLE: Duration = Duration::from_secs(30);
+
+/// Why there is no client.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The proxy's URL is none.
+    #[error("the proxy's URL cannot be used")]
+    Proxy,
+    /// Something else, which is not expected.
+    #[error("the HTTP client cannot be made: {0}")]
+    Other(String),
+}
+
+/// Why there is no reply, or no end of it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It may not be asked.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// A redirect that leads nowhere.
+    #[error("it is redirected, but nowhere (no Location that is a text)")]
+    Nowhere,
+    /// One redirect after the other.
+    #[error("it is redirected more than {MAX_REDIRECTS} times")]
+    Redirects,
+    /// Nothing came for too long.
+    #[error("nothing came for {0:?}")]
+    Silent(Duration),
+    /// The server's name stands for no address.
+    #[error("cannot look up {host}: {cause}")]
+    Lookup {
+        /// The name.
+        host: String,
+        /// Why.
+        cause: String,
+    },
+    /// No connection.
+    #[error("cannot connect: {0}")]
+    Connect(String),
+    /// The server cannot show who it is.
+    #[error("the server's certificate is not taken: {0}; further roots can be named (ca-file)")]
+    Certificate(String),
+    /// The connection ended or failed before the end of the reply.
+    #[error("the connection failed: {0}")]
+    Network(String),
+}
+
+impl Error {
+    /// Whether it may be better a little later.
+    pub fn is_temporary(&self) -> bool {
+        match self {
+            Self::Refused(_) | Self::Nowhere | Self::Redirects | Self::Certificate(_) => false,
+            Self::Silent(_) | Self::Lookup { .. } | Self::Connect(_) | Self::Network(_) => true,
+        }
+    }
+
+    /// What reqwest says, without the URL, which it would repeat with its query.
+    fn of(error: &reqwest::Error) -> Self {
+        let mut innermost = None;
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            if let Some(refused) = error.downcast_ref::<Refused>() {
+                return Self::Refused(refused.clone());
+            }
+            if let Some(LookupError { host, cause }) = error.downcast_ref() {
+                return Self::Lookup { host: host.clone(), cause: cause.to_string() };
+            }
+            // An error that is wrapped in an I/O error is not among its sources.
+            let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+            let tls = wrapped.and_then(|wrapped| wrapped.downcast_ref::<rustls::Error>());
+            if let Some(rustls::Error::InvalidCertificate(why)) = tls {
+                return Self::Certificate(why.to_string());
+            }
+            innermost = Some(error.to_string());
+            cause = error.source();
+        }
+        let innermost = innermost.unwrap_or_else(|| "of an unknown cause".to_owned());
+        if error.is_connect() { Self::Connect(innermost) } else { Self::Network(innermost) }
+    }
+}
+
+/// How a client asks.
+#[derive(Debug, Default)]
+pub struct Options {
+    /// Roots besides those of the system.
+    pub roots: Vec<Certificate>,
+    /// Whom it asks to ask.
+    pub proxy: Option<Url>,
+    /// What it says besides, to the origins of `sources` only.
+    pub headers: HeaderMap,
+    /// The URLs that the operator has named.
+    pub sources: Vec<Url>,
+    /// How long a server may be silent.
+    pub timeout: Duration,
+    /// How many connections may be kept.
+    pub connections: usize,
+}
+
+/// Asks servers.
+#[derive(Debug)]
+pub struct Client {
+    inner: reqwest::Client,
+    reach: Arc<Reach>,
+    headers: HeaderMap,
+    sources: Vec<url_origin::Origin>,
+    timeout: Duration,
+}
+
+impl Client {
+    /// One that asks whom `reach` permits.
+    ///
+    /// # Errors
+    /// If the roots or the proxy cannot be used.
+    pub fn new(options: Options, reach: Arc<Reach>) -> Result<Self, BuildError> {
+        // Fails only if it was done before.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let Options { roots, proxy, headers, sources, timeout, connections } = options;
+        let resolver = Resolver {
+            reach: Arc::clone(&reach),
+            // The operator has named it, and what it may ask is its own affair.
+            proxy: proxy.as_ref().map(reach::host_of),
+        };
+        let builder = || {
+            let builder = reqwest::Client::builder()
+                .redirect(reqwest::redirect::Policy::none())
+                .retry(reqwest::retry::never())
+                .referer(false)
+                .http1_only()
+                // The environment does not say whom we ask.
+                .no_proxy()
+                .connect_timeout(timeout)
+                .pool_idle_timeout(KEEP_IDLE)
+                .pool_max_idle_per_host(connections)
+                .dns_resolver(resolver.clone());
+            Ok(match &proxy {
+                None => builder,
+                Some(proxy) => {
+                    builder.proxy(Proxy::all(proxy.clone()).map_err(|_| BuildError::Proxy)?)
+                }
+            })
+        };
+        let other = |error: reqwest::Error| BuildError::Other(crate::errors::chain(&error));
+        let client = builder()?.tls_certs_merge(roots.clone()).build();
+        let client = match client {
+            // A machine without any root can still ask over plain HTTP.
+            Err(_) if roots.is_empty() => builder()?.tls_certs_only([]).build(),
+            built => built,
+        };
+        let client = client.map_err(other)?;
+        let sources = sources.iter().map(url_origin::of).collect();
+        Ok(Self { inner: client, reach, headers, sources, timeout })
+    }
+
+    /// How long a server may be silent.
+    pub fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    /// Asks for `url`, follows redirects, and returns the head of the reply, whatever its status
+    /// is.
+    ///
+    /// # Errors
+    /// If it may not be asked, cannot be reached, or does not answer.
+    pub async fn get(&self, url: &Url, headers: &HeaderMap) -> Result<Response, Error> {
+        let mut url = url.clone();
+        self.reach.may_ask(&url)?;
+        for _ in 0..=MAX_REDIRECTS {
+            let mut response = self.ask(&url, headers).await?;
+            if !is_redirect(response.status()) {
+                return Ok(response);
+            }
+            let location = response.headers().get(LOCATION).and_then(|to| to.to_str().ok());
+            url = self.reach.next_hop(&url, location.ok_or(Error::Nowhere)?)?;
+            self.drain(&mut response).await;
+        }
+        Err(Error::Redirects)
+    }
+
+    async fn ask(&self, url: &Url, headers: &HeaderMap) -> Result<Response, Error> {
+        let mut request = Request::new(reqwest::Method::GET, url.clone());
+        let said = request.headers_mut();
+        let agent = concat!("handout/", env!("CARGO_PKG_VERSION"));
+        said.insert(USER_AGENT, HeaderValue::from_static(agent));
+        if self.sources.contains(&url_origin::of(url)) {
+            said.extend(self.headers.clone());
+        }
+        said.extend(headers.clone());
+        match timeout(self.timeout, self.inner.execute(request)).await {
+            Ok(replied) => replied.map_err(|error| Error::of(&error)),
+            Err(_) => Err(Error::Silent(self.timeout)),
+        }
+    }
+
+    /// Reads a small body of which nothing is wanted, so that its connection can be used again.
+    pub async fn drain(&self, response: &mut Response) {
+        let drain = async {
+            let mut left = MAX_DRAINED;
+            while let Ok(Some(piece)) = response.chunk().await {
+                match left.checked_sub(piece.len()) {
+                    Some(less) => left = less,
+                    None => break,
+                }
+            }
+        };
+        // One that comes slowly is not worth the wait.
+        let _ = timeout(MAX_DRAINING, drain).await;
+    }
+
+    /// The next piece of a body; `None` at its end.
+    ///
+    /// # Errors
+    /// If it does not come, or the body ends before its end.
+    pub async fn piece(&self, response: &mut Response) -> Result<Option<bytes::Bytes>, Error> {
+        match timeout(self.timeout, response.chunk()).await {
+            Ok(piece) => piece.map_err(|error| Error::of(&error)),
+            Err(_) => Err(Error::Silent(self.timeout)),
+        }
+    }
+}
+
+fn is_redirect(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308)
+}
+
+/// Scheme, host and port: what a secret is meant for.
+mod url_origin {
+    use reqwest::Url;
+
+    pub type Origin = (String, String, Option<u16>);
+
+    pub fn of(url: &Url) -> Origin {
+        (url.scheme().to_owned(), super::reach::host_of(url), url.port_or_known_default())
+    }
+}
+
+/// Looks names up, and at what is found.
+#[derive(Debug, Clone)]
+struct Resolver {
+    reach: Arc<Reach>,
+    proxy: Option<String>,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("cannot look up {host}")]
+struct LookupError {
+    host: String,
+    #[source]
+    cause: io::Error,
+}
+
+impl Resolve for Resolver {
+    fn resolve(&self, name: Name) -> Resolving {
+        let Self { reach, proxy } = self.clone();
+        Box::pin(async move {
+            let host = name.as_str();
+            let error = |cause| LookupError { host: host.to_owned(), cause };
+            let found = tokio::net::lookup_host((host, 0)).await.map_err(error)?;
+            let found: Vec<SocketAddr> = found.collect();
+            if found.is_empty() {
+                return Err(error(io::Error::other("it has no address")).into());
+            }
+            if proxy.as_deref() != Some(host) {
+                let addresses: Vec<IpAddr> = found.iter().map(SocketAddr::ip).collect();
+                reach.may_connect(host, addresses)?;
+            }
+            let found: Addrs = Box::new(found.into_iter());
+            Ok(found)
+        })
+    }
+}
