@@ -9,11 +9,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
+use rustix::event::PollFlags;
+use rustix::net::sockopt::socket_error;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 use tokio::io::{AsyncRead, Interest, ReadBuf};
 use tokio::task::coop;
 
-use crate::connection::{Next, Stream};
+use crate::connection::{Heard, Next, Stream};
 use crate::kernel::{self, Watched};
 use crate::memory_file::MemoryFile;
 
@@ -61,6 +63,23 @@ impl AcceptedSocket {
             Socket::Fresh(socket) => Ok(socket.as_fd()),
             Socket::Watched(socket) => Ok(socket.as_fd()),
             Socket::Lost => Err(ErrorKind::NotConnected.into()),
+        }
+    }
+
+    /// What these events, which were polled for after it was answered, say of its client.
+    pub fn heard(&self, events: PollFlags) -> Heard {
+        if events.is_empty() {
+            Heard::Nothing
+        } else if self.kind == Kind::Tcp
+            && events.contains(PollFlags::HUP)
+            && !events.contains(PollFlags::ERR)
+        {
+            // Both sides have ended, as ours has. What the client has sent need not be read: once
+            // it has everything, the kernel has closed the connection (`Stream::close_cleanly`). On
+            // a Unix socket, what nobody reads turns the close into a reset.
+            Heard::End
+        } else {
+            Heard::Something
         }
     }
 
@@ -136,7 +155,18 @@ impl Stream for AcceptedSocket {
     }
 
     fn unacknowledged(&self) -> io::Result<u64> {
-        kernel::unacknowledged(self.fd()?)
+        let socket = self.fd()?;
+        let fault = || socket_error(socket)?;
+        // When its client leaves, the queue of a Unix socket is empty, too.
+        if self.kind == Kind::Unix {
+            fault()?;
+        }
+        let bytes = kernel::unacknowledged(socket)?;
+        // After the end of the client's side, no read tells any more that it has gone.
+        if self.kind == Kind::Tcp && bytes > 0 {
+            fault()?;
+        }
+        Ok(bytes)
     }
 
     fn close_cleanly(&self, both_ended: bool) -> io::Result<()> {

@@ -97,7 +97,7 @@ pub trait Stream: AsyncRead + Unpin + Send {
     /// How many bytes written the peer has not acknowledged.
     ///
     /// # Errors
-    /// None is expected of an open socket.
+    /// If the peer has gone without them. It is said once.
     fn unacknowledged(&self) -> io::Result<u64>;
 
     /// Reads what is there, if anything is, and drops it, without waiting; 0 is the end.
@@ -311,7 +311,9 @@ impl<S: Stream> Connection<S> {
     fn end(&mut self, outcome: Outcome) {
         self.outcome = Some(match outcome {
             // Who has everything is not punished for staying.
-            Outcome::MaxDuration | Outcome::Shutdown if self.close_if_delivered() => {
+            Outcome::MaxDuration | Outcome::Shutdown
+                if matches!(self.close_if_delivered(), Ok(true)) =>
+            {
                 Outcome::Complete
             }
             other => other,
@@ -334,24 +336,23 @@ impl<S: Stream> Connection<S> {
             }
             Heard::Something => self.discard_a_little(),
         };
-        if let Err(broken) = read {
-            self.end(Outcome::Broken(broken));
-        } else if self.input_ended || self.terms.shutdown.drain.is_cancelled() {
-            if self.close_if_delivered() {
-                self.end(Outcome::Complete);
-            } else if self.terms.shutdown.abort.is_cancelled() {
-                self.end(Outcome::Shutdown);
-            }
+        let over = self.input_ended || self.terms.shutdown.drain.is_cancelled();
+        match read.and_then(|()| if over { self.close_if_delivered() } else { Ok(false) }) {
+            Err(broken) => self.end(Outcome::Broken(broken)),
+            Ok(true) => self.end(Outcome::Complete),
+            Ok(false) if self.terms.shutdown.abort.is_cancelled() => self.end(Outcome::Shutdown),
+            Ok(false) => {}
         }
         self.outcome.is_some()
     }
 
     /// Makes the close a clean one if everything was delivered.
-    fn close_if_delivered(&mut self) -> bool {
-        self.finished = self.half_closed
-            && self.stream.unacknowledged().is_ok_and(|bytes| bytes == 0)
-            && self.stream.close_cleanly(self.input_ended).is_ok();
-        self.finished
+    fn close_if_delivered(&mut self) -> Result<bool, Broken> {
+        if self.half_closed && self.stream.unacknowledged().map_err(Broken::of_socket)? == 0 {
+            self.stream.close_cleanly(self.input_ended).map_err(Broken::Service)?;
+            self.finished = true;
+        }
+        Ok(self.finished)
     }
 
     /// Appends something that the client sent to `input`; 0 is the end of its side. From then on,
@@ -541,7 +542,7 @@ impl<S: Stream> Connection<S> {
             }
             pause = (pause * 2).clamp(LOOK_AGAIN.0, LOOK_AGAIN.1);
 
-            let still_queued = self.stream.unacknowledged().map_err(Broken::Service)?;
+            let still_queued = self.stream.unacknowledged().map_err(Broken::of_socket)?;
             if still_queued == 0 {
                 let waited_enough = !self.listens()
                     || heard.elapsed() >= LINGER_SILENCE.min(self.terms.deadlines.idle)

@@ -128,7 +128,7 @@ impl Listener {
         Ok(Self { socket: Watched::new(socket, Interest::READABLE)?, family })
     }
 
-    /// Accepts connections, each served by a task of its own, until the sender of `orders` is
+    /// Accepts connections, each of which is served at once as far as it need not wait, until the sender of `orders` is
     /// dropped. Who is in the queue then is still served, as far as there are places.
     pub async fn accept(self: Arc<Self>, orders: watch::Receiver<Duty>) {
         let (answered, arriving) = unbounded_channel();
