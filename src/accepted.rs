@@ -3,20 +3,21 @@
 //! A reply that fits into the kernel's buffer is written at once, and the registration, which costs
 //! more than the writing, is spared.
 
-use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use rustix::fs::sendfile;
+use rustix::event::PollFlags;
+use rustix::net::sockopt::socket_error;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 use tokio::io::{AsyncRead, Interest, ReadBuf};
 use tokio::task::coop;
 
-use crate::connection::{Next, Stream};
+use crate::connection::{Heard, Next, Stream};
 use crate::kernel::{self, Watched};
+use crate::memory_file::MemoryFile;
 
 /// How much is received at one time.
 const RECEIVE_BUFFER: usize = 16 << 10;
@@ -53,11 +54,32 @@ impl AcceptedSocket {
         Self { socket: Socket::Fresh(socket), kind }
     }
 
-    fn fd(&self) -> io::Result<BorrowedFd<'_>> {
+    /// Its descriptor.
+    ///
+    /// # Errors
+    /// If it could not be registered.
+    pub fn fd(&self) -> io::Result<BorrowedFd<'_>> {
         match &self.socket {
             Socket::Fresh(socket) => Ok(socket.as_fd()),
             Socket::Watched(socket) => Ok(socket.as_fd()),
             Socket::Lost => Err(ErrorKind::NotConnected.into()),
+        }
+    }
+
+    /// What these events, which were polled for after it was answered, say of its client.
+    pub fn heard(&self, events: PollFlags) -> Heard {
+        if events.is_empty() {
+            Heard::Nothing
+        } else if self.kind == Kind::Tcp
+            && events.contains(PollFlags::HUP)
+            && !events.contains(PollFlags::ERR)
+        {
+            // Both sides have ended, as ours has. What the client has sent need not be read: once
+            // it has everything, the kernel has closed the connection (`Stream::close_cleanly`). On
+            // a Unix socket, what nobody reads turns the close into a reset.
+            Heard::End
+        } else {
+            Heard::Something
         }
     }
 
@@ -121,13 +143,11 @@ impl Stream for AcceptedSocket {
     fn poll_write_file(
         &mut self,
         context: &mut Context<'_>,
-        file: &File,
+        file: &MemoryFile,
         offset: u64,
         length: usize,
     ) -> Poll<io::Result<usize>> {
-        self.poll(context, Interest::WRITABLE, |socket| {
-            sendfile(socket, file, Some(&mut offset.clone()), length)
-        })
+        self.poll(context, Interest::WRITABLE, |socket| file.send(socket, offset, length))
     }
 
     fn half_close(&mut self) -> io::Result<()> {
@@ -135,7 +155,18 @@ impl Stream for AcceptedSocket {
     }
 
     fn unacknowledged(&self) -> io::Result<u64> {
-        kernel::unacknowledged(self.fd()?)
+        let socket = self.fd()?;
+        let fault = || socket_error(socket)?;
+        // When its client leaves, the queue of a Unix socket is empty, too.
+        if self.kind == Kind::Unix {
+            fault()?;
+        }
+        let bytes = kernel::unacknowledged(socket)?;
+        // After the end of the client's side, no read tells any more that it has gone.
+        if self.kind == Kind::Tcp && bytes > 0 {
+            fault()?;
+        }
+        Ok(bytes)
     }
 
     fn close_cleanly(&self, both_ended: bool) -> io::Result<()> {

@@ -8,7 +8,6 @@
 //! What services say, and who may connect, is not decided here.
 
 use std::fmt;
-use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
@@ -24,6 +23,7 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::counts::{Counts, Ending, Label};
+use crate::memory_file::MemoryFile;
 
 /// How much of what a client sends is read and dropped; beyond it the client waits.
 const MAX_DISCARDED: u64 = 16 << 20;
@@ -57,6 +57,17 @@ pub enum Next {
     AtOnce,
 }
 
+/// What was heard of a client that has been answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Heard {
+    /// Nothing yet.
+    Nothing,
+    /// It has ended its side, and there is no fault.
+    End,
+    /// It has sent something, or there is a fault, or nobody knows: it takes a read to see.
+    Something,
+}
+
 /// A stream socket, or what stands for one in a test, of which the close is a reset until it is
 /// told otherwise.
 pub trait Stream: AsyncRead + Unpin + Send {
@@ -68,11 +79,11 @@ pub trait Stream: AsyncRead + Unpin + Send {
         next: Next,
     ) -> Poll<io::Result<usize>>;
 
-    /// Writes some of a file that is in memory, at most `length` bytes from `offset` on.
+    /// Writes some of a file in memory, at most `length` bytes from `offset` on.
     fn poll_write_file(
         &mut self,
         context: &mut Context<'_>,
-        file: &File,
+        file: &MemoryFile,
         offset: u64,
         length: usize,
     ) -> Poll<io::Result<usize>>;
@@ -86,7 +97,7 @@ pub trait Stream: AsyncRead + Unpin + Send {
     /// How many bytes written the peer has not acknowledged.
     ///
     /// # Errors
-    /// None is expected of an open socket.
+    /// If the peer has gone without them. It is said once.
     fn unacknowledged(&self) -> io::Result<u64>;
 
     /// Reads what is there, if anything is, and drops it, without waiting; 0 is the end.
@@ -300,34 +311,48 @@ impl<S: Stream> Connection<S> {
     fn end(&mut self, outcome: Outcome) {
         self.outcome = Some(match outcome {
             // Who has everything is not punished for staying.
-            Outcome::MaxDuration | Outcome::Shutdown if self.close_if_delivered() => {
+            Outcome::MaxDuration | Outcome::Shutdown
+                if matches!(self.close_if_delivered(), Ok(true)) =>
+            {
                 Outcome::Complete
             }
             other => other,
         });
     }
 
+    /// The stream itself.
+    pub fn stream(&self) -> &S {
+        &self.stream
+    }
+
     /// Looks, without waiting, whether the client has everything and has closed its side, or the
     /// connection has failed. Then there is nothing more to be done.
-    pub fn is_over(&mut self) -> bool {
-        if let Err(broken) = self.discard_a_little() {
-            self.end(Outcome::Broken(broken));
-        } else if self.input_ended || self.terms.shutdown.drain.is_cancelled() {
-            if self.close_if_delivered() {
-                self.end(Outcome::Complete);
-            } else if self.terms.shutdown.abort.is_cancelled() {
-                self.end(Outcome::Shutdown);
+    pub fn is_over(&mut self, heard: Heard) -> bool {
+        let read = match heard {
+            Heard::Nothing => Ok(()),
+            Heard::End => {
+                self.input_ended = true;
+                Ok(())
             }
+            Heard::Something => self.discard_a_little(),
+        };
+        let over = self.input_ended || self.terms.shutdown.drain.is_cancelled();
+        match read.and_then(|()| if over { self.close_if_delivered() } else { Ok(false) }) {
+            Err(broken) => self.end(Outcome::Broken(broken)),
+            Ok(true) => self.end(Outcome::Complete),
+            Ok(false) if self.terms.shutdown.abort.is_cancelled() => self.end(Outcome::Shutdown),
+            Ok(false) => {}
         }
         self.outcome.is_some()
     }
 
     /// Makes the close a clean one if everything was delivered.
-    fn close_if_delivered(&mut self) -> bool {
-        self.finished = self.half_closed
-            && self.stream.unacknowledged().is_ok_and(|bytes| bytes == 0)
-            && self.stream.close_cleanly(self.input_ended).is_ok();
-        self.finished
+    fn close_if_delivered(&mut self) -> Result<bool, Broken> {
+        if self.half_closed && self.stream.unacknowledged().map_err(Broken::of_socket)? == 0 {
+            self.stream.close_cleanly(self.input_ended).map_err(Broken::Service)?;
+            self.finished = true;
+        }
+        Ok(self.finished)
     }
 
     /// Appends something that the client sent to `input`; 0 is the end of its side. From then on,
@@ -387,12 +412,12 @@ impl<S: Stream> Connection<S> {
         Ok(())
     }
 
-    /// Sends the first `length` bytes of a file that is in memory, as [`Connection::send`] does,
-    /// without copying them.
+    /// Sends a file in memory as [`Connection::send`] does, without copying it.
     ///
     /// # Errors
     /// As [`Connection::send`].
-    pub async fn send_file(&mut self, file: &File, length: u64) -> Result<(), Broken> {
+    pub async fn send_file(&mut self, file: &MemoryFile) -> Result<(), Broken> {
+        let length = file.len();
         let mut offset = 0;
         while offset < length {
             let left = usize::try_from(length - offset).unwrap_or(MAX_SENT).min(MAX_SENT);
@@ -517,7 +542,7 @@ impl<S: Stream> Connection<S> {
             }
             pause = (pause * 2).clamp(LOOK_AGAIN.0, LOOK_AGAIN.1);
 
-            let still_queued = self.stream.unacknowledged().map_err(Broken::Service)?;
+            let still_queued = self.stream.unacknowledged().map_err(Broken::of_socket)?;
             if still_queued == 0 {
                 let waited_enough = !self.listens()
                     || heard.elapsed() >= LINGER_SILENCE.min(self.terms.deadlines.idle)
@@ -572,7 +597,6 @@ impl<S: Stream> Drop for Connection<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::FileExt;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
     use tokio::io::{AsyncWrite, AsyncWriteExt, DuplexStream};
 
@@ -596,12 +620,12 @@ mod tests {
         fn poll_write_file(
             &mut self,
             context: &mut Context<'_>,
-            file: &File,
+            file: &MemoryFile,
             offset: u64,
             length: usize,
         ) -> Poll<io::Result<usize>> {
             let mut bytes = vec![0; length];
-            let read = file.read_at(&mut bytes, offset)?;
+            let read = rustix::io::pread(file, &mut bytes, offset)?;
             Pin::new(&mut self.stream).poll_write(context, &bytes[..read])
         }
 
@@ -707,10 +731,9 @@ mod tests {
     async fn a_file_in_memory_arrives_whole() {
         let Tried { mut client, connection, reset, .. } = connected(30, 3600);
         let content: Vec<u8> = (0..=255).cycle().take(10_000).collect();
-        let mut file = tempfile::tempfile().unwrap();
-        std::io::Write::write_all(&mut file, &content).unwrap();
+        let file = MemoryFile::make(|file| file.write_all(&content)).unwrap();
         let serving = tokio::spawn(run(connection, async move |connection: &mut Connection<_>| {
-            connection.send_file(&file, 10_000).await
+            connection.send_file(&file).await
         }));
         let mut received = Vec::new();
         client.read_to_end(&mut received).await.unwrap();

@@ -161,8 +161,13 @@ impl Folder {
     /// # Errors
     /// If it cannot be.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let folder = Self { path: path.to_owned() };
+        let folder = Self::expected(path);
         folder.look().map(|()| folder)
+    }
+
+    /// One that need not be there yet.
+    pub fn expected(path: &Path) -> Self {
+        Self { path: path.to_owned() }
     }
 
     /// Looks whether the folder can be read.

@@ -28,6 +28,7 @@
 //! | [`secret`] | secrets, which are read from files and not printed |
 //! | [`document`] | the document that carries a file: written here, read by the client |
 //! | [`files`] | regular files, and folders that no name leads out of |
+//! | [`memory_file`] | files that are only in memory, and are sent without being copied |
 //! | [`errors`] | errors as people read them |
 //! | [`clock`] | the forms of the time, and the health of the kernel's clock |
 //! | [`kernel`] | the only unsafe code: what no safe function exists for |
@@ -60,6 +61,7 @@ pub mod linger;
 pub mod listener;
 pub mod logging;
 pub mod manual;
+pub mod memory_file;
 pub mod metrics;
 pub mod mirrors;
 #[cfg(any(feature = "alert", feature = "mirror"))]

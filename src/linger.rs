@@ -4,31 +4,35 @@
 //! costs a fraction of what it costs to have the reactor tell of each. Only who takes longer gets
 //! a task that waits.
 
+use std::io;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
-use crate::connection::{Connection, Stream};
+use crate::accepted::AcceptedSocket;
+use crate::connection::{Connection, Heard};
 use crate::limits::ClientGuard;
 
 /// How often they are looked at, while there are any.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 
-/// How often one is looked at before it gets a task.
-const LOOKS: u32 = 4;
+/// How often one is looked at before it gets a task: long enough for a client in the same country.
+/// More would pay where many come from far away, and cost where few do.
+const LOOKS: u32 = 16;
 
 /// A connection that has been answered.
 #[derive(Debug)]
-pub struct Answered<S: Stream> {
+pub struct Answered {
     /// The connection, of which nothing more is to be sent.
-    pub connection: Connection<S>,
+    pub connection: Connection<AcceptedSocket>,
     /// What it has of its service's limits, until its end.
     pub held: Held,
 }
 
-impl<S: Stream> Answered<S> {
+impl Answered {
     /// Waits until the client has everything.
     pub async fn finish(self) {
         self.connection.finish().await;
@@ -47,9 +51,12 @@ pub struct Held {
     pub under_way: TaskTrackerToken,
 }
 
+/// A connection, and how often it has been looked at.
+type Lingering = (Answered, u32);
+
 /// Sees every connection that arrives to its end, until no more can arrive.
-pub async fn see_to_the_end<S: Stream + 'static>(mut arriving: UnboundedReceiver<Answered<S>>) {
-    let mut lingering: Vec<(Answered<S>, u32)> = Vec::new();
+pub async fn see_to_the_end(mut arriving: UnboundedReceiver<Answered>) {
+    let mut lingering: Vec<Lingering> = Vec::new();
     loop {
         if lingering.is_empty() {
             let Some(answered) = arriving.recv().await else { return };
@@ -59,18 +66,35 @@ pub async fn see_to_the_end<S: Stream + 'static>(mut arriving: UnboundedReceiver
         while let Ok(answered) = arriving.try_recv() {
             lingering.push((answered, 0));
         }
-        let mut next = 0;
-        while let Some((answered, looks)) = lingering.get_mut(next) {
+        // From the last to the first, as the last takes the place of one that goes.
+        for (index, heard) in listen_to_all(&lingering).into_iter().enumerate().rev() {
+            let Some((answered, looks)) = lingering.get_mut(index) else { continue };
             *looks += 1;
-            if answered.connection.is_over() {
-                lingering.swap_remove(next);
+            if answered.connection.is_over(heard) {
+                lingering.swap_remove(index);
             } else if *looks >= LOOKS {
-                tokio::spawn(lingering.swap_remove(next).0.finish());
-            } else {
-                next += 1;
+                tokio::spawn(lingering.swap_remove(index).0.finish());
             }
             // However many they are, others get their turn.
             tokio::task::consume_budget().await;
         }
     }
+}
+
+/// Asks the kernel about all of them at once.
+fn listen_to_all(lingering: &[Lingering]) -> Vec<Heard> {
+    let sockets = lingering.iter().map(|(answered, _)| answered.connection.stream().fd());
+    let polled = |socket| Ok(PollFd::from_borrowed_fd(socket?, PollFlags::IN));
+    let polled: io::Result<Vec<_>> = sockets.map(polled).collect();
+    if let Ok(mut polled) = polled
+        && poll(&mut polled, Some(&Timespec::default())).is_ok()
+    {
+        let heard = lingering
+            .iter()
+            .zip(&polled)
+            .map(|((answered, _), polled)| answered.connection.stream().heard(polled.revents()));
+        return heard.collect();
+    }
+    // Interrupted, or without memory: it is seen from each.
+    vec![Heard::Something; lingering.len()]
 }

@@ -5,13 +5,17 @@
 
 use std::array;
 use std::future::pending;
-use std::io::{self, IoSliceMut};
+use std::io::{self, ErrorKind, IoSliceMut};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use quinn_udp::{BATCH_SIZE, RecvMeta, Transmit, UdpSocketState};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::socket_peercred;
 use rustix::net::{SocketFlags, acceptfrom_with};
@@ -88,6 +92,15 @@ pub enum Family {
     Unix(Option<SocketFile>),
 }
 
+/// What is known of a listener's queue when it is readable.
+#[derive(Clone, Copy)]
+enum Queue {
+    /// One was taken from it; there may be more.
+    Unknown,
+    /// It was empty at the last look: somebody has come since.
+    WasEmpty,
+}
+
 /// A connection that was just accepted.
 struct Accepted {
     socket: AcceptedSocket,
@@ -115,7 +128,7 @@ impl Listener {
         Ok(Self { socket: Watched::new(socket, Interest::READABLE)?, family })
     }
 
-    /// Accepts connections, each served by a task of its own, until the sender of `orders` is
+    /// Accepts connections, each of which is served at once as far as it need not wait, until the sender of `orders` is
     /// dropped. Who is in the queue then is still served, as far as there are places.
     pub async fn accept(self: Arc<Self>, orders: watch::Receiver<Duty>) {
         let (answered, arriving) = unbounded_channel();
@@ -139,10 +152,19 @@ impl Listener {
         matches!(&self.family, Family::Unix(Some(file)) if !file.is_there())
     }
 
-    async fn accept_for(&self, duty: Duty, answered: &UnboundedSender<Answered<AcceptedSocket>>) {
+    /// Whether somebody is in the queue. To accept in vain costs ten times what it costs to ask, as
+    /// the kernel makes a socket before it looks for whom.
+    fn has_waiting(&self) -> bool {
+        let mut queue = [PollFd::new(&self.socket, PollFlags::IN)];
+        // If there is a fault, accepting tells.
+        poll(&mut queue, Some(&Timespec::default())) != Ok(0)
+    }
+
+    async fn accept_for(&self, duty: Duty, answered: &UnboundedSender<Answered>) {
         let mut pause = Pause::default();
+        let mut queue = Queue::Unknown;
         loop {
-            match self.next_connection(&duty.served).await {
+            match self.next_connection(&duty.served, &mut queue).await {
                 Ok((accepted, place)) => {
                     pause.reset();
                     begin(accepted, place, &duty, answered);
@@ -165,12 +187,22 @@ impl Listener {
     async fn next_connection(
         &self,
         served: &Served,
+        queue: &mut Queue,
     ) -> io::Result<(Accepted, OwnedSemaphorePermit)> {
         loop {
             let mut ready = self.socket.readable().await?;
             let place = served.place().await.map_err(io::Error::other)?;
-            if let Ok(accepted) = ready.try_io(|_| self.accept_next()) {
-                return Ok((accepted?, place));
+            let accepted = ready.try_io(|_| match queue {
+                Queue::Unknown if !self.has_waiting() => Err(ErrorKind::WouldBlock.into()),
+                _ => self.accept_next(),
+            });
+            match accepted {
+                Ok(accepted) => {
+                    *queue = Queue::Unknown;
+                    return Ok((accepted?, place));
+                }
+                // The reactor will tell of the next.
+                Err(_) => *queue = Queue::WasEmpty,
             }
         }
     }
@@ -194,12 +226,12 @@ impl Listener {
     }
 }
 
-/// Serves a connection in a task of its own.
+/// Serves a connection.
 fn begin(
     Accepted { socket, peer }: Accepted,
     place: OwnedSemaphorePermit,
     duty: &Duty,
-    answered: &UnboundedSender<Answered<AcceptedSocket>>,
+    answered: &UnboundedSender<Answered>,
 ) {
     let served = Arc::clone(&duty.served);
     let guard = match peer {
@@ -214,7 +246,7 @@ fn begin(
     let answered = answered.clone();
     // From here on it counts.
     let connection = Connection::new(socket, peer, Arc::clone(&served.terms));
-    tokio::spawn(async move {
+    first_turn(Box::pin(async move {
         let service = &served.service;
         let answer = async |connection: &mut Connection<_>| service.answer(connection).await;
         let Some(connection) = connection.answer(answer).await else { return };
@@ -226,7 +258,20 @@ fn begin(
             // Its end is seen to as long as there are connections.
             let _ = answered.send(one);
         }
-    });
+    }));
+}
+
+/// Lets a connection go as far as it can without waiting. What is left then is a task of its own,
+/// which most never need.
+fn first_turn(mut connection: Pin<Box<impl Future<Output = ()> + Send + 'static>>) {
+    // Nobody is to be woken: a task looks for itself at what it is to wait for.
+    let mut context = Context::from_waker(Waker::noop());
+    let turn = || connection.as_mut().poll(&mut context);
+    // A panic is this connection's alone, as it is in a task. Its message has been logged, and what
+    // it leaves is only dropped.
+    if let Ok(Poll::Pending) = catch_unwind(AssertUnwindSafe(turn)) {
+        tokio::spawn(connection);
+    }
 }
 
 /// Whether an error of accept(2) is about the connection that was to be accepted, and not about
@@ -402,6 +447,19 @@ mod tests {
         assert!(ends_one_connection_only(&Errno::CONNABORTED.into()));
         assert!(!ends_one_connection_only(&Errno::MFILE.into()));
         assert!(!ends_one_connection_only(&Errno::NOMEM.into()));
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_panics_or_waits_does_not_hold_up_the_listener() {
+        first_turn(Box::pin(async { panic!("a connection's own") }));
+        let (told, telling) = tokio::sync::oneshot::channel();
+        let (done, doing) = tokio::sync::oneshot::channel();
+        first_turn(Box::pin(async move {
+            let told: Result<(), _> = telling.await;
+            done.send(told.is_ok()).unwrap();
+        }));
+        told.send(()).unwrap();
+        assert!(doing.await.unwrap());
     }
 
     #[test]

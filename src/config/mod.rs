@@ -115,6 +115,16 @@ pub struct Service {
 pub struct Context<'a> {
     /// The folder that relative paths are relative to.
     pub folder: &'a Path,
+    /// The folders that mirrors fill, and create if they are not there.
+    pub mirrored: &'a [PathBuf],
+}
+
+impl Context<'_> {
+    /// Whether a mirror will create this folder, or one in it.
+    pub fn will_be_created(&self, path: &Path) -> bool {
+        let path: PathBuf = path.components().collect();
+        self.mirrored.iter().any(|mirrored| mirrored.starts_with(&path))
+    }
 }
 
 /// What is to be configured: a file, services from the command line, or both.
@@ -144,7 +154,6 @@ impl Config {
         };
         let source = Source::file(name.clone(), &text);
         let folder = folder_of(sources.file.as_deref());
-        let context = Context { folder: &folder };
         let (root, errors) = DeTable::parse_recoverable(&text);
         for error in &errors {
             not_toml(&source, error);
@@ -164,16 +173,20 @@ impl Config {
         let limits_or_default = limits.unwrap_or_default();
         let mut found: Found<'_> = Vec::new();
         let mut named = 0;
+        // First, as services may hand out what they bring.
+        let mut mirrors = Vec::new();
+        let context = Context { folder: &folder, mirrored: &[] };
+        for (name, table) in root.tables("mirror") {
+            named += 1;
+            mirrors.extend(read_mirror(name, table, &context, &mirrors).ok());
+        }
+        let mirrored: Vec<_> = mirrors.iter().map(|mirror| mirror.folder().to_owned()).collect();
+        let context = Context { folder: &folder, mirrored: &mirrored };
         for kind in KINDS {
             for (name, table) in root.tables(kind.name) {
                 named += 1;
                 found.extend(read_named(kind, name, table, &context, &limits_or_default).ok());
             }
-        }
-        let mut mirrors = Vec::new();
-        for (name, table) in root.tables("mirror") {
-            named += 1;
-            mirrors.extend(read_mirror(name, table, &context, &mirrors).ok());
         }
         let alerts = alerts::Settings::read(&mut root, &context);
         named += alerts.as_ref().map_or(0, alerts::Settings::channels);
@@ -239,7 +252,10 @@ pub fn load_part<T>(
     for error in &errors {
         not_toml(&source, error);
     }
-    let read = read(&mut Table::root(&source, root.get_ref()), &Context { folder: &folder });
+    let read = read(
+        &mut Table::root(&source, root.get_ref()),
+        &Context { folder: &folder, mirrored: &[] },
+    );
     match (read, source.into_faults()) {
         (Ok(read), faults) if faults.is_empty() => Ok(read),
         (_, faults) => Err(Faults(faults)),
@@ -502,7 +518,7 @@ impl Argument<'_> {
         let name = format!("argument-{}", number + 1);
         let table = Table::named(&self.source, format!("{}.{name}", self.kind.name), &self.entries);
         // Relative to where the command was typed.
-        let context = Context { folder: Path::new("") };
+        let context = Context { folder: Path::new(""), mirrored: &[] };
         read_named(self.kind, &name, table, &context, limits)
     }
 }

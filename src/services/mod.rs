@@ -12,7 +12,7 @@ pub mod time;
 mod trouble;
 
 use std::fs;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -84,7 +84,7 @@ pub static KINDS: [&Kind; 2] = [&TIME, &FILE];
 
 fn read_file_or_folder(table: &mut Table<'_>, context: &Context<'_>) -> Result<Settings, Noted> {
     let read = table.required("path", "the file or the folder to hand out", |text| {
-        open_path(&context.folder.join(text))
+        open_path(&context.folder.join(text), context)
     });
     let newline = table.boolean_or("newline", true);
     let cache_limit = table.text_or("cache-limit", "64MiB", config::size);
@@ -106,9 +106,15 @@ enum Opened {
 }
 
 /// Looks whether what is at `path` can be handed out.
-fn open_path(path: &Path) -> Result<Opened, String> {
+fn open_path(path: &Path, context: &Context<'_>) -> Result<Opened, String> {
     let cannot = |error: io::Error| format!("cannot be opened: {error}");
-    if fs::metadata(path).map_err(cannot)?.is_dir() {
+    let metadata = match fs::metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound && context.will_be_created(path) => {
+            return Ok(Opened::Folder(Folder::expected(path)));
+        }
+        metadata => metadata.map_err(cannot)?,
+    };
+    if metadata.is_dir() {
         return Folder::open(path).map(Opened::Folder).map_err(cannot);
     }
     let filename = path.file_name().and_then(|name| name.to_str());

@@ -1,11 +1,9 @@
 //! A document that is the same for everybody, held as it costs least to send.
 
-use std::fs::File;
 use std::io::{self, Write};
 
-use rustix::fs::{MemfdFlags, memfd_create};
-
 use crate::connection::{Broken, Connection, Stream};
+use crate::memory_file::MemoryFile;
 
 /// From this length on, the kernel's copying costs more than a call that spares it.
 const WORTH_SPARING: usize = 32 << 10;
@@ -15,8 +13,8 @@ const WORTH_SPARING: usize = 32 << 10;
 pub enum ReadyMade {
     /// A short one: it and its end leave as one packet.
     Bytes(Vec<u8>),
-    /// A file that is only in memory, from which the kernel sends without copying.
-    Memory(File, u64),
+    /// A longer one, which the kernel sends without copying it.
+    Memory(MemoryFile),
 }
 
 impl ReadyMade {
@@ -30,9 +28,9 @@ impl ReadyMade {
     ) -> io::Result<Self> {
         // Where there are no such files, or only small ones (RLIMIT_FSIZE), it is copied.
         if length >= WORTH_SPARING
-            && let Ok(held) = Self::in_memory_file(&write)
+            && let Ok(file) = MemoryFile::make(&write)
         {
-            return Ok(held);
+            return Ok(Self::Memory(file));
         }
         let mut bytes = Vec::new();
         bytes.try_reserve_exact(length)?;
@@ -40,18 +38,11 @@ impl ReadyMade {
         Ok(Self::Bytes(bytes))
     }
 
-    fn in_memory_file(write: impl Fn(&mut dyn Write) -> io::Result<()>) -> io::Result<Self> {
-        let mut file = File::from(memfd_create("document", MemfdFlags::CLOEXEC)?);
-        write(&mut file)?;
-        let length = file.metadata()?.len();
-        Ok(Self::Memory(file, length))
-    }
-
     /// Its length in bytes.
     pub fn len(&self) -> u64 {
         match self {
             Self::Bytes(bytes) => bytes.len() as u64,
-            Self::Memory(_, length) => *length,
+            Self::Memory(file) => file.len(),
         }
     }
 
@@ -62,7 +53,7 @@ impl ReadyMade {
     pub async fn send<S: Stream>(&self, connection: &mut Connection<S>) -> Result<(), Broken> {
         match self {
             Self::Bytes(bytes) => connection.send_part(bytes).await,
-            Self::Memory(file, length) => connection.send_file(file, *length).await,
+            Self::Memory(file) => connection.send_file(file).await,
         }
     }
 }

@@ -89,7 +89,7 @@ fn every_fault_is_told_at_once_with_line_key_and_what_was_expected() {
         "15: file.picture.listen[0]: \"udp:127.0.0.1:5566\": a file service answers no datagrams",
         "16: file.picture.path: \"gone.jpg\": cannot be opened: No such file",
         "17: file.picture.cache-limit: \"64\": expected a size with its unit",
-        "19: tyme: unknown key; expected one of log, daemon, limits, time, file",
+        "19: tyme: unknown key; expected one of log, daemon, limits, mirror, time, file",
     ];
     assert_eq!(faults.len(), expected.len(), "{faults:#?}");
     for (fault, expected) in faults.iter().zip(expected) {

@@ -2,6 +2,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -216,4 +217,58 @@ fn clients_that_never_read_cost_little_memory_and_others_are_served() {
     assert!(after < before + 64_000_000, "{before} {after}");
     drop(idle);
     eventually("their descriptors to be free again", || daemon.usage().1 < 100);
+}
+
+#[test]
+fn clients_that_go_without_their_reply_free_their_places_at_once() {
+    // Whoever took the client for a silent one would wait for this long.
+    let (daemon, _) = picture_daemon(20_000_000, "idle-timeout = \"10m\"\nmax-duration = \"10m\"");
+    for _ in 0..20 {
+        drop(connect(daemon.tcp("time.clock")));
+        let mut stream = connect(daemon.tcp("file.picture"));
+        send_and_half_close(&mut stream, b"\r\n");
+        stream.peek(&mut [0]).unwrap();
+    }
+    let lines = daemon.wait_for_connections(40);
+    let pictures = lines.iter().filter(|line| line["service"] == "file.picture");
+    assert!(pictures.clone().all(|line| line["outcome"] == "reset"), "{lines:#?}");
+    assert_eq!(pictures.count(), 20);
+}
+
+fn unix_daemon() -> (Daemon, Vec<u8>) {
+    let picture = sample(3, 100_000);
+    let daemon = Daemon::start_with(
+        "[time.clock]\nlisten = [\"unix:clock\"]\n\
+         [file.picture]\nlisten = [\"unix:picture\"]\npath = \"picture.jpg\"",
+        &[("picture.jpg", &picture)],
+        |_| {},
+    );
+    (daemon, picture)
+}
+
+#[test]
+fn what_a_unix_client_has_typed_does_not_turn_its_end_into_a_reset() {
+    let (daemon, _) = unix_daemon();
+    let mut stream = UnixStream::connect(daemon.path("clock")).unwrap();
+    stream.write_all(&[b'x'; 5000]).unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    stream.read_exact(&mut [0; 27]).unwrap();
+    assert_eq!(outcome_of_one(&daemon), "complete");
+    // The daemon has closed its side by now.
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+fn a_unix_client_that_goes_without_reading_has_not_got_everything() {
+    let (daemon, _) = unix_daemon();
+    let stream = UnixStream::connect(daemon.path("picture")).unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    eventually("the document to be sent", || {
+        rustix::event::poll(
+            &mut [rustix::event::PollFd::new(&stream, rustix::event::PollFlags::IN)],
+            Some(&rustix::event::Timespec::default()),
+        ) == Ok(1)
+    });
+    drop(stream);
+    assert_eq!(outcome_of_one(&daemon), "reset");
 }

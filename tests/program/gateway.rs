@@ -34,8 +34,8 @@ fn two_hundred_pictures_come_through_byte_for_byte_and_the_second_time_nothing_i
         );
     }
     nginx.has("pictures.json", json!({ "newslist": list }).to_string().as_bytes(), THEN);
+    // What is handed out is not there before the mirror has created it.
     let folder = tempfile::tempdir().unwrap();
-    fs::create_dir_all(folder.path().join("files/pictures")).unwrap();
     let config = |more: &str| {
         format!(
             "[mirror.pictures]\nsource = \"{}\"\nlist = \"/newslist\"\nurl = \"/picUrl\"\n\

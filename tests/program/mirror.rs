@@ -1123,3 +1123,70 @@ into = \"sixth\"
         assert!(said.contains(mirror), "no {mirror} in {said}");
     }
 }
+
+#[test]
+fn a_reload_leaves_a_run_alone_that_is_not_concerned() {
+    let good = Arc::<AtomicBool>::default();
+    let released = Arc::clone(&good);
+    let web = Web::lists(
+        |_| list(&["a.txt"]),
+        move |_| {
+            comes_to_hold(|| released.load(Ordering::SeqCst));
+            Reply::ok("alpha")
+        },
+    );
+    let config = of(&web, "timeout = \"1h\"\nmax-duration = \"2h\"\nevery = \"1h\"");
+    let daemon = start(&config);
+    eventually("the request", || web.requests_for("/a.txt").len() == 1);
+    let line = daemon.reload(&(config + "[time.clock]\nlisten = [\"127.0.0.1:0\"]\n"));
+    assert!(says(&line, "reloaded: "), "{line}");
+    good.store(true, Ordering::SeqCst);
+    assert_eq!(counts(&nth_run(&daemon, 0)), [1, 0, 0, 0, 0]);
+    assert_eq!(web.requests().len(), 2);
+}
+
+#[test]
+fn a_token_that_was_replaced_is_used_after_a_reload() {
+    let web = Web::lists(|_| list(&["a.txt"]), |_| Reply::ok("alpha"));
+    let folder = folder();
+    fs::write(folder.path().join("token"), "one").unwrap();
+    let config = of(&web, "bearer-token-file = \"token\"\nevery = \"1s\"");
+    let daemon = Daemon::start_in(folder, &config, |_| {});
+    nth_run(&daemon, 0);
+    crate::common::replace(&daemon.path("token"), b"two");
+    daemon.reload(&config);
+    eventually("the new token", || {
+        web.requests().last().unwrap().header("authorization") == Some("Bearer two")
+    });
+}
+
+#[test]
+fn a_folder_that_is_not_there_is_created() {
+    let web = Web::lists(|_| list(&["a.txt"]), |_| Reply::ok("alpha"));
+    let config = of(&web, "").replace("into = \"files\"", "into = \"files/new/deep\"");
+    let daemon = start(&config);
+    nth_run(&daemon, 0);
+    assert_eq!(content(&daemon, "new/deep/a.txt"), b"alpha");
+    assert_eq!(served(&daemon, "new/deep/a.txt")["sha256"], hex(b"alpha"));
+}
+
+#[test]
+fn a_download_and_a_mirror_in_one_folder_do_each_other_no_harm() {
+    let web = Web::lists(
+        |_| list(&["a.bin", "b.bin"]),
+        |request| Reply::ok(vec![b'a' + u8::try_from(request.turn % 26).unwrap(); 2_000_000]),
+    );
+    let daemon = start(&of(&web, "every = \"1s\""));
+    let mut command = Command::new("timeout");
+    command.args(["60", PROGRAM, "download", "--force", "-o"]).arg(daemon.path("files"));
+    command.args(["a.bin", "b.bin"].map(|name| web.url(name))).stdin(Stdio::null());
+    for number in 0..3 {
+        let output = run(&mut command);
+        assert!(output.status.code().is_some_and(|code| code <= 1), "{output:?}");
+        nth_run(&daemon, number);
+        for name in ["a.bin", "b.bin"] {
+            let data = content(&daemon, name);
+            assert!(data.len() == 2_000_000 && data.iter().all(|byte| *byte == data[0]), "{name}");
+        }
+    }
+}
