@@ -367,6 +367,11 @@ mod absent {
             0
         }
 
+        /// A line for every channel.
+        pub fn lines(&self) -> impl Iterator<Item = String> {
+            std::iter::empty()
+        }
+
         /// Whether anybody is told.
         pub fn is_on(&self) -> bool {
             false

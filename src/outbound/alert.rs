@@ -82,6 +82,11 @@ impl Settings {
         self.channels.len()
     }
 
+    /// Every channel, and whose server it asks, in a line.
+    pub fn lines(&self) -> impl Iterator<Item = String> {
+        self.channels.iter().map(|channel| format!("{} over {}", channel.name(), channel.server()))
+    }
+
     /// Whether anybody is told.
     pub fn is_on(&self) -> bool {
         self.alert.is_some()
@@ -308,6 +313,8 @@ struct Job {
     host: String,
     incidents: Incidents,
     queue: Queue,
+    /// Where the queue is kept, if anywhere.
+    folder: Option<PathBuf>,
     /// Whether the queue could be written the last time.
     saved: bool,
     tidied: Duration,
@@ -328,6 +335,7 @@ impl Job {
             begun: (Instant::now(), SystemTime::now()),
             host: escape(&uname.nodename().to_string_lossy()),
             queue: Queue::default(),
+            folder: None,
             saved: true,
             tidied: Duration::ZERO,
             outlets: BTreeMap::new(),
@@ -396,8 +404,8 @@ impl Job {
 
     /// Takes up the queue.
     fn open(&mut self) {
-        let folder = self.alert.folder();
-        let Some(folder) = folder else {
+        self.folder = self.alert.folder();
+        let Some(folder) = self.folder.clone() else {
             tracing::warn!(
                 "alerts that wait to be sent are lost at a restart: there is no folder for them \
                  (StateDirectory= of the unit, or `state` of [alert])"
@@ -423,6 +431,14 @@ impl Job {
         if let Some(alert) = &settings.alert {
             self.incidents.set_policy(alert.policy.clone());
             self.alert = alert.clone();
+            if alert.folder() != self.folder {
+                let before = std::mem::take(&mut self.queue);
+                self.open();
+                if let Err(error) = self.queue.take_over(before) {
+                    let cause = error.to_string();
+                    tracing::error!(cause, "alerts that wait cannot be taken along: {cause}");
+                }
+            }
         } else {
             self.incidents = Incidents::new(self.alert.policy.clone());
         }
@@ -454,7 +470,11 @@ impl Job {
             self.outlets.keys().filter(|name| settings.is_told(name)).map(|name| &**name).collect();
         let waiting: usize = self.outlets.keys().map(|name| self.queue.waiting(name)).sum();
         let to = told.join(", ");
-        tracing::info!(to, waiting, "alerts to {to}; {waiting} wait to be sent");
+        if self.on {
+            tracing::info!(to, waiting, "alerts to {to}; {waiting} wait to be sent");
+        } else {
+            tracing::info!(waiting, "no alerts any more; {waiting} wait to be sent");
+        }
     }
 
     /// Until when there is nothing to do.
