@@ -19,7 +19,7 @@ use crate::mirrors;
 use crate::served::Served;
 
 #[cfg(feature = "alert")]
-pub use crate::outbound::alert::{Alerts, Settings};
+pub use crate::outbound::{alert::Settings, teller::Alerts};
 
 #[cfg(not(feature = "alert"))]
 pub use absent::{Alerts, Settings};
