@@ -528,6 +528,16 @@ impl Run<'_> {
                 self.shared.budget.take_what_is_left(place.part_size(name));
             }
         }
+        // What has left the listing and stays counts, too.
+        if let (Some(state), false) = (&self.state, self.order.delete) {
+            let listed = listing::names(entries);
+            let left = state.files.keys().filter(|name| !listed.contains(name.as_str()));
+            for name in left.filter(|_| self.order.max_total < u64::MAX) {
+                if let Ok(There::File(local)) = place.look(name) {
+                    self.shared.budget.take_what_is_left(local.size);
+                }
+            }
+        }
         let jobs = Arc::new(Semaphore::new(self.order.jobs));
         let mut transfers = JoinSet::new();
         for (id, entry) in entries.iter().enumerate() {
@@ -591,11 +601,12 @@ impl Run<'_> {
         let gone: Vec<_> =
             state.files.keys().filter(|name| !listed.contains(name.as_str())).cloned().collect();
         for name in gone {
-            // A folder or a link of that name is not ours.
+            // What somebody has put there since is not ours.
+            let is_ours = |local| state.files.get(&name).is_some_and(|known| known.is_of(&local));
             let there = self.shared.place.look(&name);
             let result = match there {
-                Ok(There::File(_)) => self.shared.place.unlink(&name),
-                Ok(There::Nothing | There::Other) => {
+                Ok(There::File(local)) if is_ours(local) => self.shared.place.unlink(&name),
+                Ok(_) => {
                     state.files.remove(&name);
                     continue;
                 }

@@ -79,7 +79,8 @@ pub struct Known {
 }
 
 impl Known {
-    fn is_of(&self, local: &Local) -> bool {
+    /// Whether it is what is known of this file, as it is now.
+    pub fn is_of(&self, local: &Local) -> bool {
         (self.size, self.modified) == (local.size, local.modified)
     }
 }
@@ -100,6 +101,9 @@ pub enum Ask {
     Always,
     /// If it is not this any more.
     IfChanged(Validators),
+    /// If it was not last modified at exactly this time, which is that of a file of which nothing
+    /// else is known.
+    IfNotOf(String),
 }
 
 /// On which conditions the file is asked for that is here as `local`, and is to be what is at
@@ -113,13 +117,12 @@ pub fn ask(known: Option<&Known>, local: &Local, source: &str) -> Ask {
         }
         // The server says nothing of it.
         Some(_) => Ask::Always,
-        // It has the server's time, if it was saved by us.
+        // It has the server's time, which has no fraction, if it was saved by us.
         None => match local.modified() {
-            Some(modified) => Ask::IfChanged(Validators {
-                etag: None,
-                last_modified: Some(httpdate::fmt_http_date(modified)),
-            }),
-            None => Ask::Always,
+            Some(modified) if local.modified.1 == 0 => {
+                Ask::IfNotOf(httpdate::fmt_http_date(modified))
+            }
+            _ => Ask::Always,
         },
     }
 }
@@ -188,10 +191,11 @@ mod tests {
 
     #[test]
     fn of_what_is_not_known_the_time_is_told() {
-        let Ask::IfChanged(validators) = ask(None, &LOCAL, "http://a/") else { panic!() };
-        assert_eq!(validators, Validators::new(None, Some("Thu, 01 Jan 1970 00:00:01 GMT")));
-        let before = Local { modified: (-5, 0), ..LOCAL };
-        assert_eq!(ask(None, &before, "http://a/"), Ask::Always);
+        let at = |modified| ask(None, &Local { modified, ..LOCAL }, "http://a/");
+        assert_eq!(at((1, 0)), Ask::IfNotOf("Thu, 01 Jan 1970 00:00:01 GMT".to_owned()));
+        assert_eq!(at((-5, 0)), Ask::Always);
+        // No server says so much.
+        assert_eq!(at((1, 2)), Ask::Always);
         assert_eq!(ask(Some(&known(None, None)), &LOCAL, "http://a/"), Ask::Always);
     }
 

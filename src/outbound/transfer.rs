@@ -35,7 +35,7 @@ const PIECE: usize = 256 << 10;
 /// How long what was received may wait in memory to be written, if the server is slow.
 const UNWRITTEN: Duration = Duration::from_secs(1);
 
-/// A transfer that brings so much is not a failed attempt, even if it ends too early.
+/// A transfer that gets further by so much is not a failed attempt, even if it ends too early.
 const PROGRESS: u64 = 1 << 20;
 
 /// What may be received, and what becomes of files that are there.
@@ -234,6 +234,9 @@ struct About {
     /// What makes it a part of the same content: for `If-Range`.
     validator: String,
     validators: Validators,
+    /// How long all of it is, if that was said, in bytes.
+    #[serde(default)]
+    total: Option<u64>,
 }
 
 /// A part that a transfer can go on from.
@@ -263,9 +266,20 @@ pub async fn transfer(
     let source = identity(&entry.url);
     let deadline = Instant::now() + shared.terms.max_duration;
     let permit = Some(permit);
-    Transfer { shared, entry, local, source, deadline, permit, progress, taken: 0, brought: 0 }
-        .run(known)
-        .await
+    Transfer {
+        shared,
+        entry,
+        local,
+        source,
+        deadline,
+        permit,
+        progress,
+        taken: 0,
+        brought: 0,
+        furthest: 0,
+    }
+    .run(known)
+    .await
 }
 
 struct Transfer<'a> {
@@ -280,6 +294,8 @@ struct Transfer<'a> {
     taken: u64,
     /// How much all attempts have received.
     brought: u64,
+    /// How much of the file the best of them has got to.
+    furthest: u64,
 }
 
 impl Transfer<'_> {
@@ -334,8 +350,11 @@ impl Transfer<'_> {
 
     async fn attempts(&mut self, ask: &Ask) -> Result<Done, Error> {
         let mut retry = 0;
+        if self.may_have_part() {
+            self.furthest = self.shared.place.part_size(&self.entry.name);
+        }
         loop {
-            let before = self.brought;
+            let before = self.furthest;
             let error = match self.attempt(ask).await {
                 Ok(done) => return Ok(done),
                 Err(error) => error,
@@ -343,7 +362,7 @@ impl Transfer<'_> {
             if !error.is_temporary() {
                 return Err(error);
             }
-            if self.brought - before >= PROGRESS {
+            if self.furthest - before >= PROGRESS {
                 retry = 0;
             }
             let retries = self.shared.terms.retries;
@@ -360,6 +379,7 @@ impl Transfer<'_> {
     async fn attempt(&mut self, ask: &Ask) -> Result<Done, Error> {
         self.give_back();
         let mut resume = self.resume()?;
+        let mut ask = ask;
         let mut response = loop {
             let headers = conditions(ask, resume.as_ref());
             let shared = self.shared;
@@ -385,6 +405,16 @@ impl Transfer<'_> {
                         .map(|local| self.unchanged(local, validators))
                         .ok_or(Error::Part);
                 }
+                (304, None) if let Ask::IfNotOf(time) = ask => {
+                    let validators = validators_of(&response);
+                    // Most servers say so of any file that is older, too.
+                    if let Some(local) = self.local
+                        && validators.last_modified.as_ref() == Some(time)
+                    {
+                        return Ok(self.unchanged(local, validators));
+                    }
+                    ask = &Ask::Always;
+                }
                 (206, None) => return Err(Error::Part),
                 _ => {
                     let error = failure(&response);
@@ -397,13 +427,19 @@ impl Transfer<'_> {
             }
             shared.client.drain(&mut response).await;
         };
-        let said = validators_of(&response);
+        let mut said = validators_of(&response);
         let validator = said.strong(date_of(&response));
         let about = validator.map(|validator| About {
             source: self.source.clone(),
             validator,
             validators: said.clone(),
+            total: content_length(&response),
         });
+        // What goes on need not say again what was said at the beginning (RFC 9110, 15.3.7).
+        if let Some(Resume { about: About { validators, .. }, .. }) = &resume {
+            said.etag = said.etag.or_else(|| validators.etag.clone());
+            said.last_modified = said.last_modified.or_else(|| validators.last_modified.clone());
+        }
         // A part keeps what was said of its beginning.
         let about = resume.as_ref().map(|resume| resume.about.clone()).or(about);
         let mut incoming = Incoming::begin(self, resume, about).await?;
@@ -490,13 +526,18 @@ impl Transfer<'_> {
         }
         let kinds = response.headers().get_all(CONTENT_TYPE).iter();
         let kinds: Vec<_> = kinds.map(|kind| kind.to_str().unwrap_or_default()).collect();
-        if !are_wanted(&kinds, content_types) {
+        // What goes on may leave out the type, which was looked at in the beginning.
+        let goes_on = response.status() == reqwest::StatusCode::PARTIAL_CONTENT;
+        if !(goes_on && kinds.is_empty() || are_wanted(&kinds, content_types)) {
             let kind = if kinds.is_empty() { "none".to_owned() } else { kinds.join(", ") };
             return Err(Error::Type(escape(&kind)));
         }
         let mut length = incoming.length;
-        let promised = header(response, &CONTENT_LENGTH).and_then(|length| length.parse().ok());
-        let promised: Option<u64> = promised.map(|promised: u64| promised.saturating_add(length));
+        let promised = if goes_on {
+            header(response, &CONTENT_RANGE).and_then(content_range).and_then(|range| range.total)
+        } else {
+            content_length(response)
+        };
         let large = || Error::Large { limit: *max_file, key: max_file_key };
         // What is promised to be too large need not be received.
         if promised.is_some_and(|promised| promised > *max_file) {
@@ -520,6 +561,7 @@ impl Transfer<'_> {
             shared.received.fetch_add(came, Ordering::Relaxed);
             self.brought += came;
             length += came;
+            self.furthest = self.furthest.max(length);
             if length > *max_file {
                 return Err(large());
             }
@@ -865,6 +907,11 @@ fn conditions(ask: &Ask, resume: Option<&Resume>) -> HeaderMap {
             headers
         }
         (None, Ask::IfChanged(validators)) => if_changed(validators),
+        (None, Ask::IfNotOf(time)) => {
+            let mut headers = HeaderMap::new();
+            say(&mut headers, IF_MODIFIED_SINCE, time);
+            headers
+        }
         (None, Ask::Always) => HeaderMap::new(),
     };
     headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
@@ -895,11 +942,22 @@ fn continues(response: &Response, resume: &Resume) -> bool {
     let range = header(response, &CONTENT_RANGE).and_then(content_range);
     let length = header(response, &CONTENT_LENGTH).map(str::parse);
     let said = validators_of(response);
-    let Validators { etag, last_modified } = &resume.about.validators;
+    let About { validator, validators: Validators { etag, last_modified }, total, .. } =
+        &resume.about;
     let is_other = |now: &Option<String>, then: &Option<String>| now.is_some() && now != then;
-    !is_other(&said.etag, etag)
+    // A server that heeds If-Range says the ETag again, and may leave out the rest.
+    let is_same = etag.as_ref() != Some(validator) || said.etag == *etag;
+    is_same
+        && !is_other(&said.etag, etag)
         && !is_other(&said.last_modified, last_modified)
-        && range.is_some_and(|range| range.goes_on_from(resume.length, length.as_ref()))
+        && range.is_some_and(|range| {
+            range.goes_on_from(resume.length, length.as_ref())
+                && (total.is_none() || range.total == *total)
+        })
+}
+
+fn content_length(response: &Response) -> Option<u64> {
+    header(response, &CONTENT_LENGTH)?.parse().ok()
 }
 
 /// A `Content-Range` (RFC 9110, 14.4).
@@ -917,7 +975,8 @@ impl ContentRange {
         let Self { first, last, total } = self;
         first == length
             && last >= first
-            && total.is_none_or(|total| last.checked_add(1) == Some(total))
+            && total.is_some()
+            && last.checked_add(1) == total
             && match body {
                 None => true,
                 Some(Ok(body)) => (last - first).checked_add(1) == Some(*body),
@@ -960,7 +1019,6 @@ mod tests {
         };
         assert!(fits("bytes 5-9/10", Some("5")));
         assert!(fits("bytes 5-9/10", None));
-        assert!(fits("bytes 5-9/*", Some("5")));
         for (bad, length) in [
             ("bytes 0-9/10", None),
             ("bytes 4-9/10", None),
@@ -971,6 +1029,7 @@ mod tests {
             ("bytes 5-9/10", Some("6")),
             ("bytes 5-9/10", Some("x")),
             ("bytes */10", None),
+            ("bytes 5-9/*", Some("5")),
             ("5-9/10", None),
             ("bytes 5-18446744073709551615/18446744073709551615", None),
             ("", None),

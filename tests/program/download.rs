@@ -1093,6 +1093,87 @@ fn a_rest_that_is_another_than_was_asked_for_is_never_put_into_the_file() {
 }
 
 #[test]
+fn a_rest_that_may_be_of_another_content_or_lacks_its_end_is_never_put_into_the_file() {
+    let (old, new) = (sample(43, 400_000), sample(44, 500_000));
+    let chunks = |body: &[u8]| [b"a\r\n", body.get(..10).unwrap(), b"\r\n0\r\n\r\n"].concat();
+    for fault in ["short", "no total", "no validator", "another total"] {
+        let (before, after) = (old.clone(), new.clone());
+        let (saved, _web, outcome) = interrupted(&old, ETAG, move |request, from| {
+            if request.range().is_none() {
+                return Reply::ok(before.clone()).with("ETag", "\"one\"");
+            }
+            let part = Reply::status(206);
+            match fault {
+                "short" => part
+                    .with("Content-Range", &format!("bytes {from}-399999/400000"))
+                    .with("Transfer-Encoding", "chunked")
+                    .with("ETag", "\"one\"")
+                    .with_body(chunks(&before[from..]))
+                    .unannounced(),
+                "no total" => part
+                    .with("Content-Range", &format!("bytes {from}-{}/*", from + 99))
+                    .with("ETag", "\"one\"")
+                    .with_body(&before[from..from + 100]),
+                "no validator" => Reply::rest(&after, from),
+                _ => Reply::rest(&after, from).with("ETag", "\"one\""),
+            }
+        });
+        assert!(saved.is_none_or(|saved| saved == old), "{fault}: {outcome:?}");
+    }
+}
+
+#[test]
+fn a_rest_need_not_say_again_what_was_said_at_the_beginning() {
+    let body = sample(45, 400_000);
+    let then = http_date(THEN);
+    let now = http_date(THEN + 3600);
+    let whole = Reply::ok(body.clone())
+        .with("ETag", "\"one\"")
+        .with("Last-Modified", &then)
+        .with("Content-Type", "image/png")
+        .with("Date", &now);
+    let content = body.clone();
+    let web = Web::answers(move |request| match request.range() {
+        None => whole.clone().cut_after(200_000),
+        Some(from) => Reply::rest(&content, from).with("ETag", "\"one\""),
+    });
+    let place = Place::new();
+    download(&place, &[&web.url("a.bin"), "--retries", "2"]).succeeded();
+    assert!(place.read("a.bin") == body);
+    assert_eq!(modified(&place.path("a.bin")), THEN);
+}
+
+#[test]
+fn what_is_received_in_vain_is_no_progress() {
+    let body = sample(46, 3 << 20);
+    let web = Web::always(Reply::ok(body).cut_after(2 << 20));
+    let place = Place::new();
+    let outcome = download(&place, &[&web.url("a.bin"), "--retries", "2"]);
+    assert_eq!(outcome.code, Some(1), "{outcome:?}");
+    // Whatever was reached first counts as progress once.
+    assert!(web.requests().len() <= 4, "{}", web.requests().len());
+}
+
+#[test]
+fn a_file_of_one_s_own_is_not_taken_for_the_server_s() {
+    let last_modified = http_date(THEN);
+    // It says so of every file that is newer than its own, as RFC 9110 wants it.
+    let web = Web::answers(move |request| {
+        let reply = match request.header("if-modified-since") {
+            Some(_) => Reply::status(304),
+            None => Reply::ok("right"),
+        };
+        reply.with("Last-Modified", &last_modified).with("ETag", "\"one\"")
+    });
+    let place = Place::new();
+    fs::write(place.path("a.txt"), "wrong").unwrap();
+    let later = SystemTime::UNIX_EPOCH + Duration::from_secs(THEN + 5);
+    fs::File::options().write(true).open(place.path("a.txt")).unwrap().set_modified(later).unwrap();
+    download(&place, &[&web.url("a.txt"), "--update"]).succeeded();
+    assert_eq!(place.read("a.txt"), b"right");
+}
+
+#[test]
 fn a_rest_that_is_not_there_is_no_dead_end() {
     let body = sample(41, 400_000);
     let content = body.clone();

@@ -408,6 +408,38 @@ fn what_left_the_listing_is_removed_if_that_is_wanted_and_nothing_else() {
 }
 
 #[test]
+fn what_somebody_has_put_in_a_file_s_place_is_not_removed() {
+    let gone = Arc::new(AtomicBool::new(false));
+    let has_gone = Arc::clone(&gone);
+    let web = Web::lists(
+        move |_| {
+            list(if has_gone.load(Ordering::Relaxed) { &["a.txt"] } else { &["a.txt", "b.txt"] })
+        },
+        |request| Reply::ok(request.target.clone()).with("ETag", "\"x\""),
+    );
+    let daemon = start(&of(&web, "every = \"1s\"\ndelete = true"));
+    nth_run(&daemon, 0);
+    gone.store(true, Ordering::Relaxed);
+    fs::write(daemon.path("files/b.txt"), "my own").unwrap();
+    let before = runs_of(&daemon, "pictures").len();
+    nth_run(&daemon, before + 1);
+    let content = fs::read(daemon.path("files/b.txt")).unwrap();
+    assert_eq!(String::from_utf8(content).unwrap(), "my own");
+}
+
+#[test]
+fn what_has_left_the_listing_and_stays_counts_for_max_total() {
+    let web = Web::lists(
+        |turn| list(&[&format!("{turn}.txt")]),
+        |_| Reply::ok(vec![b'x'; 1000]).with("ETag", "\"x\""),
+    );
+    let daemon = start(&of(&web, "max-total = \"2500B\"\nevery = \"1s\"\nretries = 0"));
+    nth_run(&daemon, 3);
+    assert_eq!(names(&daemon).len(), 2, "{:?}", names(&daemon));
+    failure(&daemon, "max-total");
+}
+
+#[test]
 fn no_failure_removes_anything() {
     // The listing: gone, no listing, cut, half of it wrong; and then files that fail.
     let faults: [fn() -> Reply; 7] = [
