@@ -335,12 +335,7 @@ pub fn read(
 ) -> Result<Vec<Result<Entry, Faulty>>, Error> {
     let raw = raw_entries(json, pointers, max)?;
     let entries = raw.into_iter().enumerate().map(|(index, [url, name, sha256])| {
-        let told = match (&name, &url) {
-            (Found::Text(text), _) | (_, Found::Text(text)) => {
-                escape(&text.chars().take(MAX_TOLD).collect::<String>())
-            }
-            _ => format!("entry {}", index + 1),
-        };
+        let told = told(&name, &url).unwrap_or_else(|| format!("entry {}", index + 1));
         let named = match &name {
             Found::Text(name) => file_name(name).ok().map(str::to_owned),
             _ => None,
@@ -352,6 +347,24 @@ pub fn read(
         })
     });
     Ok(without_collisions(entries.collect()))
+}
+
+/// The name of an entry or else its URL as people are told it, unless that may hold a password. The
+/// URL may be none that can be read, so that it is cut as a text: see [`shown`].
+fn told(name: &Found, url: &Found) -> Option<String> {
+    let short = |text: &str| escape(&text.chars().take(MAX_TOLD).collect::<String>());
+    match (name, url) {
+        (Found::Text(name), _) => Some(short(name)),
+        (_, Found::Text(url)) if url.contains('@') => None,
+        (_, Found::Text(url)) => {
+            let all = url.split_once('#').map_or(&**url, |(before, _)| before);
+            Some(match all.split_once('?') {
+                Some((before, _)) => short(before) + "?…",
+                None => short(all),
+            })
+        }
+        _ => None,
+    }
 }
 
 fn entry(
@@ -515,6 +528,25 @@ mod tests {
             let fault = fault(&json!({"picUrl": "/a", "title": name}));
             assert!(matches!(fault, Fault::Name { .. }), "{name:?}: {fault:?}");
         }
+    }
+
+    #[test]
+    fn no_secret_of_a_url_is_told() {
+        let what = |url: &str| {
+            let pointers = Pointers { filename: None, ..pointers() };
+            let json = json!({"newslist": [{}, {"picUrl": url}]});
+            entries(&json, &pointers).remove(1).unwrap_err().what
+        };
+        assert_eq!(what("ftp://a/b?key=hush"), "ftp://a/b?…");
+        assert_eq!(what("ftp://a/b#hush"), "ftp://a/b");
+        assert_eq!(what("ftp://a/b#hush?hush"), "ftp://a/b");
+        assert_eq!(what("ftp://a/b?hush#hush"), "ftp://a/b?…");
+        assert_eq!(what("ftp://me:hush@a/b"), "entry 2");
+        assert_eq!(what("http://[me:hush@a/b"), "entry 2");
+        assert_eq!(what("ftp://me:hu?sh@a/b"), "entry 2");
+        let long = format!("ftp://me:{}@a/", "hush".repeat(MAX_TOLD));
+        assert_eq!(what(&long), "entry 2");
+        assert_eq!(what("ftp://a/b"), "ftp://a/b");
     }
 
     #[test]

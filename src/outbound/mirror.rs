@@ -5,7 +5,7 @@
 
 use std::fmt::Display;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -147,9 +147,24 @@ fn folder(path: &Path, text: &str) -> Result<PathBuf, String> {
         Ok(metadata) if !metadata.is_dir() => {
             Err("expected a folder, found another file".to_owned())
         }
-        // So that the same folder is the same however it is named.
-        _ => Ok(path.canonicalize().unwrap_or_else(|_| path.components().collect())),
+        _ => Ok(canonical(path)),
     }
+}
+
+/// The path that is the same for the same folder however it is named, also before it is created:
+/// what exists of it is canonical, and the rest follows as it is written.
+fn canonical(path: &Path) -> PathBuf {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let mut whole = PathBuf::new();
+    for component in path.components() {
+        match component {
+            // No link is left in what is there, and what is created will be none.
+            Component::ParentDir => drop(whole.pop()),
+            component => whole.push(component),
+        }
+        whole = whole.canonicalize().unwrap_or(whole);
+    }
+    whole
 }
 
 /// A URL, which is not repeated in the fault, as there may be a password in it.
@@ -565,6 +580,27 @@ mod tests {
         for bad in ["", "image", "image/", "/png", "*/*", "image/png; q=1", "a/b/c"] {
             assert!(media_type(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_folder_is_the_same_before_and_after_it_is_created() {
+        let place = tempfile::tempdir().unwrap();
+        let real = place.path().canonicalize().unwrap().join("real");
+        fs::create_dir(&real).unwrap();
+        let link = place.path().join("link");
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        let written = ["new/a", "./new//a/", "new/b/../a", "new/../../link/new/a"];
+        for text in written {
+            assert_eq!(folder(&link.join(text), text).unwrap(), real.join("new/a"), "{text}");
+        }
+        fs::create_dir_all(real.join("new/a")).unwrap();
+        fs::create_dir(real.join("new/b")).unwrap();
+        for text in written.iter().take(3) {
+            assert_eq!(folder(&link.join(text), text).unwrap(), real.join("new/a"), "{text}");
+        }
+        let here = Path::new(".").canonicalize().unwrap();
+        assert_eq!(folder(Path::new("no/such"), "no/such").unwrap(), here.join("no/such"));
+        assert!(folder(&link, "").is_err());
     }
 
     fn settings(name: &str, every: u64) -> Settings {
