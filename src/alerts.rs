@@ -19,7 +19,7 @@ use crate::mirrors;
 use crate::served::Served;
 
 #[cfg(feature = "alert")]
-pub use crate::outbound::alert::{Alerts, Settings};
+pub use crate::outbound::{alert::Settings, teller::Alerts};
 
 #[cfg(not(feature = "alert"))]
 pub use absent::{Alerts, Settings};
@@ -365,6 +365,11 @@ mod absent {
         /// How many channels there are.
         pub fn channels(&self) -> usize {
             0
+        }
+
+        /// A line for every channel.
+        pub fn lines(&self) -> impl Iterator<Item = String> {
+            std::iter::empty()
         }
 
         /// Whether anybody is told.

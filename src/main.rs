@@ -223,8 +223,10 @@ fn check(arguments: cli::Check) -> ExitCode {
         .mirrors
         .iter()
         .map(|mirror| format!("mirror.{} into {}\n", mirror.name(), shown(mirror.folder())));
+    let channels = config.alerts.lines().map(|line| line + "\n");
     let end = ["no fault found\n".to_owned()];
-    let checked = print(lines.chain(mirrors).chain(end).collect::<String>().as_bytes());
+    let checked =
+        print(lines.chain(mirrors).chain(channels).chain(end).collect::<String>().as_bytes());
     if arguments.connect { connect(config) } else { checked }
 }
 

@@ -1,43 +1,15 @@
-//! The channels of a configuration and `[alert]`: their tables, and the job of the daemon that tells
-//! the operator what happens.
-//!
-//! The job runs on a thread and an event loop of its own: neither a dead mail server nor the disk delays
-//! a service. What a channel itself fails with is logged and counted, and told over no channel.
+//! The channels of a configuration, and `[alert]`: their tables.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::env;
-use std::io::{self, Read};
-use std::path::{Path, PathBuf};
-use std::str::FromStr;
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::path::PathBuf;
 
-use tokio::sync::watch;
-use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::{Instant, sleep_until};
-use tokio_util::sync::CancellationToken;
-
-use super::back_off;
-use super::channel::{Channel, Failure, Lasting, Sent};
-use super::incidents::{Hour, Incidents, Policy, Report};
-use super::message::{self, Attachment, Letter};
-use super::queue::{MAX_WAITING, Message, Queue};
+use super::channel::Channel;
+use super::incidents::Policy;
 use super::{mail, sms};
-use crate::alerts::{Counts, Events, Kind, Outcome, Reporter};
-use crate::client::names::escape;
+use crate::alerts::Kind;
 use crate::config::{self, Context, Noted, Table, check_name};
 use crate::counts::Label;
-use crate::files::OpenFile;
-use crate::workers::EventLoop;
-
-/// How long is waited after the first failure of a channel, and at most after the next.
-const PAUSE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_mins(15));
-
-/// What could not be sent for so long is not sent.
-const EXPIRES: Duration = Duration::from_hours(72);
-
-/// How often it is looked at what has expired.
-const TIDY_EVERY: Duration = Duration::from_mins(1);
 
 /// How the operator is told.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -45,17 +17,22 @@ pub struct Settings {
     /// Every channel, with a name of its own.
     pub channels: Vec<Channel>,
     /// What is told by itself, if anything.
-    alert: Option<Alert>,
+    pub(super) alert: Option<Alert>,
 }
 
 /// The checked settings of `[alert]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Alert {
-    to: Vec<String>,
-    policy: Policy,
-    max_per_hour: usize,
-    attach: bool,
-    state: Option<PathBuf>,
+pub(super) struct Alert {
+    /// The channels.
+    pub to: Vec<String>,
+    /// What is told, and when.
+    pub policy: Policy,
+    /// How many messages one channel has.
+    pub max_per_hour: usize,
+    /// Whether new files of mirrors go with mails.
+    pub attach: bool,
+    /// Where the queue is kept, if the configuration says so.
+    pub state: Option<PathBuf>,
 }
 
 impl Settings {
@@ -82,6 +59,11 @@ impl Settings {
         self.channels.len()
     }
 
+    /// Every channel, and whose server it asks, in a line.
+    pub fn lines(&self) -> impl Iterator<Item = String> {
+        self.channels.iter().map(|channel| format!("{} over {}", channel.name(), channel.server()))
+    }
+
     /// Whether anybody is told.
     pub fn is_on(&self) -> bool {
         self.alert.is_some()
@@ -92,7 +74,8 @@ impl Settings {
         self.alert.as_ref().is_some_and(|alert| alert.policy.on.contains(&kind))
     }
 
-    fn is_told(&self, channel: &str) -> bool {
+    /// Whether a channel is told.
+    pub(super) fn is_told(&self, channel: &str) -> bool {
         self.alert.as_ref().is_some_and(|alert| alert.to.iter().any(|to| to == channel))
     }
 }
@@ -140,7 +123,7 @@ impl Alert {
     }
 
     /// Where the queue is kept: where the configuration says, or the service manager.
-    fn folder(&self) -> Option<PathBuf> {
+    pub fn folder(&self) -> Option<PathBuf> {
         let manager = || {
             let folders = env::var_os("STATE_DIRECTORY")?;
             env::split_paths(&folders).find(|folder| folder.is_absolute())
@@ -194,551 +177,20 @@ pub fn channel(
     }
 }
 
-/// Who tells the operator.
-#[derive(Debug, Default)]
-pub struct Alerts {
-    reporter: Reporter,
-    /// None before there was anything to do.
-    event_loop: Option<EventLoop>,
-    job: Option<Handle>,
-    counts: Vec<Arc<Counts>>,
-}
-
-/// What is said to the job.
-#[derive(Debug)]
-struct Handle {
-    wanted: watch::Sender<Wanted>,
-    stop: CancellationToken,
-    task: JoinHandle<()>,
-}
-
-/// What the job is to do.
-#[derive(Debug, Clone)]
-struct Wanted {
-    settings: Settings,
-    /// One for each channel.
-    counts: Vec<Arc<Counts>>,
-}
-
-impl Alerts {
-    /// Starts the thread if it is the first time that there is something to do for it.
-    ///
-    /// # Errors
-    /// If it cannot be had.
-    pub fn prepare(&mut self, settings: &Settings) -> io::Result<()> {
-        if settings.is_on() && self.event_loop.is_none() {
-            self.event_loop = Some(EventLoop::start("alerts")?);
-        }
-        Ok(())
-    }
-
-    /// Tells what is wanted from now on, as is wanted. What waits to be sent goes on waiting.
-    pub fn change(&mut self, settings: &Settings) {
-        let counts = settings.channels.iter().map(|channel| {
-            let before = self.counts.iter().find(|counts| counts.channel == *channel.name());
-            before.map_or_else(|| Arc::new(Counts::new(Arc::clone(channel.name()))), Arc::clone)
-        });
-        self.counts = counts.collect();
-        let wanted = Wanted { settings: settings.clone(), counts: self.counts.clone() };
-        if let Some(job) = &self.job {
-            job.wanted.send_replace(wanted);
-        } else if let (Some(event_loop), Some(alert)) = (&self.event_loop, &settings.alert)
-            && let Some(events) = self.reporter.connect()
-        {
-            let (sender, receiver) = watch::channel(wanted);
-            let stop = CancellationToken::new();
-            let job = Job::new(alert.clone(), self.reporter.clone(), stop.clone());
-            let task = event_loop.handle.spawn(job.run(events, receiver));
-            self.job = Some(Handle { wanted: sender, stop, task });
-        }
-    }
-
-    /// Where events are handed over.
-    pub fn reporter(&self) -> Reporter {
-        self.reporter.clone()
-    }
-
-    /// What the channels count that are told, or have something to send.
-    pub fn counts(&self) -> Vec<Arc<Counts>> {
-        if self.job.is_some() { self.counts.clone() } else { Vec::new() }
-    }
-
-    /// Tells at once what there is to be told, and then ends.
-    pub fn stop(&self) {
-        if let Some(job) = &self.job {
-            job.stop.cancel();
-        }
-    }
-
-    /// Waits until that is done. What could not be sent stays in the queue.
-    pub async fn ended(&mut self) {
-        if let Some(job) = self.job.take() {
-            // A panic of it has been logged.
-            let _ = job.task.await;
-        }
-    }
-}
-
-/// A channel as the job has it.
-#[derive(Debug)]
-struct Outlet {
-    channel: Channel,
-    counts: Arc<Counts>,
-    hour: Hour,
-    /// A message is on its way.
-    busy: bool,
-    /// One after the other, without a success in between.
-    failures: u32,
-    /// When it is tried again.
-    next: Duration,
-}
-
-/// A message that was on its way.
-type Ended = (Arc<str>, String, Result<Sent, Failure>);
-
-struct Job {
-    alert: Alert,
-    /// Whether anything is told by itself; if not, only what waits is sent.
-    on: bool,
-    reporter: Reporter,
-    lost: u64,
-    stop: CancellationToken,
-    /// When it began, by both clocks.
-    begun: (Instant, SystemTime),
-    host: String,
-    incidents: Incidents,
-    queue: Queue,
-    /// Whether the queue could be written the last time.
-    saved: bool,
-    tidied: Duration,
-    outlets: BTreeMap<Arc<str>, Outlet>,
-    sending: JoinSet<Ended>,
-}
-
-impl Job {
-    fn new(alert: Alert, reporter: Reporter, stop: CancellationToken) -> Self {
-        let uname = rustix::system::uname();
-        Self {
-            incidents: Incidents::new(alert.policy.clone()),
-            alert,
-            on: true,
-            reporter,
-            lost: 0,
-            stop,
-            begun: (Instant::now(), SystemTime::now()),
-            host: escape(&uname.nodename().to_string_lossy()),
-            queue: Queue::default(),
-            saved: true,
-            tidied: Duration::ZERO,
-            outlets: BTreeMap::new(),
-            sending: JoinSet::new(),
-        }
-    }
-
-    /// How long it has run.
-    fn now(&self) -> Duration {
-        self.begun.0.elapsed()
-    }
-
-    /// The time of day in seconds, by a clock that nobody sets.
-    fn second(&self) -> i64 {
-        unix(self.begun.1 + self.now())
-    }
-
-    async fn run(mut self, mut events: Events, mut wanted: watch::Receiver<Wanted>) {
-        self.open();
-        let first = wanted.borrow_and_update().clone();
-        self.become_(first);
-        let stop = self.stop.clone();
-        loop {
-            self.act(false);
-            let next = self.begun.0 + self.next();
-            tokio::select! {
-                () = stop.cancelled() => break,
-                Some(event) = events.recv() => {
-                    if self.on {
-                        self.incidents.add(event, self.now());
-                    }
-                }
-                changed = wanted.changed() => {
-                    if changed.is_err() {
-                        break;
-                    }
-                    let wanted = wanted.borrow_and_update().clone();
-                    self.become_(wanted);
-                }
-                Some(ended) = self.sending.join_next() => {
-                    if let Ok(ended) = ended {
-                        self.conclude(ended);
-                    }
-                }
-                () = sleep_until(next) => {}
-            }
-        }
-        // What has been said before the order is told, too.
-        while let Ok(event) = events.try_recv() {
-            if self.on {
-                self.incidents.add(event, self.now());
-            }
-        }
-        self.act(true);
-        while let Some(ended) = self.sending.join_next().await {
-            if let Ok(ended) = ended {
-                self.conclude(ended);
-            }
-            self.act(true);
-        }
-        let waiting: usize = self.outlets.keys().map(|name| self.queue.waiting(name)).sum();
-        if waiting > 0 {
-            tracing::info!(waiting, "{waiting} alerts stay in the queue");
-        }
-    }
-
-    /// Takes up the queue.
-    fn open(&mut self) {
-        let folder = self.alert.folder();
-        let Some(folder) = folder else {
-            tracing::warn!(
-                "alerts that wait to be sent are lost at a restart: there is no folder for them \
-                 (StateDirectory= of the unit, or `state` of [alert])"
-            );
-            return;
-        };
-        let path = escape(&folder.to_string_lossy());
-        self.queue = Queue::open(Some(&folder)).unwrap_or_else(|error| {
-            let cause = error.to_string();
-            tracing::error!(
-                path,
-                cause,
-                "the alerts that waited in {path} cannot be read: {cause}"
-            );
-            Queue::begin_anew(&folder)
-        });
-    }
-
-    /// Does what is wanted from now on.
-    fn become_(&mut self, wanted: Wanted) {
-        let Wanted { settings, counts } = wanted;
-        self.on = settings.is_on();
-        if let Some(alert) = &settings.alert {
-            self.incidents.set_policy(alert.policy.clone());
-            self.alert = alert.clone();
-        } else {
-            self.incidents = Incidents::new(self.alert.policy.clone());
-        }
-        let mut before = std::mem::take(&mut self.outlets);
-        let now = self.second();
-        for (channel, counts) in settings.channels.iter().zip(counts) {
-            let name = Arc::clone(channel.name());
-            let outlet = match before.remove(&name) {
-                Some(before) => {
-                    // Somebody may have mended it.
-                    let mended = before.channel != *channel;
-                    let (failures, next) =
-                        if mended { (0, Duration::ZERO) } else { (before.failures, before.next) };
-                    Outlet { channel: channel.clone(), counts, failures, next, ..before }
-                }
-                None => Outlet {
-                    channel: channel.clone(),
-                    counts,
-                    // A clock that was set back makes no time of the future.
-                    hour: Hour::new(self.queue.made(&name).into_iter().map(|at| at.min(now))),
-                    busy: false,
-                    failures: 0,
-                    next: Duration::ZERO,
-                },
-            };
-            self.outlets.insert(name, outlet);
-        }
-        let told: Vec<_> =
-            self.outlets.keys().filter(|name| settings.is_told(name)).map(|name| &**name).collect();
-        let waiting: usize = self.outlets.keys().map(|name| self.queue.waiting(name)).sum();
-        let to = told.join(", ");
-        tracing::info!(to, waiting, "alerts to {to}; {waiting} wait to be sent");
-    }
-
-    /// Until when there is nothing to do.
-    fn next(&self) -> Duration {
-        let max = self.alert.max_per_hour;
-        let outlets = self.outlets.iter().filter_map(|(name, outlet)| {
-            let waits = !outlet.busy && self.queue.waiting(name) > 0;
-            waits.then_some(outlet.next)
-        });
-        let withheld = self.outlets.iter().filter_map(|(name, outlet)| {
-            let waits = self.queue.withheld(name).count > 0
-                && self.queue.waiting(name) < MAX_WAITING
-                && self.on;
-            let free = outlet.hour.free_at(max).saturating_sub(self.second()).max(0);
-            waits.then(|| self.now() + Duration::from_secs(u64::try_from(free).unwrap_or(0)))
-        });
-        let tidy = self.tidied + TIDY_EVERY;
-        outlets.chain(withheld).chain(self.incidents.next()).chain([tidy]).min().unwrap_or(tidy)
-    }
-
-    /// Does all that is due.
-    fn act(&mut self, end: bool) {
-        let now = self.now();
-        if now >= self.tidied + TIDY_EVERY {
-            self.tidied = now;
-            self.tidy();
-        }
-        let report = self.incidents.due(now, end).filter(|_| self.on);
-        for name in self.alert.to.clone() {
-            let Some(outlet) = self.outlets.get(&*name) else { continue };
-            let withheld = self.queue.withheld(&name);
-            let free = outlet.hour.free_at(self.alert.max_per_hour) <= self.second();
-            match &report {
-                Some(report) => self.tell(&name, report),
-                // There is a place again for what was not told.
-                None if withheld.count > 0 && free && self.on => {
-                    self.tell(&name, &withheld.report());
-                }
-                None => {}
-            }
-        }
-        // Before anything of it is sent.
-        self.save();
-        for name in self.outlets.keys().cloned().collect::<Vec<_>>() {
-            self.send_next(&name, now, end);
-        }
-        for (name, outlet) in &self.outlets {
-            outlet.counts.set_queued(self.queue.waiting(name));
-        }
-    }
-
-    /// Makes a message for a channel, or counts that there are too many.
-    fn tell(&mut self, name: &str, report: &Report) {
-        let second = self.second();
-        let Some(outlet) = self.outlets.get_mut(name) else { return };
-        let mut withheld = self.queue.withheld(name);
-        let places = self.queue.waiting(name) < MAX_WAITING;
-        if !places || !outlet.hour.take(second, self.alert.max_per_hour) {
-            // What was withheld itself is still counted.
-            if withheld.report() != *report {
-                outlet.counts.outcomes.add(Outcome::Withheld);
-                withheld.add(report);
-                self.queue.set_withheld(name, withheld);
-            }
-            return;
-        }
-        let (id, files) = match &outlet.channel {
-            Channel::Mail(mail) => {
-                let files = if self.alert.attach { report.files.clone() } else { Vec::new() };
-                (message::new_id(&mail.from), files)
-            }
-            Channel::Sms(_) => (format!("{:032x}", fastrand::u128(..)), Vec::new()),
-        };
-        self.queue.set_made(name, outlet.hour.times().collect());
-        self.queue.add(Message {
-            id,
-            channel: name.to_owned(),
-            subject: report.subject(&self.host),
-            text: report.text(&self.host, &withheld),
-            // By the clock of the day, as people read it.
-            date: unix(SystemTime::now()),
-            files,
-            to: None,
-        });
-        if withheld.count > 0 {
-            self.queue.set_withheld(name, super::incidents::Withheld::default());
-        }
-    }
-
-    fn save(&mut self) {
-        match self.queue.save() {
-            Ok(()) => self.saved = true,
-            Err(error) => {
-                if std::mem::replace(&mut self.saved, false) {
-                    let cause = error.to_string();
-                    tracing::error!(cause, "the queue of alerts cannot be written: {cause}");
-                }
-            }
-        }
-    }
-
-    fn send_next(&mut self, name: &Arc<str>, now: Duration, end: bool) {
-        let Some(outlet) = self.outlets.get_mut(name) else { return };
-        // At the end, who does not answer is not waited for.
-        if outlet.busy || outlet.next > now || end && outlet.failures > 0 {
-            return;
-        }
-        let Some(message) = self.queue.first(name).cloned() else { return };
-        outlet.busy = true;
-        let (name, id, channel) = (Arc::clone(name), message.id.clone(), outlet.channel.clone());
-        self.sending.spawn(async move {
-            // Apart, so that a fault of the program ends an attempt and not the job.
-            let sent = tokio::spawn(async move { deliver(&channel, message).await }).await;
-            let lost = |_| Err(Failure::temporary("a fault of the program; see the log"));
-            (name, id, sent.unwrap_or_else(lost))
-        });
-    }
-
-    /// A message was sent, or not.
-    fn conclude(&mut self, (name, id, sent): Ended) {
-        let now = self.now();
-        let Some(outlet) = self.outlets.get_mut(&name) else {
-            // The channel is gone, and may come back.
-            if sent.is_ok() {
-                self.queue.remove(&name, &id);
-            }
-            self.save();
-            return;
-        };
-        outlet.busy = false;
-        let channel = &*name;
-        let (lasting, error, rest) = match sent {
-            Ok(Sent { ids, refused }) => {
-                outlet.counts.outcomes.add(Outcome::Sent);
-                let ids = ids.join(" ");
-                tracing::info!(channel, id = ids, "alert sent over {channel}");
-                let (never, later): (Vec<_>, Vec<_>) = refused
-                    .into_iter()
-                    .partition(|(_, failure)| failure.lasting == Lasting::Refused);
-                for (to, failure) in never {
-                    let error = failure.words;
-                    tracing::error!(channel, to, error, "{channel}: {to} is refused: {error}");
-                }
-                if later.is_empty() {
-                    self.queue.remove(&name, &id);
-                    (outlet.failures, outlet.next) = (0, Duration::ZERO);
-                    self.save();
-                    return;
-                }
-                let error = Failure::of_all(&later).words;
-                (Lasting::Temporary, error, Some(later.into_iter().map(|(to, _)| to).collect()))
-            }
-            Err(failure) => (failure.lasting, failure.words, None),
-        };
-        if lasting == Lasting::Refused {
-            outlet.counts.outcomes.add(Outcome::Refused);
-            tracing::error!(channel, error, "alert refused over {channel}: {error}");
-            self.queue.remove(&name, &id);
-            (outlet.failures, outlet.next) = (0, Duration::ZERO);
-        } else {
-            outlet.counts.outcomes.add(Outcome::Failed);
-            let pause = PAUSE.0.saturating_mul(2_u32.saturating_pow(outlet.failures)).min(PAUSE.1);
-            let pause = back_off::around(pause, fastrand::f64());
-            outlet.failures = outlet.failures.saturating_add(1);
-            outlet.next = now + pause;
-            let next = pause.as_secs_f64();
-            tracing::warn!(channel, error, next, "alert not sent over {channel}: {error}");
-            self.queue.put_back(&name, &id, rest);
-        }
-        self.save();
-    }
-
-    /// Gives up what has become old, and says what was lost.
-    fn tidy(&mut self) {
-        let oldest = unix(SystemTime::now() - EXPIRES);
-        for message in self.queue.expire(oldest) {
-            if let Some(outlet) = self.outlets.get(&*message.channel) {
-                outlet.counts.outcomes.add(Outcome::Expired);
-            }
-            let (channel, subject) = (message.channel, message.subject);
-            tracing::error!(channel, subject, "alert given up, it could not be sent: {subject}");
-        }
-        let lost = self.reporter.lost();
-        let more = lost - std::mem::replace(&mut self.lost, lost);
-        if more > 0 {
-            tracing::warn!(events = more, "{more} events found no place and are told later or not");
-        }
-    }
-}
-
-fn unix(time: SystemTime) -> i64 {
-    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
-}
-
-/// Sends a message over a channel.
-async fn deliver(channel: &Channel, message: Message) -> Result<Sent, Failure> {
-    match channel {
-        Channel::Mail(mail) => deliver_mail(mail, message).await,
-        Channel::Sms(sms) => {
-            let to = message.to.map(|to| {
-                to.iter().map(|number| sms::Number::from_str(number)).collect::<Result<Vec<_>, _>>()
-            });
-            let to = to.transpose().map_err(Failure::refused)?;
-            let text = sms.shorten(&message.text);
-            sms.send(to.as_deref().unwrap_or(&sms.to), &text).await
-        }
-    }
-}
-
-async fn deliver_mail(mail: &mail::Settings, message: Message) -> Result<Sent, Failure> {
-    let Message { id, subject, mut text, date, files, to, .. } = message;
-    let max = mail.max_attachment;
-    let attach = tokio::task::spawn_blocking(move || attachments(&files, max));
-    let attached = attach.await.map_err(|error| Failure::temporary(error.to_string()))?;
-    let (attachments, not_attached) = attached;
-    for problem in not_attached {
-        text.push_str("\nNot attached: ");
-        text.push_str(&problem);
-    }
-    let date = SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(date).unwrap_or(0));
-    let letter = Letter {
-        from: &mail.from,
-        to: &mail.to,
-        subject: &subject,
-        text: &text,
-        attachments,
-        id: &id,
-        date,
-        automatic: true,
-    };
-    let composed = message::compose(letter).map_err(Failure::refused)?;
-    let rest = to.map(|to| to.iter().map(|to| to.parse()).collect::<Result<Vec<_>, _>>());
-    let rest = rest.transpose().map_err(|_| Failure::refused("an address is none"))?;
-    let to = rest.as_deref().unwrap_or(composed.envelope().to());
-    mail.send(&id, to, &composed.formatted()).await
-}
-
-/// The files, as far as they fit, and what is wrong with the others.
-fn attachments(files: &[PathBuf], max: u64) -> (Vec<Attachment>, Vec<String>) {
-    let (mut attachments, mut problems) = (Vec::new(), Vec::new());
-    let mut left = max;
-    for path in files {
-        match attachment(path, left) {
-            Ok(attachment) => {
-                left = left.saturating_sub(attachment.content.len() as u64);
-                attachments.push(attachment);
-            }
-            Err(problem) => {
-                let name = path.file_name().unwrap_or(path.as_os_str());
-                problems.push(format!("{}: {problem}", escape(&name.to_string_lossy())));
-            }
-        }
-    }
-    (attachments, problems)
-}
-
-fn attachment(path: &Path, left: u64) -> Result<Attachment, String> {
-    let name = path.file_name().and_then(|name| name.to_str()).ok_or("its name is not UTF-8")?;
-    message::attachment_name(name)?;
-    let file = OpenFile::open(path).map_err(|error| error.to_string())?;
-    if file.stamp.size > left {
-        return Err("with the others it is larger than max-attachment".to_owned());
-    }
-    let mut content = Vec::new();
-    file.into_file().take(left).read_to_end(&mut content).map_err(|error| error.to_string())?;
-    Ok(Attachment { name: name.to_owned(), content })
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::fs;
 
     use super::*;
-    use crate::alerts::{Change, Event};
     use crate::config::{Config, Sources};
 
     const SHIPPED: &str = include_str!("../../config/handout.toml");
 
-    const MAIL: &str = "[mail.a]\nserver = \"127.0.0.1:1\"\nsecurity = \"none\"\n\
+    pub const MAIL: &str = "[mail.a]\nserver = \"127.0.0.1:1\"\nsecurity = \"none\"\n\
                         from = \"a@example.org\"\nto = [\"b@example.org\"]\n";
 
     /// What a configuration says, or its faults.
-    fn load(text: &str) -> Result<Settings, String> {
+    pub fn load(text: &str) -> Result<Settings, String> {
         load_in(&tempfile::tempdir().unwrap(), text)
     }
 
@@ -838,68 +290,5 @@ mod tests {
             assert!(faults.contains(problem), "{text}: {faults}");
         }
         assert!(load(MAIL).is_ok());
-    }
-
-    fn event(change: Change) -> Event {
-        let at = jiff::Timestamp::now();
-        Event { kind: Kind::FileMissing, subject: "file.a".into(), at, change }
-    }
-
-    #[tokio::test]
-    async fn what_nobody_takes_stays_in_the_queue_for_the_next_time() {
-        let folder = tempfile::tempdir().unwrap();
-        // Nobody answers there.
-        let mut settings = load(&format!("{MAIL}[alert]\nto = [\"mail.a\"]")).unwrap();
-        let Some(alert) = &mut settings.alert else { panic!() };
-        alert.state = Some(folder.path().to_owned());
-        let run = async |settings: &Settings, events: Vec<Event>| {
-            let mut alerts = Alerts::default();
-            alerts.prepare(settings).unwrap();
-            alerts.change(settings);
-            for event in events {
-                assert!(alerts.reporter().report(event));
-            }
-            alerts.stop();
-            alerts.ended().await;
-            alerts.counts().iter().map(|counts| counts.queued()).sum::<u64>()
-        };
-        run(&settings, vec![event(Change::Begun("gone".to_owned()))]).await;
-        let queue = Queue::open(Some(folder.path())).unwrap();
-        let message = queue.first("mail.a").unwrap().clone();
-        assert!(message.subject.contains("file-missing: file.a, since 20"), "{message:?}");
-        assert!(message.text.ends_with(": gone\n"), "{message:?}");
-        // It is the same afterwards, and under a configuration that tells of nothing.
-        run(&settings, Vec::new()).await;
-        let queue = Queue::open(Some(folder.path())).unwrap();
-        assert_eq!(queue.first("mail.a"), Some(&message));
-        assert_eq!(queue.waiting("mail.a"), 1);
-    }
-
-    #[tokio::test]
-    async fn who_tells_nobody_needs_no_thread() {
-        let settings = load(MAIL).unwrap();
-        let mut alerts = Alerts::default();
-        alerts.prepare(&settings).unwrap();
-        alerts.change(&settings);
-        assert!(alerts.event_loop.is_none() && alerts.counts().is_empty());
-        assert!(alerts.reporter().report(event(Change::Ended)));
-        alerts.stop();
-        alerts.ended().await;
-    }
-
-    #[test]
-    fn files_are_attached_as_far_as_they_fit() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = |name: &str, content: &str| {
-            let path = folder.path().join(name);
-            fs::write(&path, content).unwrap();
-            path
-        };
-        let files = [file("a", "1234"), file("b", "12345"), file("c", ""), folder.path().into()];
-        let (attached, problems) = attachments(&files, 8);
-        let names: Vec<_> = attached.iter().map(|attachment| &*attachment.name).collect();
-        assert_eq!(names, ["a", "c"]);
-        assert_eq!(problems[0], "b: with the others it is larger than max-attachment");
-        assert_eq!(problems.len(), 2);
     }
 }

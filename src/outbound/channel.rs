@@ -98,6 +98,14 @@ impl Channel {
         }
     }
 
+    /// The server that it asks, for people.
+    pub fn server(&self) -> String {
+        match self {
+            Self::Mail(mail) => escape(&mail.server().to_string()),
+            Self::Sms(sms) => sms.server(),
+        }
+    }
+
     /// Looks whether its server can be reached, can encrypt, and knows us, as far as that can be seen
     /// without sending; returns what was done.
     ///

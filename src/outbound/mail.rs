@@ -106,6 +106,11 @@ impl Settings {
         }
     }
 
+    /// Who is connected to.
+    pub fn server(&self) -> &Server {
+        &self.place.server
+    }
+
     /// Connects, encrypts and logs in, and sends nothing; returns what was done.
     ///
     /// # Errors

@@ -328,6 +328,7 @@ async fn keep(
             name: Arc::clone(&name),
             counts: Arc::clone(&counts),
             brought: Mutex::default(),
+            failed: Mutex::default(),
         });
         let observer: Arc<dyn Observer> = Arc::clone(&log) as _;
         let (order, end, listing) = (order.clone(), stop.clone(), Arc::clone(&listing));
@@ -380,7 +381,6 @@ fn conclude(name: &str, counts: &Counts, summary: &batch::Summary) {
         return;
     }
     counts.end_run(if failed == 0 { Run::Complete } else { Run::Partial }, duration);
-    counts.set_trouble((failed > 0).then(|| format!("{failed} files failed; see the log")));
     tracing::info!(
         mirror = name,
         new,
@@ -400,11 +400,21 @@ struct Log {
     counts: Arc<Counts>,
     /// The names of files that are new or have changed, as many as are told.
     brought: Mutex<Vec<String>>,
+    /// What failed first.
+    failed: Mutex<Option<String>>,
 }
 
 impl Log {
-    /// Tells which files a run has brought, if any.
+    /// Notes what has failed in a run, and tells which files it has brought.
     fn report(&self, reporter: &Reporter, summary: &batch::Summary, folder: &Path) {
+        let first = self.failed.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if !summary.interrupted {
+            let trouble = |first| match summary.failed {
+                1 => first,
+                failed => format!("{failed} files failed, first {first}"),
+            };
+            self.counts.set_trouble(first.filter(|_| summary.failed > 0).map(trouble));
+        }
         let brought =
             std::mem::take(&mut *self.brought.lock().unwrap_or_else(PoisonError::into_inner));
         if summary.interrupted || brought.is_empty() {
@@ -427,6 +437,8 @@ impl Log {
     fn fail(&self, name: &str, error: &dyn Display) {
         self.counts.files.add(File::Failed);
         tracing::warn!(mirror = &*self.name, name, %error, "not mirrored");
+        let mut first = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        first.get_or_insert_with(|| format!("{name}: {error}"));
     }
 }
 

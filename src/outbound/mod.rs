@@ -6,7 +6,7 @@
 //! | [`reach`] | which hosts and addresses may be asked |
 //! | [`http`] | the HTTP client |
 //! | [`roots`] | authorities that are trusted besides those of the system |
-//! | [`pointer`] | places in JSON documents |
+//! | [`mod@pointer`] | places in JSON documents |
 //! | [`back_off`] | what is tried again, and when |
 //!
 //! With the feature `mirror`:
@@ -32,7 +32,8 @@
 //! | `sms` | `[sms.NAME]`: its table, its providers, and sending |
 //! | `incidents` | what of all that happens is told, and when |
 //! | `queue` | what waits to be sent, also across a restart |
-//! | `alert` | `[alert]`: its table, and the daemon's job |
+//! | `alert` | the channels of a configuration, and `[alert]`: their tables |
+//! | `teller` | the job of the daemon that tells what happens |
 
 pub mod back_off;
 pub mod http;
@@ -71,3 +72,5 @@ pub mod queue;
 pub mod sms;
 #[cfg(feature = "alert")]
 pub mod smtp;
+#[cfg(feature = "alert")]
+pub mod teller;

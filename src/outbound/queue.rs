@@ -96,6 +96,25 @@ impl Queue {
         Self { folder: Some(folder.to_owned()), ..Self::default() }
     }
 
+    /// Takes everything that waits in another queue, which is empty then. What has no place is lost.
+    ///
+    /// # Errors
+    /// Whatever the disk says. What waits is then in both.
+    pub fn take_over(&mut self, other: Self) -> io::Result<()> {
+        for message in other.contents.messages {
+            self.add(message);
+        }
+        for (channel, made) in other.contents.made {
+            self.set_made(&channel, made);
+        }
+        for (channel, withheld) in other.contents.withheld {
+            self.set_withheld(&channel, withheld);
+        }
+        // First here, and then no longer there.
+        self.save()?;
+        other.folder.map_or(Ok(()), |folder| fs::remove_file(folder.join(FILE)))
+    }
+
     /// Writes what has changed, whole or not at all.
     ///
     /// # Errors
@@ -251,6 +270,19 @@ mod tests {
         assert_eq!(Queue::open(Some(folder.path())).unwrap().contents, queue.contents);
         // Nothing is left but the file.
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_queue_can_be_taken_to_another_folder() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let mut before = Queue::open(Some(from.path())).unwrap();
+        assert!(before.add(message("mail.a", 1)));
+        before.save().unwrap();
+        let contents = before.contents.clone();
+        let mut queue = Queue::open(Some(to.path())).unwrap();
+        queue.take_over(before).unwrap();
+        assert_eq!(Queue::open(Some(to.path())).unwrap().contents, contents);
+        assert_eq!(Queue::open(Some(from.path())).unwrap().contents, Contents::default());
     }
 
     #[test]

@@ -357,6 +357,11 @@ impl Settings {
         })
     }
 
+    /// Who is asked.
+    pub fn server(&self) -> String {
+        reach::host_of(&self.url)
+    }
+
     /// Takes a text for a number that this provider sends to.
     ///
     /// # Errors
