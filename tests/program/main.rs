@@ -19,17 +19,25 @@ mod folder;
 mod gateway;
 mod limits;
 mod logs;
+#[cfg(all(feature = "alert", feature = "mirror"))]
+mod mail;
 mod manual;
 mod metrics;
 #[cfg(feature = "mirror")]
 mod mirror;
 mod monitoring;
+#[cfg(not(feature = "alert"))]
+mod no_alert;
 #[cfg(not(feature = "mirror"))]
 mod no_mirror;
 mod package;
+#[cfg(all(feature = "alert", feature = "mirror"))]
+mod postbox;
 mod reload;
 mod servers;
 mod shutdown;
+#[cfg(all(feature = "alert", feature = "mirror"))]
+mod sms;
 mod soak;
 mod systemd;
 mod time;

@@ -2,7 +2,7 @@
 //! our own that does wrong what a test tells it.
 
 use std::fs;
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -20,10 +20,14 @@ use crate::servers::{Server, end};
 /// What a client asked for.
 #[derive(Debug, Clone)]
 pub struct Request {
+    /// `GET` or `POST`.
+    pub method: String,
     /// As it stands in the first line; a whole URL where the server is taken for a proxy.
     pub target: String,
     /// Names in small letters.
     headers: Vec<(String, String)>,
+    /// What follows the headers.
+    pub body: Vec<u8>,
     /// When it was there.
     pub at: Instant,
     /// Which request it is for this target, from 0.
@@ -36,7 +40,8 @@ impl Request {
         let mut line = String::new();
         stream.read_line(&mut line).ok()?;
         let mut words = line.split_whitespace();
-        if words.next()? != "GET" {
+        let method = words.next()?.to_owned();
+        if !["GET", "POST"].contains(&method.as_str()) {
             return None;
         }
         let target = words.next()?.to_owned();
@@ -47,7 +52,12 @@ impl Request {
             let Some((name, value)) = line.split_once(':') else { break };
             headers.push((name.to_ascii_lowercase(), value.trim().to_owned()));
         }
-        Some(Self { target, headers, at: Instant::now(), turn: 0 })
+        let (body, at) = (Vec::new(), Instant::now());
+        let mut request = Self { method, target, headers, body, at, turn: 0 };
+        let length = request.header("content-length").map_or(0, |length| length.parse().unwrap());
+        request.body.resize(length, 0);
+        stream.read_exact(&mut request.body).ok()?;
+        Some(request)
     }
 
     /// A header, by its name in small letters.
@@ -257,11 +267,11 @@ impl Web {
 }
 
 /// An authority that nobody trusts, and what it vouches for: `localhost` and 127.0.0.1.
-struct Authority;
+pub struct Authority;
 
 impl Authority {
     /// Writes `ca.pem`, `leaf.pem` and `leaf.key` into a folder.
-    fn write(folder: &Path) {
+    pub fn write(folder: &Path) {
         let config = "\
 [req]
 distinguished_name = name
@@ -420,7 +430,7 @@ impl Nginx {
 }
 
 /// A port that nobody else gets, but who listens there with `SO_REUSEPORT`.
-fn reserve(address: Ipv4Addr) -> Socket {
+pub fn reserve(address: Ipv4Addr) -> Socket {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     socket.set_reuse_port(true).unwrap();
     socket.bind(&SocketAddr::from((address, 0)).into()).unwrap();

@@ -1,0 +1,544 @@
+//! `handout mail`, and `[mail.NAME]`: what a real server takes is what was sent, and of every other
+//! server it is said what is wrong with it.
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, Write};
+use std::net::{Ipv4Addr, TcpStream};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use jiff::fmt::rfc2822;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::common::{eventually, program, run, sample};
+use crate::postbox::{PASSWORD, Postbox, USER};
+use crate::servers::{Outcome, Running, Server, bounded, end, nobody};
+
+/// A folder with a configuration, and what is sent from it.
+struct Place(TempDir);
+
+impl Place {
+    fn new(config: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("handout.toml"), config).unwrap();
+        Self(folder)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn prepare(&self, mut command: Command, arguments: &[&str]) -> Command {
+        command.args(arguments).args(["--config", "handout.toml"]).current_dir(&self.0);
+        command
+    }
+
+    /// `handout` with these arguments, and this configuration; no secret is in what it says.
+    fn handout(&self, arguments: &[&str]) -> Outcome {
+        let outcome = Outcome::of(run(&mut self.prepare(bounded(), arguments)));
+        tells_no_secret(&format!("{}{}", outcome.text(), outcome.stderr));
+        outcome
+    }
+
+    /// `handout mail ops --subject Test` with these and a text.
+    fn send(&self, arguments: &[&str]) -> Outcome {
+        self.handout(&[&["mail", "ops", "--subject", "Test", "text"], arguments].concat())
+    }
+
+    fn check(&self) -> Outcome {
+        self.handout(&["check", "--connect"])
+    }
+}
+
+fn tells_no_secret(said: &str) {
+    let plain = STANDARD.encode(format!("\0{USER}\0{PASSWORD}"));
+    for secret in [PASSWORD, &STANDARD.encode(PASSWORD), &plain] {
+        assert!(!said.contains(secret), "{secret} in {said}");
+    }
+}
+
+/// A channel `mail.ops` of a server in the clear, with no login.
+fn channel_of(server: &Server, more: &str) -> String {
+    format!(
+        "[mail.ops]\nserver = \"{}\"\nsecurity = \"none\"\nfrom = \"a@example.org\"\n\
+         to = [\"b@example.org\"]\n{more}\n",
+        server.address
+    )
+}
+
+/// A server that answers each command as it says, by the command's first word; what follows the
+/// end of DATA goes by the name `END`. Without an answer, the connection is ended.
+fn smtp(answer: impl Fn(&str, &str) -> Option<String> + Send + Sync + 'static) -> Server {
+    Server::answers(move |mut stream| {
+        let _ = speak(&mut stream, &answer);
+        end(stream);
+    })
+}
+
+fn speak(stream: &mut TcpStream, answer: &dyn Fn(&str, &str) -> Option<String>) -> io::Result<()> {
+    stream.write_all(b"220 mail.example.org\r\n")?;
+    let mut lines = BufReader::new(stream.try_clone()?).lines();
+    while let Some(line) = lines.next() {
+        let line = line?;
+        let word = line.split_whitespace().next().unwrap_or_default().to_owned();
+        let Some(said) = answer(&word, &line) else { return Ok(()) };
+        stream.write_all(format!("{said}\r\n").as_bytes())?;
+        if word == "DATA" && said.starts_with('3') {
+            for line in lines.by_ref() {
+                if line? == "." {
+                    break;
+                }
+            }
+            let Some(said) = answer("END", "") else { return Ok(()) };
+            stream.write_all(format!("{said}\r\n").as_bytes())?;
+        }
+    }
+    Ok(())
+}
+
+/// What a server says to whom everything is right.
+fn usual(word: &str) -> Option<String> {
+    let said = match word {
+        "EHLO" => "250-mail.example.org\r\n250 8BITMIME",
+        "DATA" => "354 go on",
+        "QUIT" => "221 bye",
+        _ => "250 ok",
+    };
+    Some(said.to_owned())
+}
+
+/// The message that ends a failure, after the name of the program.
+fn words(outcome: &Outcome) -> &str {
+    assert_eq!(outcome.code, Some(1), "{outcome:?}");
+    outcome.stderr.trim_end().strip_prefix("handout: ").unwrap()
+}
+
+/// A mail's text, whose last line may end or not.
+fn lines(mail: &Value) -> String {
+    let text = mail["text"].as_str().unwrap().replace("\r\n", "\n");
+    text.strip_suffix('\n').unwrap_or(&text).to_owned()
+}
+
+#[test]
+fn what_arrives_is_what_was_sent_field_by_field() {
+    for security in ["tls", "starttls"] {
+        let postbox = Postbox::start(security);
+        let place = Place::new(&format!(
+            "[mail.ops]\n{}from = \"handout <sender@example.org>\"\n\
+             to = [\"xm@example.com\", \"汇总 <hui@example.com>\"]\n",
+            postbox.keys()
+        ));
+        let hello = b"hello\r\n.\r\n\x00\xff\n".as_slice();
+        let table = sample(7, 30_000);
+        fs::write(place.path("hello.txt"), hello).unwrap();
+        fs::write(place.path("汇总数据.xlsx"), &table).unwrap();
+        let text = "第一行\n.\n..\n  Zwei\tÄ\nFrom here\n";
+        let before = SystemTime::now();
+        let outcome = place.handout(&[
+            "mail",
+            "ops",
+            "--subject",
+            "示例代码实验邮件",
+            "--attach",
+            "hello.txt",
+            "--attach",
+            "汇总数据.xlsx",
+            text,
+        ]);
+        let id = outcome.succeeded().text().trim_end();
+        let mail = postbox.wait_for(0);
+        assert_eq!(mail["headers"]["subject"], "示例代码实验邮件");
+        assert_eq!(mail["headers"]["message-id"], id);
+        assert!(id.starts_with('<') && id.ends_with("@example.org>"), "{id}");
+        assert_eq!(mail["from"], json!([["handout", "sender@example.org"]]));
+        assert_eq!(mail["to"], json!([["", "xm@example.com"], ["汇总", "hui@example.com"]]));
+        let envelope = json!(["sender@example.org", ["xm@example.com", "hui@example.com"]]);
+        assert_eq!(mail["envelope"], envelope);
+        let date = rfc2822::parse(mail["headers"]["date"].as_str().unwrap()).unwrap();
+        let date: SystemTime = date.timestamp().into();
+        let second = Duration::from_secs(1);
+        assert!(date + second > before && date < SystemTime::now() + second, "{mail}");
+        assert_eq!(lines(&mail), text.trim_end());
+        let attachment = |file: &str, kind: &str, content: &[u8]| {
+            json!({ "filename": file, "name": file, "type": kind, "encoding": "base64",
+                    "content": STANDARD.encode(content) })
+        };
+        let attachments = json!([
+            attachment("hello.txt", "text/plain", hello),
+            attachment("汇总数据.xlsx", "application/octet-stream", &table),
+        ]);
+        assert_eq!(mail["attachments"], attachments);
+        assert_eq!(mail["defects"], json!([]));
+        assert_eq!((&mail["tls"], &mail["mechanism"]), (&json!(true), &json!("PLAIN")));
+        let raw = postbox.raw(0);
+        assert!(raw.is_ascii(), "{raw:?}");
+        assert!(raw.split(|byte| *byte == b'\n').all(|line| line.len() <= 79), "{raw:?}");
+    }
+}
+
+#[test]
+fn a_text_comes_from_standard_input_and_goes_to_who_is_named() {
+    let postbox = Postbox::start("tls");
+    let place = Place::new(&postbox.channel(""));
+    for dash in [&[][..], &["-"]] {
+        let arguments = [&["mail", "ops", "-s", "Disks", "--to", "Ü <x@example.com>"], dash];
+        let mut command = place.prepare(bounded(), &arguments.concat());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        child.stdin.take().unwrap().write_all("Größe\n12 GB\n".as_bytes()).unwrap();
+        Outcome::of(child.wait_with_output().unwrap()).succeeded();
+    }
+    let mails = [postbox.wait_for(0), postbox.wait_for(1)];
+    for mail in &mails {
+        assert_eq!(mail["to"], json!([["Ü", "x@example.com"]]));
+        assert_eq!(lines(mail), "Größe\n12 GB");
+        assert_eq!(mail["attachments"], json!([]));
+    }
+    assert_ne!(mails[0]["headers"]["message-id"], mails[1]["headers"]["message-id"]);
+}
+
+#[test]
+fn who_is_refused_is_named_with_the_servers_words_and_the_others_get_it() {
+    let postbox = Postbox::start("tls");
+    let place = Place::new(&postbox.channel(""));
+    let to = ["--to", "nobody@example.com", "--to", "x@example.com", "--to", "later@example.com"];
+    let outcome = place.send(&to);
+    outcome.failed_with(&[
+        "handout: nobody@example.com: 550 5.1.1 no such user here\n",
+        "handout: later@example.com: 451 4.2.0 the mailbox is busy\n",
+    ]);
+    let mail = postbox.wait_for(0);
+    assert_eq!(mail["envelope"][1], json!(["x@example.com"]));
+    assert_eq!(mail["headers"]["message-id"], outcome.text().trim_end());
+    let outcome = place.send(&["--to", "nobody@example.com"]);
+    assert_eq!(words(&outcome), "nobody@example.com: 550 5.1.1 no such user here");
+    assert_eq!(outcome.text(), "");
+    assert_eq!(postbox.mails().len(), 1);
+}
+
+#[test]
+fn a_dry_run_prints_the_mail_asks_nobody_and_shows_no_secret() {
+    let postbox = Postbox::down("tls");
+    let place = Place::new(&postbox.channel(""));
+    fs::write(place.path("a.txt"), "alpha").unwrap();
+    let outcome = place.send(&["--dry-run", "--attach", "a.txt"]);
+    let printed = outcome.succeeded().text();
+    for field in ["Subject: Test\r\n", "To: ops@example.org\r\n", "YWxwaGE="] {
+        assert!(printed.contains(field), "{printed}");
+    }
+}
+
+#[test]
+fn login_is_by_whatever_the_server_offers() {
+    let postbox = Postbox::start_without("PLAIN", "starttls");
+    let place = Place::new(&postbox.channel(""));
+    place.send(&[]).succeeded();
+    assert_eq!(postbox.wait_for(0)["mechanism"], "LOGIN");
+    let neither = smtp(|word, _| usual(word));
+    let login = format!("username = \"{USER}\"\npassword-file = \"{}\"", postbox.password_file());
+    let place = Place::new(&channel_of(&neither, &login));
+    assert!(words(&place.send(&[])).contains("neither AUTH PLAIN nor AUTH LOGIN"));
+}
+
+#[test]
+fn a_password_may_be_a_credential_of_the_service_manager() {
+    let postbox = Postbox::start("tls");
+    let credentials = tempfile::tempdir().unwrap();
+    fs::copy(postbox.password_file(), credentials.path().join("secret")).unwrap();
+    let named = format!("\"{}\"", postbox.password_file());
+    let place = Place::new(&postbox.channel("").replace(&named, "\"secret\""));
+    let mut command = place.prepare(bounded(), &["check", "--connect"]);
+    assert_eq!(run(&mut command).status.code(), Some(78));
+    command.env("CREDENTIALS_DIRECTORY", credentials.path());
+    Outcome::of(run(&mut command)).succeeded();
+}
+
+#[test]
+fn a_wrong_password_is_said_in_the_servers_words() {
+    for security in ["tls", "starttls"] {
+        let postbox = Postbox::start(security);
+        let place = Place::new(&postbox.channel(""));
+        place.check().succeeded();
+        fs::write(postbox.password_file(), "wrong-one\n").unwrap();
+        for outcome in [place.send(&[]), place.check()] {
+            outcome.failed_with(&["the login is refused: 535 5.7.8"]);
+            assert!(!outcome.stderr.contains("wrong-one"), "{outcome:?}");
+        }
+        assert!(postbox.mails().is_empty());
+    }
+}
+
+#[test]
+fn a_secret_that_a_server_repeats_is_not_printed() {
+    let server = smtp(|word, line| match word {
+        "EHLO" => Some("250-mail.example.org\r\n250 AUTH PLAIN".to_owned()),
+        "AUTH" => {
+            let encoded = line.split(' ').next_back().unwrap();
+            let plain = STANDARD.decode(encoded).unwrap();
+            let plain = String::from_utf8(plain).unwrap();
+            let password = plain.split('\0').next_back().unwrap();
+            Some(format!("535 no: {encoded} is {password}"))
+        }
+        _ => usual(word),
+    });
+    let postbox = Postbox::down("none");
+    let login = format!("username = \"{USER}\"\npassword-file = \"{}\"", postbox.password_file());
+    let place = Place::new(&channel_of(&server, &login));
+    // What is looked for there is looked for by all of them.
+    for outcome in [place.send(&[]), place.check()] {
+        outcome.failed_with(&["the login is refused: 535 no: …"]);
+    }
+}
+
+#[test]
+fn no_secret_is_in_what_others_see_of_the_process() {
+    let connected = Arc::<AtomicBool>::default();
+    let seen = Arc::clone(&connected);
+    let server = Server::answers(move |mut stream| {
+        seen.store(true, Ordering::SeqCst);
+        let _ = io::copy(&mut stream, &mut io::sink());
+    });
+    let postbox = Postbox::down("none");
+    let login = format!("username = \"{USER}\"\npassword-file = \"{}\"", postbox.password_file());
+    let place = Place::new(&channel_of(&server, &login));
+    let client =
+        Running::start(&mut place.prepare(program(), &["mail", "ops", "-s", "Test", "text"]));
+    eventually("the connection", || connected.load(Ordering::SeqCst));
+    for file in ["cmdline", "environ"] {
+        let shown = fs::read(format!("/proc/{}/{file}", client.child.id())).unwrap();
+        assert!(file == "environ" || !shown.is_empty());
+        tells_no_secret(&String::from_utf8_lossy(&shown));
+    }
+}
+
+#[test]
+fn a_server_that_stalls_is_left_after_the_timeout_wherever_it_stalls() {
+    let stalls = |said: &'static str| Server::stalls_after(said);
+    let greeting = "220 mail.example.org\r\n";
+    for (server, security, doing, connects) in [
+        (stalls(""), "none", "waiting for the server's greeting", true),
+        (stalls(greeting), "starttls", "waiting for the reply to EHLO", true),
+        (stalls(""), "tls", "agreeing on the encryption", true),
+        (stalls("220 a\r\n250 a\r\n"), "none", "waiting for the reply to MAIL", false),
+        (
+            stalls("220 a\r\n250 a\r\n250 ok\r\n250 ok\r\n354 go on\r\n"),
+            "none",
+            "waiting until the mail is taken, which it may be",
+            false,
+        ),
+    ] {
+        let config = channel_of(&server, "timeout = \"300ms\"");
+        let place = Place::new(&config.replace("\"none\"", &format!("\"{security}\"")));
+        let start = Instant::now();
+        place.send(&[]).failed_with(&["not done within 0.3 s (timeout)", doing]);
+        assert!(start.elapsed() >= Duration::from_millis(300));
+        if connects {
+            place.check().failed_with(&["mail.ops: not done within 0.3 s (timeout)", doing]);
+        }
+    }
+}
+
+#[test]
+fn a_server_that_trickles_is_left_after_the_timeout_too() {
+    let server = Server::answers(|mut stream| {
+        // A line that has no end, a byte at a time, each far within the time.
+        while stream.write_all(b"2").is_ok() {
+            std::thread::park_timeout(Duration::from_millis(20));
+        }
+    });
+    let place = Place::new(&channel_of(&server, "timeout = \"500ms\""));
+    place.send(&[]).failed_with(&["not done within 0.5 s (timeout)"]);
+}
+
+#[test]
+fn a_server_that_is_not_there_closes_or_speaks_otherwise_is_told_of() {
+    let closes = |at: &'static str| smtp(move |word, _| usual(word).filter(|_| word != at));
+    for (server, said) in [
+        (Server::sends(""), "the server closed the connection without a reply"),
+        (closes("EHLO"), "the server closed the connection without a reply"),
+        (closes("DATA"), "the server closed the connection without a reply"),
+        (closes("END"), "the server closed the connection without a reply"),
+        (Server::sends("HTTP/1.1 400 Bad Request\r\n\r\n"), "no SMTP"),
+        (Server::sends("554 5.7.1 not for you\r\n"), "554 5.7.1 not for you"),
+        (Server::sends("421 4.3.2 closing\r\n"), "421 4.3.2 closing"),
+    ] {
+        let place = Place::new(&channel_of(&server, ""));
+        let outcome = place.send(&[]);
+        outcome.failed_with(&[said]);
+        assert_eq!(outcome.text(), "");
+    }
+    let config = format!(
+        "[mail.ops]\nserver = \"{}\"\nsecurity = \"none\"\nfrom = \"a@example.org\"\n\
+         to = [\"b@example.org\"]\n",
+        nobody()
+    );
+    let place = Place::new(&config);
+    place.send(&[]).failed_with(&["refused"]);
+    place.check().failed_with(&["mail.ops: ", "refused"]);
+}
+
+#[test]
+fn starttls_is_never_skipped() {
+    let said = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let heard = Arc::clone(&said);
+    let server = smtp(move |word, line| {
+        heard.lock().unwrap().push(line.to_owned());
+        usual(word)
+    });
+    let postbox = Postbox::down("none");
+    let login = format!("username = \"{USER}\"\npassword-file = \"{}\"", postbox.password_file());
+    let config = channel_of(&server, &login).replace("\"none\"", "\"starttls\"");
+    let place = Place::new(&config);
+    for outcome in [place.send(&[]), place.check()] {
+        outcome.failed_with(&["the server offers no STARTTLS"]);
+    }
+    let said = said.lock().unwrap();
+    let unencrypted = |line: &String| line.starts_with("EHLO ") || line == "QUIT";
+    assert!(!said.is_empty() && said.iter().all(unencrypted), "{said:?}");
+}
+
+#[test]
+fn what_is_said_before_the_encryption_is_not_taken_for_something_within_it() {
+    let server = smtp(|word, _| match word {
+        "EHLO" => Some("250-mail.example.org\r\n250 STARTTLS".to_owned()),
+        "STARTTLS" => Some("220 go on\r\n250 AUTH PLAIN".to_owned()),
+        _ => usual(word),
+    });
+    let config = channel_of(&server, "").replace("\"none\"", "\"starttls\"");
+    Place::new(&config)
+        .send(&[])
+        .failed_with(&["something was said between STARTTLS and the encryption"]);
+}
+
+#[test]
+fn a_server_whose_certificate_is_of_nobody_known_or_of_another_gets_nothing() {
+    for security in ["tls", "starttls"] {
+        let known = Postbox::start(security);
+        let of_another = Postbox::start_on(Ipv4Addr::new(127, 0, 0, 2), security);
+        let ca_file = format!("ca-file = \"{}\"\n", known.authority());
+        let unknown = known.channel("").replace(&ca_file, "");
+        for (postbox, config, why) in [
+            (&known, unknown, "UnknownIssuer"),
+            (&of_another, of_another.channel(""), "not valid for name"),
+        ] {
+            let place = Place::new(&config);
+            for outcome in [place.send(&[]), place.check()] {
+                outcome.failed_with(&["the server's certificate is not taken: ", why]);
+            }
+            assert!(postbox.mails().is_empty());
+        }
+    }
+}
+
+#[test]
+fn tls_to_a_port_without_it_is_told_as_such() {
+    let server = Server::stalls_after("220 mail.example.org\r\n");
+    let config = channel_of(&server, "").replace("\"none\"", "\"tls\"");
+    Place::new(&config).send(&[]).failed_with(&["the server does not answer with TLS"]);
+}
+
+#[test]
+fn who_is_told_to_come_later_is_told_so_and_taken_later() {
+    let postbox = Postbox::start("tls");
+    let place = Place::new(&postbox.channel(""));
+    postbox.order("busy");
+    assert_eq!(words(&place.send(&[])), "451 4.3.2 not now");
+    // The server is well: only it takes no mail.
+    place.check().succeeded();
+    postbox.withdraw("busy");
+    place.send(&[]).succeeded();
+    assert_eq!(postbox.mails().len(), 1);
+}
+
+#[test]
+fn the_end_of_a_line_in_a_header_is_refused_before_anybody_is_asked() {
+    let asked = Arc::<AtomicUsize>::default();
+    let count = Arc::clone(&asked);
+    let server = Server::answers(move |_| {
+        count.fetch_add(1, Ordering::SeqCst);
+    });
+    let place = Place::new(&channel_of(&server, ""));
+    fs::write(place.path("a\nb.txt"), "x").unwrap();
+    for (code, arguments) in [
+        (2, ["--subject", "a\r\nBcc: x@example.com", "--to", "x@example.com"]),
+        (2, ["--subject", "a\nb", "--to", "x@example.com"]),
+        (2, ["--subject", "a\rb", "--to", "x@example.com"]),
+        (2, ["--subject", "a", "--to", "x@example.com\r\nRCPT TO:<y@example.com>"]),
+        (2, ["--subject", "a", "--to", "X\n <x@example.com>"]),
+        (1, ["--subject", "a", "--attach", "a\nb.txt"]),
+    ] {
+        let outcome = place.handout(&[&["mail", "ops", "text"], &arguments[..]].concat());
+        assert_eq!(outcome.code, Some(code), "{outcome:?}");
+        assert!(outcome.stderr.contains("has the end of a line"), "{outcome:?}");
+    }
+    let config =
+        channel_of(&server, "").replace("\"a@example.org\"", "\"A\\r\\n <a@example.org>\"");
+    let outcome = Place::new(&config).send(&[]);
+    assert_eq!(outcome.code, Some(78), "{outcome:?}");
+    assert!(outcome.stderr.contains("has the end of a line"), "{outcome:?}");
+    assert_eq!(asked.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn attachments_are_bounded_all_together() {
+    let postbox = Postbox::start("none");
+    let place = Place::new(&postbox.channel("max-attachment = \"10B\"").replace(
+        &format!("username = \"{USER}\"\npassword-file = \"{}\"\n", postbox.password_file()),
+        "",
+    ));
+    fs::write(place.path("a"), "12345").unwrap();
+    fs::write(place.path("b"), "123456").unwrap();
+    place.send(&["-a", "a", "-a", "b"]).failed_with(&["b: ", "10 B (max-attachment)"]);
+    place.send(&["-a", "missing"]).failed_with(&["missing: cannot be read"]);
+    // Nobody may send without a login there.
+    place.send(&["-a", "a", "-a", "a"]).failed_with(&["530 5.7.0"]);
+    assert!(postbox.mails().is_empty());
+}
+
+#[test]
+fn check_connect_tells_of_every_channel_and_sends_nothing() {
+    let [secure, later] = ["tls", "starttls"].map(Postbox::start);
+    let plain = smtp(|word, _| usual(word));
+    let dead = nobody();
+    let people = "from = \"a@example.org\"\nto = [\"b@example.org\"]\n";
+    let place = Place::new(&format!(
+        "[mail.a]\n{}{people}[mail.b]\n{}{people}\
+         [mail.c]\nserver = \"{}\"\nsecurity = \"none\"\n{people}\
+         [mail.d]\nserver = \"{dead}\"\nsecurity = \"none\"\n{people}",
+        secure.keys(),
+        later.keys(),
+        plain.address,
+    ));
+    let outcome = place.check();
+    outcome.failed_with(&["mail.d: ", "refused"]);
+    for line in [
+        format!("mail.a: connected to {}, encrypted, logged in\n", secure.address),
+        format!("mail.b: connected to {}, encrypted after STARTTLS, logged in\n", later.address),
+        format!("mail.c: connected to {}, not encrypted\n", plain.address),
+    ] {
+        assert!(outcome.text().contains(&line), "{line:?} in {outcome:?}");
+    }
+    assert!(secure.mails().is_empty() && later.mails().is_empty());
+    // Without the flag nobody is asked.
+    place.handout(&["check"]).succeeded();
+}
+
+#[test]
+fn a_server_in_the_clear_is_one_of_this_machine_unless_it_is_said_otherwise() {
+    let config = |more: &str| {
+        format!(
+            "[mail.ops]\nserver = \"192.0.2.1:25\"\nsecurity = \"none\"\n\
+             from = \"a@example.org\"\nto = [\"b@example.org\"]\n{more}\n"
+        )
+    };
+    let outcome = Place::new(&config("")).send(&["--dry-run"]);
+    assert_eq!(outcome.code, Some(78), "{outcome:?}");
+    assert!(outcome.stderr.contains("allow-plaintext"), "{outcome:?}");
+    Place::new(&config("allow-plaintext = true")).send(&["--dry-run"]).succeeded();
+}

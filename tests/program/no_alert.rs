@@ -1,0 +1,37 @@
+//! A build without the feature `alert` says so wherever somebody wants to tell an operator.
+
+use std::fs;
+
+use crate::common::{Daemon, program, run};
+
+#[test]
+fn mail_and_sms_say_that_this_build_lacks_them() {
+    for arguments in [&["mail", "ops", "--subject", "Test", "text"][..], &["sms", "ops", "text"]] {
+        let output = run(program().args(arguments));
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.contains(arguments[0]) && said.contains("feature `alert`"), "{said}");
+    }
+}
+
+#[test]
+fn a_channel_or_alerts_in_the_configuration_are_faults_that_say_that_this_build_lacks_them() {
+    for (table, keys) in [
+        ("mail.ops", "server = \"127.0.0.1:25\""),
+        ("sms.ops", "provider = \"ihuyi\""),
+        ("alert", "to = [\"mail.ops\"]"),
+    ] {
+        let said = Daemon::try_start(&format!("[{table}]\n{keys}\n")).unwrap_err();
+        assert!(said.contains(table) && said.contains("feature `alert`"), "{said}");
+    }
+}
+
+#[test]
+fn no_channel_can_be_tried_in_this_build() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("handout.toml");
+    fs::write(&config, "[time.clock]\nlisten = [\"127.0.0.1:0\"]\n").unwrap();
+    let output = run(program().args(["check", "--connect", "--config"]).arg(config));
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(String::from_utf8(output.stderr).unwrap().contains("feature `alert`"));
+}
