@@ -234,8 +234,8 @@ pub struct Mirrors {
     /// None before there is a mirror.
     event_loop: Option<EventLoop>,
     jobs: Vec<Job>,
-    /// Jobs that have been ended, and may not have noticed yet.
-    ending: Vec<JoinHandle<()>>,
+    /// Waits for the jobs that have been ended, and may not have noticed yet.
+    ending: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
@@ -265,14 +265,21 @@ impl Mirrors {
         let mut summary = Summary::default();
         let mut before = std::mem::take(&mut self.jobs);
         let mut gone = Vec::new();
-        self.ending.retain(|task| !task.is_finished());
+        let mut ending: Vec<_> = self.ending.take().into_iter().collect();
         // Those first that end, as another may be about to fill their folder.
         for job in before.extract_if(.., |job| !wanted.contains(&job.settings)) {
             job.stop.cancel();
             gone.push((job.settings.name, job.counts));
-            self.ending.push(job.task);
+            ending.push(job.task);
         }
-        let mut ending = std::mem::take(&mut self.ending);
+        let all_ended = CancellationToken::new();
+        self.ending = self.event_loop.as_ref().map(|event_loop| {
+            let told = all_ended.clone();
+            event_loop.handle.spawn(async move {
+                wait_for(ending).await;
+                told.cancel();
+            })
+        });
         for settings in wanted {
             if let Some(at) = before.iter().position(|job| job.settings == *settings) {
                 summary.kept += 1;
@@ -289,14 +296,12 @@ impl Mirrors {
                 Arc::new(Counts::new(Arc::clone(&settings.name)))
             };
             let stop = CancellationToken::new();
-            // The first waits for all that end: they do so quickly.
-            let before = std::mem::take(&mut ending);
             let told = (Arc::clone(&counts), reporter.clone());
-            let keep = keep(settings.clone(), told, stop.clone(), before);
+            // Each waits for all that end, as any of them may have its folder: they do so quickly.
+            let keep = keep(settings.clone(), told, stop.clone(), all_ended.clone());
             let task = event_loop.handle.spawn(keep);
             self.jobs.push(Job { settings: settings.clone(), counts, stop, task });
         }
-        self.ending = ending;
         summary.ended = gone.len();
         summary
     }
@@ -316,23 +321,25 @@ impl Mirrors {
     /// Waits until all that were told to end have done so.
     pub async fn ended(&mut self) {
         let jobs = std::mem::take(&mut self.jobs).into_iter().map(|job| job.task);
-        for task in std::mem::take(&mut self.ending).into_iter().chain(jobs) {
-            // A panic of theirs has been logged.
-            let _ = task.await;
-        }
+        wait_for(self.ending.take().into_iter().chain(jobs)).await;
     }
 }
 
-/// Keeps a folder as its source has it, until it is stopped.
+async fn wait_for(tasks: impl IntoIterator<Item = JoinHandle<()>>) {
+    for task in tasks {
+        // A panic of theirs has been logged.
+        let _ = task.await;
+    }
+}
+
+/// Keeps a folder as its source has it, from when it may begin until it is stopped.
 async fn keep(
     settings: Settings,
     (counts, reporter): (Arc<Counts>, Reporter),
     stop: CancellationToken,
-    before: Vec<JoinHandle<()>>,
+    begin: CancellationToken,
 ) {
-    for task in before {
-        let _ = task.await;
-    }
+    begin.cancelled().await;
     let Settings { name, every, order } = settings;
     let folder = order.into.clone();
     let mut failures = 0;
@@ -632,6 +639,34 @@ mod tests {
         assert_eq!(change(&[a.clone(), other_b, c]), [0, 0, 0, 3]);
         assert_eq!(change(&[a]), [0, 0, 2, 1]);
         assert_eq!(change(&[]), [0, 0, 1, 0]);
+        mirrors.ended().await;
+    }
+
+    #[tokio::test]
+    async fn every_new_job_waits_for_all_that_end() {
+        let mut mirrors = Mirrors::default();
+        let wanted = [settings("a", 1), settings("b", 1)];
+        mirrors.prepare(&wanted).unwrap();
+        let release = CancellationToken::new();
+        let slow = release.clone();
+        let slow = async move { slow.cancelled().await };
+        mirrors.ending = Some(mirrors.event_loop.as_ref().unwrap().handle.spawn(slow));
+        mirrors.change(&wanted[..1], &Reporter::default());
+        // One more change while it still ends.
+        mirrors.change(&wanted, &Reporter::default());
+        let counts = mirrors.counts();
+        // A run cannot have its folder, as the one above is gone.
+        let begun = || counts.iter().filter(|counts| counts.trouble().is_some()).count();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(begun(), 0);
+        release.cancel();
+        let all = async {
+            while begun() < 2 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), all).await.unwrap();
+        mirrors.stop();
         mirrors.ended().await;
     }
 }
