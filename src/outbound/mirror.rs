@@ -38,6 +38,9 @@ const MAX_JOBS: u32 = 256;
 /// How long after the first failure of a whole run the next begins, unless it would anyway.
 const SOON: Duration = Duration::from_secs(30);
 
+/// How long a server may have us wait between two runs, also if that is longer than `every`.
+const MAX_ASKED_FOR: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// How many files that a run has brought are told by their names.
 const MAX_TOLD: usize = 100;
 
@@ -342,7 +345,7 @@ async fn keep(
     begin.cancelled().await;
     let Settings { name, every, order } = settings;
     let folder = order.into.clone();
-    let mut failures = 0;
+    let mut failures = 0_u32;
     let listing = Arc::new(tokio::sync::Mutex::new(None));
     while !stop.is_cancelled() {
         let begun = Instant::now();
@@ -360,19 +363,21 @@ async fn keep(
         });
         let next = match run.await.map_err(Error::from).and_then(|run| run) {
             Ok(summary) => {
-                failures = 0;
                 conclude(&name, &counts, &summary);
                 log.report(&reporter, &summary, &folder);
-                back_off::around(every, fastrand::f64())
+                if is_vain(&summary) {
+                    failures = failures.saturating_add(1);
+                    wait_after(failures, every, None, fastrand::f64())
+                } else {
+                    failures = 0;
+                    back_off::around(every, fastrand::f64())
+                }
             }
             Err(error) if error.is_interruption() => return,
             Err(error) => {
                 counts.end_run(Run::Failed, begun.elapsed());
-                // What is broken is looked at again soon, and then less and less often.
-                let soon = SOON.saturating_mul(2_u32.saturating_pow(failures)).min(every);
                 failures = failures.saturating_add(1);
-                let wait = back_off::around(soon, fastrand::f64());
-                let wait = wait.max(error.asked_for().unwrap_or_default().min(every.max(wait)));
+                let wait = wait_after(failures, every, error.asked_for(), fastrand::f64());
                 let (mirror, next) = (&*name, wait.as_secs_f64());
                 let error = chain(&error);
                 counts.set_trouble(Some(error.clone()));
@@ -382,6 +387,24 @@ async fn keep(
         };
         stop.run_until_cancelled(tokio::time::sleep(next)).await;
     }
+}
+
+/// Whether there was something to do in a run, and nothing of it could be done.
+fn is_vain(summary: &batch::Summary) -> bool {
+    summary.failed > 0 && summary.new + summary.changed + summary.unchanged == 0
+}
+
+/// How long to wait after so many runs in a row have failed: what is broken is looked at again soon,
+/// and then less and less often, but not before the server wants it. `random` is between 0 and 1.
+fn wait_after(
+    failures: u32,
+    every: Duration,
+    asked_for: Option<Duration>,
+    random: f64,
+) -> Duration {
+    let doubled = 2_u32.saturating_pow(failures.saturating_sub(1));
+    let own = back_off::around(SOON.saturating_mul(doubled).min(every), random);
+    own.max(asked_for.unwrap_or_default().min(MAX_ASKED_FOR))
 }
 
 /// Logs and counts what a run has done.
@@ -608,6 +631,27 @@ mod tests {
         let here = Path::new(".").canonicalize().unwrap();
         assert_eq!(folder(Path::new("no/such"), "no/such").unwrap(), here.join("no/such"));
         assert!(folder(&link, "").is_err());
+    }
+
+    #[test]
+    fn what_fails_is_tried_again_soon_and_when_the_server_wants_it() {
+        let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
+        let wait = |failures, asked_for| wait_after(failures, minutes(10), asked_for, 0.5);
+        let near = |a: Duration, b: Duration| a.abs_diff(b) < Duration::from_millis(1);
+        assert!(near(wait(1, None), SOON));
+        assert!(near(wait(2, None), 2 * SOON));
+        assert!(near(wait(u32::MAX, None), minutes(10)));
+        assert!(near(wait(1, Some(Duration::from_secs(1))), SOON));
+        assert_eq!(wait(1, Some(minutes(60))), minutes(60), "longer than `every`");
+        assert_eq!(wait(1, Some(Duration::MAX)), MAX_ASKED_FOR);
+    }
+
+    #[test]
+    fn a_run_is_vain_if_all_of_it_failed() {
+        let run = |failed, unchanged| batch::Summary { failed, unchanged, ..Default::default() };
+        assert!(is_vain(&run(1, 0)));
+        assert!(!is_vain(&run(1, 1)));
+        assert!(!is_vain(&run(0, 0)));
     }
 
     fn settings(name: &str, every: u64) -> Settings {
