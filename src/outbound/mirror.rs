@@ -38,6 +38,9 @@ const MAX_JOBS: u32 = 256;
 /// How long after the first failure of a whole run the next begins, unless it would anyway.
 const SOON: Duration = Duration::from_secs(30);
 
+/// How long a server may have us wait between two runs, also if that is longer than `every`.
+const MAX_ASKED_FOR: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// How many files that a run has brought are told by their names.
 const MAX_TOLD: usize = 100;
 
@@ -234,8 +237,8 @@ pub struct Mirrors {
     /// None before there is a mirror.
     event_loop: Option<EventLoop>,
     jobs: Vec<Job>,
-    /// Jobs that have been ended, and may not have noticed yet.
-    ending: Vec<JoinHandle<()>>,
+    /// Waits for the jobs that have been ended, and may not have noticed yet.
+    ending: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
@@ -265,14 +268,21 @@ impl Mirrors {
         let mut summary = Summary::default();
         let mut before = std::mem::take(&mut self.jobs);
         let mut gone = Vec::new();
-        self.ending.retain(|task| !task.is_finished());
+        let mut ending: Vec<_> = self.ending.take().into_iter().collect();
         // Those first that end, as another may be about to fill their folder.
         for job in before.extract_if(.., |job| !wanted.contains(&job.settings)) {
             job.stop.cancel();
             gone.push((job.settings.name, job.counts));
-            self.ending.push(job.task);
+            ending.push(job.task);
         }
-        let mut ending = std::mem::take(&mut self.ending);
+        let all_ended = CancellationToken::new();
+        self.ending = self.event_loop.as_ref().map(|event_loop| {
+            let told = all_ended.clone();
+            event_loop.handle.spawn(async move {
+                wait_for(ending).await;
+                told.cancel();
+            })
+        });
         for settings in wanted {
             if let Some(at) = before.iter().position(|job| job.settings == *settings) {
                 summary.kept += 1;
@@ -289,14 +299,12 @@ impl Mirrors {
                 Arc::new(Counts::new(Arc::clone(&settings.name)))
             };
             let stop = CancellationToken::new();
-            // The first waits for all that end: they do so quickly.
-            let before = std::mem::take(&mut ending);
             let told = (Arc::clone(&counts), reporter.clone());
-            let keep = keep(settings.clone(), told, stop.clone(), before);
+            // Each waits for all that end, as any of them may have its folder: they do so quickly.
+            let keep = keep(settings.clone(), told, stop.clone(), all_ended.clone());
             let task = event_loop.handle.spawn(keep);
             self.jobs.push(Job { settings: settings.clone(), counts, stop, task });
         }
-        self.ending = ending;
         summary.ended = gone.len();
         summary
     }
@@ -316,26 +324,28 @@ impl Mirrors {
     /// Waits until all that were told to end have done so.
     pub async fn ended(&mut self) {
         let jobs = std::mem::take(&mut self.jobs).into_iter().map(|job| job.task);
-        for task in std::mem::take(&mut self.ending).into_iter().chain(jobs) {
-            // A panic of theirs has been logged.
-            let _ = task.await;
-        }
+        wait_for(self.ending.take().into_iter().chain(jobs)).await;
     }
 }
 
-/// Keeps a folder as its source has it, until it is stopped.
+async fn wait_for(tasks: impl IntoIterator<Item = JoinHandle<()>>) {
+    for task in tasks {
+        // A panic of theirs has been logged.
+        let _ = task.await;
+    }
+}
+
+/// Keeps a folder as its source has it, from when it may begin until it is stopped.
 async fn keep(
     settings: Settings,
     (counts, reporter): (Arc<Counts>, Reporter),
     stop: CancellationToken,
-    before: Vec<JoinHandle<()>>,
+    begin: CancellationToken,
 ) {
-    for task in before {
-        let _ = task.await;
-    }
+    begin.cancelled().await;
     let Settings { name, every, order } = settings;
     let folder = order.into.clone();
-    let mut failures = 0;
+    let mut failures = 0_u32;
     let listing = Arc::new(tokio::sync::Mutex::new(None));
     while !stop.is_cancelled() {
         let begun = Instant::now();
@@ -353,19 +363,21 @@ async fn keep(
         });
         let next = match run.await.map_err(Error::from).and_then(|run| run) {
             Ok(summary) => {
-                failures = 0;
                 conclude(&name, &counts, &summary);
                 log.report(&reporter, &summary, &folder);
-                back_off::around(every, fastrand::f64())
+                if is_vain(&summary) {
+                    failures = failures.saturating_add(1);
+                    wait_after(failures, every, None, fastrand::f64())
+                } else {
+                    failures = 0;
+                    back_off::around(every, fastrand::f64())
+                }
             }
             Err(error) if error.is_interruption() => return,
             Err(error) => {
                 counts.end_run(Run::Failed, begun.elapsed());
-                // What is broken is looked at again soon, and then less and less often.
-                let soon = SOON.saturating_mul(2_u32.saturating_pow(failures)).min(every);
                 failures = failures.saturating_add(1);
-                let wait = back_off::around(soon, fastrand::f64());
-                let wait = wait.max(error.asked_for().unwrap_or_default().min(every.max(wait)));
+                let wait = wait_after(failures, every, error.asked_for(), fastrand::f64());
                 let (mirror, next) = (&*name, wait.as_secs_f64());
                 let error = chain(&error);
                 counts.set_trouble(Some(error.clone()));
@@ -375,6 +387,24 @@ async fn keep(
         };
         stop.run_until_cancelled(tokio::time::sleep(next)).await;
     }
+}
+
+/// Whether there was something to do in a run, and nothing of it could be done.
+fn is_vain(summary: &batch::Summary) -> bool {
+    summary.failed > 0 && summary.new + summary.changed + summary.unchanged == 0
+}
+
+/// How long to wait after so many runs in a row have failed: what is broken is looked at again soon,
+/// and then less and less often, but not before the server wants it. `random` is between 0 and 1.
+fn wait_after(
+    failures: u32,
+    every: Duration,
+    asked_for: Option<Duration>,
+    random: f64,
+) -> Duration {
+    let doubled = 2_u32.saturating_pow(failures.saturating_sub(1));
+    let own = back_off::around(SOON.saturating_mul(doubled).min(every), random);
+    own.max(asked_for.unwrap_or_default().min(MAX_ASKED_FOR))
 }
 
 /// Logs and counts what a run has done.
@@ -603,6 +633,27 @@ mod tests {
         assert!(folder(&link, "").is_err());
     }
 
+    #[test]
+    fn what_fails_is_tried_again_soon_and_when_the_server_wants_it() {
+        let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
+        let wait = |failures, asked_for| wait_after(failures, minutes(10), asked_for, 0.5);
+        let near = |a: Duration, b: Duration| a.abs_diff(b) < Duration::from_millis(1);
+        assert!(near(wait(1, None), SOON));
+        assert!(near(wait(2, None), 2 * SOON));
+        assert!(near(wait(u32::MAX, None), minutes(10)));
+        assert!(near(wait(1, Some(Duration::from_secs(1))), SOON));
+        assert_eq!(wait(1, Some(minutes(60))), minutes(60), "longer than `every`");
+        assert_eq!(wait(1, Some(Duration::MAX)), MAX_ASKED_FOR);
+    }
+
+    #[test]
+    fn a_run_is_vain_if_all_of_it_failed() {
+        let run = |failed, unchanged| batch::Summary { failed, unchanged, ..Default::default() };
+        assert!(is_vain(&run(1, 0)));
+        assert!(!is_vain(&run(1, 1)));
+        assert!(!is_vain(&run(0, 0)));
+    }
+
     fn settings(name: &str, every: u64) -> Settings {
         // Nobody answers there.
         let text = format!(
@@ -632,6 +683,34 @@ mod tests {
         assert_eq!(change(&[a.clone(), other_b, c]), [0, 0, 0, 3]);
         assert_eq!(change(&[a]), [0, 0, 2, 1]);
         assert_eq!(change(&[]), [0, 0, 1, 0]);
+        mirrors.ended().await;
+    }
+
+    #[tokio::test]
+    async fn every_new_job_waits_for_all_that_end() {
+        let mut mirrors = Mirrors::default();
+        let wanted = [settings("a", 1), settings("b", 1)];
+        mirrors.prepare(&wanted).unwrap();
+        let release = CancellationToken::new();
+        let slow = release.clone();
+        let slow = async move { slow.cancelled().await };
+        mirrors.ending = Some(mirrors.event_loop.as_ref().unwrap().handle.spawn(slow));
+        mirrors.change(&wanted[..1], &Reporter::default());
+        // One more change while it still ends.
+        mirrors.change(&wanted, &Reporter::default());
+        let counts = mirrors.counts();
+        // A run cannot have its folder, as the one above is gone.
+        let begun = || counts.iter().filter(|counts| counts.trouble().is_some()).count();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(begun(), 0);
+        release.cancel();
+        let all = async {
+            while begun() < 2 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), all).await.unwrap();
+        mirrors.stop();
         mirrors.ended().await;
     }
 }
