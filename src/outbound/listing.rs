@@ -5,6 +5,7 @@
 use std::collections::HashSet;
 use std::fmt;
 
+use bytesize::ByteSize;
 use percent_encoding::percent_decode_str;
 use reqwest::Url;
 use serde::de::{
@@ -14,6 +15,10 @@ use serde::de::{
 use super::pointer::Pointer;
 use super::reach::{self, Reach, Refused, shown};
 use crate::client::names::{NameError, escape, file_name};
+
+/// How long all URLs together may be, in bytes: a short one that is relative to a long one takes as
+/// much as that.
+const MAX_URLS: usize = 64 << 20;
 
 /// The longest text of a server's that is told in an error, in characters.
 const MAX_TOLD: usize = 200;
@@ -60,6 +65,9 @@ pub enum Error {
     /// It is too long.
     #[error("the listing has more than {0} entries (`max-files`)")]
     Long(usize),
+    /// Its URLs, joined with where it is, take too much memory.
+    #[error("the URLs of the listing are longer than {} together", ByteSize(MAX_URLS as u64))]
+    Large,
 }
 
 /// Reads the entries of a listing, at most `max`.
@@ -333,20 +341,22 @@ pub fn read(
     base: &Url,
     reach: &Reach,
 ) -> Result<Vec<Result<Entry, Faulty>>, Error> {
-    let raw = raw_entries(json, pointers, max)?;
-    let entries = raw.into_iter().enumerate().map(|(index, [url, name, sha256])| {
+    let mut urls = 0;
+    let mut entries = Vec::new();
+    for (index, [url, name, sha256]) in raw_entries(json, pointers, max)?.into_iter().enumerate() {
         let told = told(&name, &url).unwrap_or_else(|| format!("entry {}", index + 1));
         let named = match &name {
             Found::Text(name) => file_name(name).ok().map(str::to_owned),
             _ => None,
         };
-        entry(url, name, sha256, pointers, base, reach).map_err(|fault| Faulty {
-            what: told,
-            name: named,
-            fault,
-        })
-    });
-    Ok(without_collisions(entries.collect()))
+        let entry = entry(url, name, sha256, pointers, base, reach);
+        urls += entry.as_ref().map_or(0, |entry| entry.url.as_str().len());
+        if urls > MAX_URLS {
+            return Err(Error::Large);
+        }
+        entries.push(entry.map_err(|fault| Faulty { what: told, name: named, fault }));
+    }
+    Ok(without_collisions(entries))
 }
 
 /// The name of an entry or else its URL as people are told it, unless that may hold a password. The
@@ -488,6 +498,16 @@ mod tests {
     fn fault(entry: &Value) -> Fault {
         let mut entries = entries(&json!({"newslist": [entry]}), &pointers());
         entries.remove(0).unwrap_err().fault
+    }
+
+    #[test]
+    fn short_urls_do_not_become_more_than_the_memory_holds() {
+        let base = reach::url(&format!("http://a/{}/", "x".repeat(8000))).unwrap();
+        let reach = Reach::new([&base], [], false);
+        let json = serde_json::to_vec(&(0..9000).map(|it| it.to_string()).collect::<Vec<_>>());
+        let pointers = Pointers::default();
+        let read = read(&json.unwrap(), &pointers, 100_000, &base, &reach);
+        assert!(matches!(read, Err(Error::Large)));
     }
 
     #[test]

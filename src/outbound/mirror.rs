@@ -39,7 +39,7 @@ const MAX_JOBS: u32 = 256;
 const SOON: Duration = Duration::from_secs(30);
 
 /// How long a server may have us wait between two runs, also if that is longer than `every`.
-const MAX_ASKED_FOR: Duration = Duration::from_secs(24 * 60 * 60);
+const MAX_ASKED_FOR: Duration = Duration::from_hours(24);
 
 /// How many files that a run has brought are told by their names.
 const MAX_TOLD: usize = 100;
@@ -340,9 +340,9 @@ async fn keep(
     settings: Settings,
     (counts, reporter): (Arc<Counts>, Reporter),
     stop: CancellationToken,
-    begin: CancellationToken,
+    may_begin: CancellationToken,
 ) {
-    begin.cancelled().await;
+    may_begin.cancelled().await;
     let Settings { name, every, order } = settings;
     let folder = order.into.clone();
     let mut failures = 0_u32;
@@ -648,7 +648,7 @@ mod tests {
 
     #[test]
     fn a_run_is_vain_if_all_of_it_failed() {
-        let run = |failed, unchanged| batch::Summary { failed, unchanged, ..Default::default() };
+        let run = |failed, unchanged| batch::Summary { unchanged, failed, ..Default::default() };
         assert!(is_vain(&run(1, 0)));
         assert!(!is_vain(&run(1, 1)));
         assert!(!is_vain(&run(0, 0)));
@@ -709,7 +709,7 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(60), all).await.unwrap();
+        tokio::time::timeout(Duration::from_mins(1), all).await.unwrap();
         mirrors.stop();
         mirrors.ended().await;
     }
