@@ -244,6 +244,10 @@ impl Daemon {
 
     async fn stop(&mut self, orders: &Orders) {
         self.mirrors.stop();
+        // What has happened since the last look is told, too.
+        if self.told.0 {
+            self.look();
+        }
         self.alerts.stop();
         systemd::stopping("finishing the connections that are under way");
         let connections = self.running.under_way();

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod activation;
+#[cfg(all(feature = "alert", feature = "mirror"))]
+mod alerts;
 mod ask;
 mod check;
 mod clients;

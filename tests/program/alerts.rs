@@ -1,0 +1,464 @@
+//! `[alert]`: the operator is told what is not well and when that is over, once each, whatever becomes
+//! of the mail server and of the daemon; and no client notices anything of it.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::common::{Daemon, eventually, metric, read_all, says};
+use crate::postbox::{PASSWORD, Postbox};
+use crate::servers::Server;
+use crate::web::{Reply, Web};
+
+/// What the queue is kept in.
+const QUEUE: &str = ".handout-alerts.json";
+
+/// Services of a file each, a clock, metrics, and alerts over `mail.ops` with more keys.
+fn config(files: &[&str], channel: &str, alert: &str) -> String {
+    let services = files
+        .iter()
+        .map(|name| format!("[file.{name}]\nlisten = [\"127.0.0.1:0\"]\npath = \"{name}\"\n"));
+    // Not the clock: what the kernel says of it differs from machine to machine.
+    let on = if alert.contains("on = ") {
+        ""
+    } else {
+        "on = [\"file-missing\", \"mirror-failed\", \"mirror-updated\", \"reload-failed\"]\n"
+    };
+    format!(
+        "{}[time.clock]\nlisten = [\"127.0.0.1:0\"]\n[metrics]\nlisten = [\"127.0.0.1:0\"]\n\
+         {channel}\n[alert]\nto = [\"mail.ops\"]\n{on}{alert}\n",
+        services.collect::<String>()
+    )
+}
+
+/// A folder with these files, and one for the queue.
+fn folder(files: &[&str]) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("state")).unwrap();
+    for name in files {
+        fs::write(folder.path().join(name), name).unwrap();
+    }
+    folder
+}
+
+fn start(files: &[&str], channel: &str, alert: &str) -> Daemon {
+    let config = config(files, channel, &format!("state = \"state\"\n{alert}"));
+    Daemon::start_in(folder(files), &config, |_| {})
+}
+
+/// How many alerts had this outcome.
+fn count(daemon: &Daemon, outcome: &str) -> u64 {
+    let name = format!("handout_alerts_total{{channel=\"mail.ops\",outcome=\"{outcome}\"}}");
+    whole(metric(daemon.tcp("metrics"), &name))
+}
+
+fn queued(daemon: &Daemon) -> u64 {
+    whole(metric(daemon.tcp("metrics"), "handout_alerts_queued{channel=\"mail.ops\"}"))
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it counts")]
+fn whole(value: f64) -> u64 {
+    value as u64
+}
+
+/// The subject of a mail without the host in front, which is this machine.
+fn subject(mail: &Value) -> String {
+    let subject = mail["headers"]["subject"].as_str().unwrap();
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    subject
+        .strip_prefix(&format!("{}: ", host.trim()))
+        .unwrap_or_else(|| panic!("{subject}"))
+        .into()
+}
+
+fn text(mail: &Value) -> &str {
+    mail["text"].as_str().unwrap()
+}
+
+fn id(mail: &Value) -> &str {
+    mail["headers"]["message-id"].as_str().unwrap()
+}
+
+/// What waits to be sent, as it is on the disk.
+fn waiting(folder: &Path) -> Vec<Value> {
+    let queue = fs::read(folder.join("state").join(QUEUE)).unwrap_or_default();
+    let queue: Value = serde_json::from_slice(&queue).unwrap_or_default();
+    queue["messages"].as_array().cloned().unwrap_or_default()
+}
+
+/// Ends a daemon at once, without a word, and returns its folder.
+fn crash(daemon: &mut Daemon) -> TempDir {
+    daemon.signal(Signal::KILL);
+    daemon.wait();
+    std::mem::replace(&mut daemon.folder, tempfile::tempdir().unwrap())
+}
+
+#[test]
+fn a_file_that_is_removed_is_one_mail_and_one_more_when_it_is_back() {
+    let postbox = Postbox::start("tls");
+    let daemon = start(&["a"], &postbox.channel(""), "wait = \"1s\"");
+    let removed = Instant::now();
+    fs::remove_file(daemon.path("a")).unwrap();
+    let mail = postbox.wait_for(0);
+    assert!(removed.elapsed() >= Duration::from_secs(1), "{mail}");
+    assert!(subject(&mail).starts_with("file-missing: file.a, since "), "{mail}");
+    // The first line says host, what, and since when, and why.
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    let line = text(&mail).lines().next().unwrap();
+    assert!(line.starts_with(&format!("{}: file-missing: file.a, since ", host.trim())), "{line}");
+    assert!(line.contains("No such file"), "{line}");
+    assert_eq!(mail["headers"]["auto-submitted"], "auto-generated");
+    assert_eq!((&mail["to"], &mail["tls"]), (&json!([["", "ops@example.org"]]), &json!(true)));
+
+    fs::write(daemon.path("a"), "again").unwrap();
+    let over = postbox.wait_for(1);
+    assert!(subject(&over).starts_with("over: file-missing: file.a, since "), "{over}");
+    assert_ne!(id(&mail), id(&over));
+    eventually("the count", || count(&daemon, "sent") == 2 && queued(&daemon) == 0);
+    assert_eq!(postbox.mails().len(), 2);
+    let line = daemon.wait_for_message("alert sent over mail.ops");
+    assert_eq!((&line["channel"], &line["id"]), (&json!("mail.ops"), &json!(id(&mail))));
+    assert!(daemon.lines().iter().all(|line| !line.to_string().contains(PASSWORD)));
+}
+
+#[test]
+fn what_happens_within_wait_is_one_mail() {
+    let postbox = Postbox::start("tls");
+    let files = ["a", "b", "c"];
+    let daemon = start(&files, &postbox.channel(""), "wait = \"5s\"");
+    for name in files {
+        fs::remove_file(daemon.path(name)).unwrap();
+    }
+    let mail = postbox.wait_for(0);
+    assert!(subject(&mail).ends_with(" and 2 more"), "{mail}");
+    for name in files {
+        assert!(text(&mail).contains(&format!("file-missing: file.{name}, since ")), "{mail}");
+    }
+    eventually("the count", || count(&daemon, "sent") == 1 && queued(&daemon) == 0);
+}
+
+#[test]
+fn what_lasts_is_told_again_after_repeat() {
+    let postbox = Postbox::start("none");
+    let daemon = start(&["a"], &postbox.channel(""), "wait = \"100ms\"\nrepeat = \"1s\"");
+    fs::remove_file(daemon.path("a")).unwrap();
+    postbox.wait_for(2);
+    let mails = postbox.mails();
+    assert!(subject(&mails[0]).starts_with("file-missing: file.a"), "{mails:?}");
+    for again in &mails[1..] {
+        assert!(subject(again).starts_with("still: file-missing: file.a"), "{mails:?}");
+    }
+}
+
+#[test]
+fn a_mirror_that_fails_and_recovers_is_told_with_the_files_that_it_brings() {
+    let postbox = Postbox::start("tls");
+    let broken = Arc::<AtomicBool>::default();
+    let is_broken = Arc::clone(&broken);
+    let files = Arc::new(AtomicUsize::new(1));
+    let listed = Arc::clone(&files);
+    let web = Web::answers(move |request| match request.target.as_str() {
+        _ if is_broken.load(Ordering::SeqCst) => Reply::status(403),
+        "/list.json" => {
+            let names =
+                (0..listed.load(Ordering::SeqCst)).map(|n| json!({ "url": format!("{n}.txt") }));
+            Reply::json(&names.collect())
+        }
+        name => Reply::ok(name.as_bytes()),
+    });
+    let mirror = format!(
+        "[mirror.m]\nsource = \"{}\"\nlist = \"\"\nurl = \"/url\"\ninto = \"files\"\n\
+         every = \"1s\"\nretries = 0\n",
+        web.url("list.json")
+    );
+    let channel = postbox.channel("max-attachment = \"10B\"") + &mirror;
+    let daemon = start(&[], &channel, "wait = \"300ms\"");
+    let mail = postbox.wait_for(0);
+    assert!(subject(&mail).starts_with("mirror-updated: mirror.m, at "), "{mail}");
+    let attachment = &mail["attachments"][0];
+    let content = json!(STANDARD.encode("/0.txt"));
+    assert_eq!((&attachment["filename"], &attachment["content"]), (&json!("0.txt"), &content));
+
+    broken.store(true, Ordering::SeqCst);
+    let mail = postbox.wait_for(1);
+    assert!(subject(&mail).starts_with("mirror-failed: mirror.m, since "), "{mail}");
+    assert!(text(&mail).contains("403"), "{mail}");
+
+    broken.store(false, Ordering::SeqCst);
+    let mail = postbox.wait_for(2);
+    assert!(subject(&mail).starts_with("over: mirror-failed: mirror.m"), "{mail}");
+    assert_eq!(mail["attachments"], json!([]));
+
+    // Two more, of which one fits.
+    files.store(3, Ordering::SeqCst);
+    let mail = postbox.wait_for(3);
+    assert!(subject(&mail).starts_with("mirror-updated: mirror.m, at "), "{mail}");
+    assert_eq!(mail["attachments"].as_array().unwrap().len(), 1, "{mail}");
+    assert!(text(&mail).contains("Not attached: ") && text(&mail).contains("max-attachment"));
+    drop(daemon);
+}
+
+#[test]
+fn a_reload_that_fails_is_told_and_its_end_too() {
+    let postbox = Postbox::start("tls");
+    let channel = postbox.channel("");
+    let daemon = start(&["a"], &channel, "wait = \"200ms\"");
+    let good = config(&["a"], &channel, "state = \"state\"\nwait = \"200ms\"");
+    assert!(says(&daemon.reload(&format!("{good}\n[nonsense]\n")), "reload failed"));
+    let mail = postbox.wait_for(0);
+    assert!(subject(&mail).starts_with("reload-failed: configuration, since "), "{mail}");
+    assert!(text(&mail).contains("nonsense"), "{mail}");
+    assert!(says(&daemon.reload(&good), "reloaded: "));
+    let over = postbox.wait_for(1);
+    assert!(subject(&over).starts_with("over: reload-failed: configuration"), "{over}");
+}
+
+#[test]
+fn only_what_is_wanted_is_told() {
+    let postbox = Postbox::start("tls");
+    let alert = "wait = \"100ms\"\non = [\"reload-failed\"]";
+    let daemon = start(&["a"], &postbox.channel(""), alert);
+    fs::remove_file(daemon.path("a")).unwrap();
+    daemon.wait_for("the fault in the log", |line| {
+        line["service"] == "file.a" && line["level"] != "INFO"
+    });
+    daemon.reload("nonsense");
+    let mail = postbox.wait_for(0);
+    assert!(subject(&mail).starts_with("reload-failed: "), "{mail}");
+    assert!(!text(&mail).contains("file-missing"), "{mail}");
+}
+
+#[test]
+fn fifty_faults_are_no_more_mails_than_max_per_hour_and_the_next_counts_the_rest() {
+    let postbox = Postbox::start("tls");
+    let names: Vec<_> = (0..50).map(|number| format!("f{number:02}")).collect();
+    let files: Vec<_> = names.iter().map(String::as_str).collect();
+    let alert = "wait = \"50ms\"\nmax-per-hour = 3";
+    let daemon = start(&files, &postbox.channel(""), alert);
+    let mut told = 0_u64;
+    for group in names.chunks(5) {
+        for name in group {
+            fs::remove_file(daemon.path(name)).unwrap();
+        }
+        eventually("an alert", || {
+            let now = count(&daemon, "sent") + count(&daemon, "withheld");
+            let more = now > told;
+            told = now;
+            more
+        });
+    }
+    assert!(told >= 10);
+    assert_eq!((count(&daemon, "sent"), postbox.mails().len()), (3, 3));
+    // There is a place again, as if an hour had passed. What is missing would be a fault of the
+    // configuration.
+    let alert = "state = \"state\"\nwait = \"50ms\"\nmax-per-hour = 4";
+    daemon.reload(&config(&[], &postbox.channel(""), alert));
+    let mail = postbox.wait_for(3);
+    let said = subject(&mail) + text(&mail);
+    let (before, _) = said.split_once(" messages ").unwrap();
+    let number = before.rsplit([' ', '\n']).next().unwrap();
+    let number: u64 = number.parse().unwrap_or_else(|error| panic!("{error}: {mail}"));
+    assert!((told - 3..=count(&daemon, "withheld")).contains(&number), "{told}: {mail}");
+    assert!(said.contains("withheld") && said.contains("file-missing: file.f"), "{mail}");
+    eventually("the count", || count(&daemon, "sent") == 4 && queued(&daemon) == 0);
+    assert_eq!(postbox.mails().len(), 4);
+}
+
+#[test]
+fn nothing_is_lost_while_the_mail_server_is_down() {
+    let mut postbox = Postbox::down("tls");
+    let daemon = start(&["a", "b"], &postbox.channel(""), "wait = \"100ms\"");
+    fs::remove_file(daemon.path("a")).unwrap();
+    eventually("a failure", || count(&daemon, "failed") > 0);
+    fs::remove_file(daemon.path("b")).unwrap();
+    eventually("a queue", || queued(&daemon) == 2);
+    let line = daemon.wait_for_message("alert not sent over mail.ops");
+    assert!(line["error"].as_str().unwrap().contains("refused"), "{line}");
+    let ids: Vec<_> = waiting(daemon.folder.path()).iter().map(|one| one["id"].clone()).collect();
+    assert_eq!(ids.len(), 2);
+    postbox.up();
+    let mails = [postbox.wait_for(0), postbox.wait_for(1)];
+    let mut came: Vec<_> = mails.iter().map(|mail| json!(id(mail))).collect();
+    came.sort_by_key(|id| ids.iter().position(|known| known == id));
+    assert_eq!(came, ids);
+    eventually("the count", || count(&daemon, "sent") == 2 && queued(&daemon) == 0);
+    assert_eq!(postbox.mails().len(), 2);
+    // Its own failure was told over no channel.
+    assert!(mails.iter().all(|mail| text(mail).contains("file-missing")), "{mails:?}");
+    assert!(waiting(daemon.folder.path()).is_empty());
+}
+
+#[test]
+fn what_waits_survives_a_crash() {
+    let mut postbox = Postbox::down("tls");
+    let channel = postbox.channel("");
+    let mut daemon = start(&["a"], &channel, "wait = \"100ms\"");
+    fs::remove_file(daemon.path("a")).unwrap();
+    eventually("a failure", || count(&daemon, "failed") > 0);
+    let folder = crash(&mut daemon);
+    let [message] = &waiting(folder.path())[..] else { panic!("not one") };
+    let known = message["id"].as_str().unwrap().to_owned();
+    // Nothing of it is there any more when the daemon is.
+    fs::write(folder.path().join("a"), "again").unwrap();
+    postbox.up();
+    let again = config(&["a"], &channel, "state = \"state\"\nwait = \"100ms\"");
+    let daemon = Daemon::start_in(folder, &again, |_| {});
+    let mail = postbox.wait_for(0);
+    assert_eq!(id(&mail), known);
+    assert!(subject(&mail).starts_with("file-missing: file.a"), "{mail}");
+    eventually("the count", || count(&daemon, "sent") == 1 && queued(&daemon) == 0);
+    assert_eq!(postbox.mails().len(), 1);
+}
+
+#[test]
+fn after_a_crash_between_sending_and_noting_the_same_message_comes_again() {
+    let postbox = Postbox::start("tls");
+    postbox.order("mute");
+    let channel = postbox.channel("");
+    let mut daemon = start(&["a"], &channel, "wait = \"100ms\"");
+    fs::remove_file(daemon.path("a")).unwrap();
+    let first = postbox.wait_for(0);
+    let folder = crash(&mut daemon);
+    postbox.withdraw("mute");
+    fs::write(folder.path().join("a"), "again").unwrap();
+    let again = config(&["a"], &channel, "state = \"state\"\nwait = \"100ms\"");
+    let daemon = Daemon::start_in(folder, &again, |_| {});
+    let second = postbox.wait_for(1);
+    assert_eq!(id(&first), id(&second));
+    for field in ["subject", "date", "to"] {
+        assert_eq!(first["headers"][field], second["headers"][field]);
+    }
+    assert_eq!(first["text"], second["text"]);
+    eventually("the count", || count(&daemon, "sent") == 1 && queued(&daemon) == 0);
+    assert_eq!(postbox.mails().len(), 2);
+}
+
+#[test]
+fn a_message_that_is_taken_without_a_word_comes_again_with_the_same_id() {
+    let postbox = Postbox::start("tls");
+    postbox.order("cut");
+    let daemon = start(&["a"], &postbox.channel(""), "wait = \"100ms\"");
+    fs::remove_file(daemon.path("a")).unwrap();
+    let first = postbox.wait_for(0);
+    eventually("a failure", || count(&daemon, "failed") == 1);
+    postbox.withdraw("cut");
+    let second = postbox.wait_for(1);
+    assert_eq!(id(&first), id(&second));
+    eventually("the count", || count(&daemon, "sent") == 1 && queued(&daemon) == 0);
+}
+
+#[test]
+fn who_is_to_come_later_comes_later_and_who_is_refused_for_good_does_not() {
+    let postbox = Postbox::start("tls");
+    postbox.order("busy");
+    let daemon = start(&["a"], &postbox.channel(""), "wait = \"100ms\"");
+    fs::remove_file(daemon.path("a")).unwrap();
+    eventually("a failure", || count(&daemon, "failed") == 1);
+    let line = daemon.wait_for_message("alert not sent over mail.ops");
+    assert_eq!(line["error"], "451 4.3.2 not now");
+    postbox.withdraw("busy");
+    postbox.wait_for(0);
+    // One recipient that there is not costs the others nothing, and alone it is given up.
+    let to = |to: &str| postbox.channel("").replace("ops@example.org", to);
+    let again = |to: &str| config(&["a"], to, "state = \"state\"\nwait = \"100ms\"");
+    let back = |number| {
+        fs::write(daemon.path("a"), "again").unwrap();
+        postbox.wait_for(number);
+    };
+    back(1);
+    daemon.reload(&again(&to("nobody@example.org\", \"x@example.org")));
+    fs::remove_file(daemon.path("a")).unwrap();
+    let mail = postbox.wait_for(2);
+    assert_eq!(mail["envelope"][1], json!(["x@example.org"]));
+    daemon.wait_for_message("mail.ops: nobody@example.org is refused: 550 5.1.1");
+    back(3);
+    daemon.reload(&again(&to("nobody@example.org")));
+    fs::remove_file(daemon.path("a")).unwrap();
+    eventually("a refusal", || count(&daemon, "refused") == 1 && queued(&daemon) == 0);
+    assert_eq!(postbox.mails().len(), 4);
+}
+
+#[test]
+fn a_dead_mail_server_costs_the_services_nothing() {
+    let connected = Arc::<AtomicBool>::default();
+    let seen = Arc::clone(&connected);
+    let server = Server::answers(move |mut stream| {
+        seen.store(true, Ordering::SeqCst);
+        let _ = io::copy(&mut stream, &mut io::sink());
+    });
+    let channel = format!(
+        "[mail.ops]\nserver = \"{}\"\nsecurity = \"none\"\nfrom = \"a@example.org\"\n\
+         to = [\"b@example.org\"]\ntimeout = \"10m\"\n",
+        server.address
+    );
+    let mut daemon = start(&["a", "b"], &channel, "wait = \"100ms\"");
+    fs::remove_file(daemon.path("a")).unwrap();
+    eventually("the connection", || connected.load(Ordering::SeqCst));
+    for _ in 0..50 {
+        assert!(!read_all(daemon.tcp("time.clock")).is_empty());
+        assert!(!read_all(daemon.tcp("file.b")).is_empty());
+    }
+    assert_eq!(queued(&daemon), 1);
+    let other = config(&["b"], &channel, "state = \"state\"\nwait = \"1h\"");
+    assert!(says(&daemon.reload(&other), "reloaded: "));
+    // It still waits: no attempt has come to its end in all this time.
+    assert_eq!((queued(&daemon), count(&daemon, "failed")), (1, 0));
+    // Nor does it hold up the end beyond an order that insists.
+    daemon.signal(Signal::TERM);
+    daemon.wait_for_message("stopping: ");
+    daemon.signal(Signal::TERM);
+    assert!(daemon.wait().success());
+    // What was to be told, and that it is over.
+    assert_eq!(waiting(daemon.folder.path()).len(), 2);
+}
+
+#[test]
+fn every_channel_is_told_and_one_that_fails_keeps_no_other_from_it() {
+    let mut postbox = Postbox::down("tls");
+    let provider = Web::always(Reply::json(&json!({ "code": 2, "smsid": "1" })));
+    let channels = postbox.channel("")
+        + &format!(
+            "[sms.ops]\nprovider = \"ihuyi\"\nurl = \"{}\"\naccount = \"cf\"\n\
+             password-file = \"{}\"\nto = [\"13800000000\"]\n",
+            provider.url("sms"),
+            postbox.password_file()
+        );
+    let both = config(&["a"], &channels, "state = \"state\"\nwait = \"100ms\"")
+        .replace("to = [\"mail.ops\"]", "to = [\"mail.ops\", \"sms.ops\"]");
+    let daemon = Daemon::start_in(folder(&["a"]), &both, |_| {});
+    fs::remove_file(daemon.path("a")).unwrap();
+    eventually("an SMS", || !provider.requests().is_empty());
+    let body = String::from_utf8(provider.requests()[0].body.clone()).unwrap();
+    assert!(body.contains("file-missing%3A+file.a%2C+since+"), "{body}");
+    let sent = "handout_alerts_total{channel=\"sms.ops\",outcome=\"sent\"}";
+    eventually("the count", || metric(daemon.tcp("metrics"), sent) == 1.0);
+    eventually("a failure", || count(&daemon, "failed") > 0 && queued(&daemon) == 1);
+    postbox.up();
+    postbox.wait_for(0);
+    assert_eq!(provider.requests().len(), 1);
+}
+
+#[test]
+fn what_is_said_last_is_told_before_the_end() {
+    let postbox = Postbox::start("tls");
+    let mut daemon = start(&["a"], &postbox.channel(""), "wait = \"1h\"");
+    daemon.reload("nonsense");
+    fs::remove_file(daemon.path("a")).unwrap();
+    daemon.wait_for("the fault in the log", |line| {
+        line["service"] == "file.a" && line["level"] != "INFO"
+    });
+    assert!(daemon.stop().success());
+    let mail = postbox.wait_for(0);
+    assert!(text(&mail).contains("reload-failed: configuration"), "{mail}");
+    assert!(text(&mail).contains("file-missing: file.a"), "{mail}");
+    assert!(waiting(daemon.folder.path()).is_empty());
+}
