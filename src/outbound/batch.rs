@@ -259,7 +259,7 @@ pub fn prepare(order: &Order) -> Result<(Client, Arc<Reach>), Error> {
         proxy: order.proxy.clone(),
         headers,
         sources: urls.to_vec(),
-        timeout: order.timeout,
+        timeout: Some(order.timeout),
         connections: order.jobs,
     };
     let client = Client::new(options, Arc::clone(&reach))?;

@@ -119,8 +119,8 @@ pub struct Options {
     pub headers: HeaderMap,
     /// The URLs that the operator has named.
     pub sources: Vec<Url>,
-    /// How long a server may be silent.
-    pub timeout: Duration,
+    /// How long a server may be silent; without it, whoever asks bounds the whole.
+    pub timeout: Option<Duration>,
     /// How many connections may be kept.
     pub connections: usize,
 }
@@ -132,7 +132,7 @@ pub struct Client {
     reach: Arc<Reach>,
     headers: HeaderMap,
     sources: Vec<url_origin::Origin>,
-    timeout: Duration,
+    timeout: Option<Duration>,
 }
 
 impl Client {
@@ -150,17 +150,19 @@ impl Client {
             proxy: proxy.as_ref().map(reach::host_of),
         };
         let builder = || {
-            let builder = reqwest::Client::builder()
+            let mut builder = reqwest::Client::builder()
                 .redirect(reqwest::redirect::Policy::none())
                 .retry(reqwest::retry::never())
                 .referer(false)
                 .http1_only()
                 // The environment does not say whom we ask.
                 .no_proxy()
-                .connect_timeout(timeout)
                 .pool_idle_timeout(KEEP_IDLE)
                 .pool_max_idle_per_host(connections)
                 .dns_resolver(resolver.clone());
+            if let Some(timeout) = timeout {
+                builder = builder.connect_timeout(timeout);
+            }
             Ok(match &proxy {
                 None => builder,
                 Some(proxy) => {
@@ -180,11 +182,6 @@ impl Client {
         let client = client.map_err(other)?;
         let sources = sources.iter().map(url_origin::of).collect();
         Ok(Self { inner: client, reach, headers, sources, timeout })
-    }
-
-    /// How long a server may be silent.
-    pub fn timeout(&self) -> Duration {
-        self.timeout
     }
 
     /// Asks for `url`, follows redirects, and returns the head of the reply, whatever its status
@@ -238,10 +235,19 @@ impl Client {
             said.extend(self.headers.clone());
         }
         said.extend(headers.clone());
-        match timeout(self.timeout, self.inner.execute(request)).await {
-            Ok(replied) => replied.map_err(|error| Error::of(&error)),
-            Err(_) => Err(Error::Silent(self.timeout)),
-        }
+        self.unless_silent(self.inner.execute(request)).await
+    }
+
+    /// What comes of `reply`, if it comes in time.
+    async fn unless_silent<T>(
+        &self,
+        reply: impl Future<Output = reqwest::Result<T>>,
+    ) -> Result<T, Error> {
+        let replied = match self.timeout {
+            None => reply.await,
+            Some(silence) => timeout(silence, reply).await.map_err(|_| Error::Silent(silence))?,
+        };
+        replied.map_err(|error| Error::of(&error))
     }
 
     /// Reads a small body of which nothing is wanted, so that its connection can be used again.
@@ -264,10 +270,7 @@ impl Client {
     /// # Errors
     /// If it does not come, or the body ends before its end.
     pub async fn piece(&self, response: &mut Response) -> Result<Option<bytes::Bytes>, Error> {
-        match timeout(self.timeout, response.chunk()).await {
-            Ok(piece) => piece.map_err(|error| Error::of(&error)),
-            Err(_) => Err(Error::Silent(self.timeout)),
-        }
+        self.unless_silent(response.chunk()).await
     }
 }
 

@@ -453,7 +453,7 @@ impl Settings {
     }
 
     async fn client(&self) -> Result<Client, Failure> {
-        let (ca_file, url, timeout) = (self.ca_file.clone(), self.url.clone(), self.timeout);
+        let (ca_file, url) = (self.ca_file.clone(), self.url.clone());
         let build = move || {
             let roots = ca_file.map(|path| {
                 roots::read(&path).map_err(|error| {
@@ -462,7 +462,7 @@ impl Settings {
             });
             let roots = roots.transpose()?.unwrap_or_default();
             let reach = Arc::new(Reach::new([&url], [], false));
-            let options = Options { roots, timeout, connections: 1, ..Options::default() };
+            let options = Options { roots, connections: 1, ..Options::default() };
             Client::new(options, reach).map_err(|error| Failure::unusable(error.to_string()))
         };
         // Files of roots are read, which can take its time.
