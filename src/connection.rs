@@ -349,10 +349,16 @@ impl<S: Stream> Connection<S> {
     /// Makes the close a clean one if everything was delivered.
     fn close_if_delivered(&mut self) -> Result<bool, Broken> {
         if self.half_closed && self.stream.unacknowledged().map_err(Broken::of_socket)? == 0 {
-            self.stream.close_cleanly(self.input_ended).map_err(Broken::Service)?;
-            self.finished = true;
+            self.close_cleanly()?;
         }
         Ok(self.finished)
+    }
+
+    /// Makes the coming close a clean end: everything was delivered.
+    fn close_cleanly(&mut self) -> Result<(), Broken> {
+        self.stream.close_cleanly(self.input_ended).map_err(Broken::Service)?;
+        self.finished = true;
+        Ok(())
     }
 
     /// Appends something that the client sent to `input`; 0 is the end of its side. From then on,
@@ -481,9 +487,14 @@ impl<S: Stream> Connection<S> {
         let mut buffer = ReadBuf::uninit(&mut buffer);
         ready!(Pin::new(&mut self.stream).poll_read(context, &mut buffer))?;
         let read = buffer.filled().len();
+        self.note_discarded(read);
+        Poll::Ready(Ok(()))
+    }
+
+    /// So much was read and dropped; 0 is the end of the client's side.
+    fn note_discarded(&mut self, read: usize) {
         self.discarded += read as u64;
         self.input_ended |= read == 0;
-        Poll::Ready(Ok(()))
     }
 
     /// Reads and drops until the time is over or there is nothing more to read; true if the client
@@ -515,10 +526,7 @@ impl<S: Stream> Connection<S> {
                 break;
             }
             match self.stream.try_discard() {
-                Ok(read) => {
-                    self.discarded += read as u64;
-                    self.input_ended |= read == 0;
-                }
+                Ok(read) => self.note_discarded(read),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) => return Err(Broken::of_socket(error)),
             }
@@ -549,8 +557,7 @@ impl<S: Stream> Connection<S> {
                     || began.elapsed() >= LINGER_TOTAL
                     || self.terms.shutdown.drain.is_cancelled();
                 if waited_enough {
-                    self.stream.close_cleanly(self.input_ended).map_err(Broken::Service)?;
-                    self.finished = true;
+                    self.close_cleanly()?;
                     self.end(Outcome::Complete);
                     return Ok(());
                 }

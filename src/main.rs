@@ -116,8 +116,7 @@ fn download(arguments: &cli::Download) -> ExitCode {
 
 #[cfg(not(feature = "mirror"))]
 fn download(_: &cli::Download) -> ExitCode {
-    complain("this build has no `download`: it was built without the feature `mirror`");
-    ExitCode::FAILURE
+    absent("`download`", "mirror")
 }
 
 async fn time(arguments: &cli::Time) -> ExitCode {
@@ -199,14 +198,12 @@ fn not_begun(error: client::send::Error) -> ExitCode {
 
 #[cfg(not(feature = "alert"))]
 fn mail(_: &cli::Mail) -> ExitCode {
-    complain("this build has no `mail`: it was built without the feature `alert`");
-    ExitCode::FAILURE
+    absent("`mail`", "alert")
 }
 
 #[cfg(not(feature = "alert"))]
 fn sms(_: &cli::Sms) -> ExitCode {
-    complain("this build has no `sms`: it was built without the feature `alert`");
-    ExitCode::FAILURE
+    absent("`sms`", "alert")
 }
 
 fn check(arguments: cli::Check) -> ExitCode {
@@ -258,7 +255,12 @@ fn connect(config: Config) -> ExitCode {
 
 #[cfg(not(feature = "alert"))]
 fn connect(_: Config) -> ExitCode {
-    complain("this build has no channels: it was built without the feature `alert`");
+    absent("channels", "alert")
+}
+
+#[cfg(not(all(feature = "mirror", feature = "alert")))]
+fn absent(what: &str, feature: &str) -> ExitCode {
+    complain(&format!("this build has no {what}: it was built without the feature `{feature}`"));
     ExitCode::FAILURE
 }
 

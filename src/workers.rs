@@ -36,7 +36,7 @@ fn cores() -> usize {
 #[derive(Debug)]
 pub struct Workers {
     loops: Vec<Handle>,
-    _end: DropGuard,
+    _started: Vec<EventLoop>,
 }
 
 impl Workers {
@@ -45,18 +45,13 @@ impl Workers {
     /// # Errors
     /// If a thread or its loop cannot be had.
     pub fn start() -> io::Result<Self> {
-        let end = CancellationToken::new();
-        let mut loops = vec![Handle::current()];
-        for number in 1..cores() {
-            let runtime = event_loop()?;
-            loops.push(runtime.handle().clone());
-            let end = end.clone();
-            thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
-                runtime.block_on(end.cancelled());
-                runtime.shutdown_timeout(END_TIME);
-            })?;
-        }
-        Ok(Self { loops, _end: end.drop_guard() })
+        let started = (1..cores()).map(|number| EventLoop::start(&format!("worker-{number}")));
+        let started = started.collect::<io::Result<Vec<_>>>()?;
+        let others = started.iter().map(|other| other.handle.clone());
+        Ok(Self {
+            loops: [Handle::current()].into_iter().chain(others).collect(),
+            _started: started,
+        })
     }
 
     /// The loops; the first is that of the thread that has started the others.
@@ -65,8 +60,7 @@ impl Workers {
     }
 }
 
-/// A thread with an event loop of its own, for what must not delay the services. It ends when this
-/// is dropped.
+/// A thread with an event loop of its own. It ends when this is dropped.
 #[derive(Debug)]
 pub struct EventLoop {
     /// Where tasks are started.

@@ -517,26 +517,8 @@ struct Run<'a> {
 
 impl Run<'_> {
     async fn transfer_all(&mut self, entries: &Entries) -> Result<(), Error> {
-        // What is here counts until something takes its place.
-        let place = &self.shared.place;
-        let counted = entries.iter().flatten().filter(|_| self.order.max_total < u64::MAX);
-        for name in counted.map(|entry| &entry.name) {
-            if let Ok(There::File(local)) = place.look(name) {
-                self.shared.budget.take_what_is_left(local.size);
-            }
-            if place.has_left(name) {
-                self.shared.budget.take_what_is_left(place.part_size(name));
-            }
-        }
-        // What has left the listing and stays counts, too.
-        if let (Some(state), false) = (&self.state, self.order.delete) {
-            let listed = listing::names(entries);
-            let left = state.files.keys().filter(|name| !listed.contains(name.as_str()));
-            for name in left.filter(|_| self.order.max_total < u64::MAX) {
-                if let Ok(There::File(local)) = place.look(name) {
-                    self.shared.budget.take_what_is_left(local.size);
-                }
-            }
+        if self.order.max_total < u64::MAX {
+            self.count_what_is_here(entries);
         }
         let jobs = Arc::new(Semaphore::new(self.order.jobs));
         let mut transfers = JoinSet::new();
@@ -573,6 +555,26 @@ impl Run<'_> {
             self.count(ended?);
         }
         Ok(())
+    }
+
+    /// What is here counts for `max-total` until something takes its place, and what has left the
+    /// listing and stays.
+    fn count_what_is_here(&self, entries: &Entries) {
+        let Shared { place, budget, .. } = &*self.shared;
+        let mut names: HashSet<&str> = entries.iter().flatten().map(|entry| &*entry.name).collect();
+        if let (Some(state), false) = (&self.state, self.order.delete) {
+            let listed = listing::names(entries);
+            let known = state.files.keys().map(String::as_str);
+            names.extend(known.filter(|name| !listed.contains(name)));
+        }
+        for name in names {
+            if let Ok(There::File(local)) = place.look(name) {
+                budget.take_what_is_left(local.size);
+            }
+            if place.has_left(name) {
+                budget.take_what_is_left(place.part_size(name));
+            }
+        }
     }
 
     fn count(&mut self, (name, done): (String, Option<(Outcome, Known)>)) {

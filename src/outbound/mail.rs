@@ -2,7 +2,6 @@
 //!
 //! Some recipients may be refused and others not: those get the mail, and these are named.
 
-use std::net::IpAddr;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +13,7 @@ use tokio::time::timeout;
 
 use super::channel::{Failure, Sent};
 use super::message::{Mailbox, header_text};
+use super::reach;
 use super::roots;
 use super::smtp::{self, Connection, Doing, Login, Place, Security};
 use crate::client::Server;
@@ -54,10 +54,7 @@ impl Settings {
         let from = table.required("from", "who writes, as \"handout@example.org\"", str::parse);
         let to = table.texts("to", Mailbox::from_str);
         let timeout = table.text_or("timeout", "30s", config::duration);
-        let ca_file = table.text("ca-file", |name| {
-            let path = context.folder.join(name);
-            roots::read(&path).map(|_| path)
-        });
+        let ca_file = table.text("ca-file", |name| roots::file(name, context));
         let max_attachment = table.text_or("max-attachment", "10MiB", config::size);
         let to = to.and_then(|to| match to {
             None => Err(table.fault("to", "missing; expected at least one address")),
@@ -82,7 +79,9 @@ impl Settings {
             }
         };
         let (server, security, allow_plaintext) = (server?, security?, allow_plaintext?);
-        let far = security == Security::Plaintext && !allow_plaintext && !is_loopback(&server);
+        let far = security == Security::Plaintext
+            && !allow_plaintext
+            && !reach::is_loopback(server.host());
         let far = far.then(|| {
             table.fault(
                 "security",
@@ -191,11 +190,4 @@ impl Settings {
         connection.message(mail).await.map_err(fail)?;
         Ok(refused)
     }
-}
-
-/// Whether a server is on this machine, whatever the names in the network say.
-fn is_loopback(server: &Server) -> bool {
-    let host = server.host();
-    host == "localhost"
-        || host.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
 }

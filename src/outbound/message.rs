@@ -210,7 +210,7 @@ pub fn compose(letter: Letter<'_>) -> Result<Message, String> {
 fn body_of(text: &str) -> Body {
     // Every line ends in one way.
     let text = text.replace("\r\n", "\n");
-    // Behind the last one there is one anyway.
+    // The last line needs none: where it is not encoded, the end of the mail or of the part is one.
     let text = text.strip_suffix('\n').unwrap_or(&text).to_owned();
     let plain = |c: char| matches!(c, '\n' | '\t') || !c.is_control();
     if text.chars().all(plain) {

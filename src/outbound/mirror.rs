@@ -90,10 +90,7 @@ impl Settings {
             let path = secret::path(name, context.folder, credentials.as_deref());
             batch::read_token(&path).map(|_| path)
         });
-        let ca_file = table.text("ca-file", |name| {
-            let path = context.folder.join(name);
-            roots::read(&path).map(|_| path)
-        });
+        let ca_file = table.text("ca-file", |name| roots::file(name, context));
         let proxy = url(&mut table, "proxy");
         table.finish();
         let source = source?;

@@ -152,6 +152,16 @@ pub fn host_of(url: &Url) -> String {
     canonical(url.host_str().unwrap_or_default())
 }
 
+/// The address that a host is, if it is no name.
+fn address_of(host: &str) -> Option<IpAddr> {
+    host.trim_start_matches('[').trim_end_matches(']').parse().ok()
+}
+
+/// Whether a host is this machine, whatever the names in the network say.
+pub fn is_loopback(host: &str) -> bool {
+    host == "localhost" || address_of(host).is_some_and(|ip| ip.to_canonical().is_loopback())
+}
+
 /// Hosts that may be asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Host {
@@ -231,10 +241,9 @@ impl Reach {
         if !self.anybody && !self.below.iter().any(|end| host.ends_with(end)) {
             return Err(Refused::Host(escape(&host)));
         }
-        let literal = host.trim_start_matches('[').trim_end_matches(']');
-        match literal.parse::<IpAddr>() {
-            Ok(address) => self.may_connect(&host, [address]),
-            Err(_) => Ok(()),
+        match address_of(&host) {
+            Some(address) => self.may_connect(&host, [address]),
+            None => Ok(()),
         }
     }
 

@@ -2,14 +2,25 @@
 
 use std::fs;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
+use crate::config::Context;
+
 /// The largest file of roots that is read, in bytes.
 const MAX_ROOTS: u64 = 4 << 20;
+
+/// The file that a configuration names, which can be read.
+///
+/// # Errors
+/// Says what is wrong.
+pub fn file(name: &str, context: &Context<'_>) -> Result<PathBuf, String> {
+    let path = context.folder.join(name);
+    read(&path).map(|_| path)
+}
 
 /// Reads the certificates of a file in PEM form, of which there is one at least.
 ///

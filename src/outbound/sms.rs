@@ -4,7 +4,6 @@
 //! What it says in HTTP proves nothing by itself.
 
 use std::fmt;
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -279,10 +278,7 @@ impl Settings {
         let keys = FormKeys::read(&mut table);
         let timeout = table.text_or("timeout", "30s", config::duration);
         let max_segments = table.integer_or("max-segments", 4, 1..=10);
-        let ca_file = table.text("ca-file", |name| {
-            let path = context.folder.join(name);
-            roots::read(&path).map(|_| path)
-        });
+        let ca_file = table.text("ca-file", |name| roots::file(name, context));
         let (provider, account, password_file) = (provider?, account?, password_file?);
         let missing =
             |key, expected: &str| table.fault(key, format_args!("missing; expected {expected}"));
@@ -325,7 +321,10 @@ impl Settings {
             (None, None) => Err(missing("url", "where the form is sent to")),
         });
         let url = url.and_then(|url| {
-            if url.scheme() == "https" || allow_plaintext? || is_loopback(&url) {
+            if url.scheme() == "https"
+                || allow_plaintext?
+                || reach::is_loopback(&reach::host_of(&url))
+            {
                 return Ok(url);
             }
             let problem = "expected https://, or allow-plaintext = true";
@@ -602,13 +601,6 @@ impl Settings {
             }
         }
     }
-}
-
-/// Whether a URL leads to this machine, whatever the names in the network say.
-fn is_loopback(url: &Url) -> bool {
-    let host = reach::host_of(url);
-    let literal = host.trim_start_matches('[').trim_end_matches(']');
-    host == "localhost" || literal.parse::<IpAddr>().is_ok_and(|ip| ip.to_canonical().is_loopback())
 }
 
 /// The numbers of a table, if this provider sends to all of them.

@@ -58,6 +58,16 @@ impl Validators {
         (sent > modified).then(|| last_modified.clone())
     }
 
+    /// These, and what was said `before` where they say nothing: a reply that sends no content, or
+    /// only a part of it, may leave them out (RFC 9110, 15.3.7 and 15.4.5).
+    #[must_use]
+    pub fn or(self, before: &Self) -> Self {
+        Self {
+            etag: self.etag.or_else(|| before.etag.clone()),
+            last_modified: self.last_modified.or_else(|| before.last_modified.clone()),
+        }
+    }
+
     /// The time of `Last-Modified`.
     pub fn modified(&self) -> Option<SystemTime> {
         httpdate::parse_http_date(self.last_modified.as_deref()?).ok()

@@ -22,7 +22,7 @@ use super::incidents::{Hour, Incidents, Report, Withheld};
 use super::message::{self, Attachment, Letter};
 use super::queue::{MAX_WAITING, Message, Queue};
 use super::{mail, sms};
-use crate::alerts::{Counts, Events, Outcome, Reporter};
+use crate::alerts::{Counts, Event, Events, Outcome, Reporter};
 use crate::client::names::escape;
 use crate::files::OpenFile;
 use crate::workers::EventLoop;
@@ -193,24 +193,20 @@ impl Job {
     async fn run(mut self, mut events: Events, mut wanted: watch::Receiver<Wanted>) {
         self.open();
         let first = wanted.borrow_and_update().clone();
-        self.become_(first);
+        self.adopt(first);
         let stop = self.stop.clone();
         loop {
             self.act(false);
             let next = self.begun.0 + self.next();
             tokio::select! {
                 () = stop.cancelled() => break,
-                Some(event) = events.recv() => {
-                    if self.on {
-                        self.incidents.add(event, self.now());
-                    }
-                }
+                Some(event) = events.recv() => self.take(event),
                 changed = wanted.changed() => {
                     if changed.is_err() {
                         break;
                     }
                     let wanted = wanted.borrow_and_update().clone();
-                    self.become_(wanted);
+                    self.adopt(wanted);
                 }
                 Some(ended) = self.sending.join_next() => {
                     if let Ok(ended) = ended {
@@ -222,9 +218,7 @@ impl Job {
         }
         // What has been said before the order is told, too.
         while let Ok(event) = events.try_recv() {
-            if self.on {
-                self.incidents.add(event, self.now());
-            }
+            self.take(event);
         }
         self.act(true);
         while let Some(ended) = self.sending.join_next().await {
@@ -233,7 +227,7 @@ impl Job {
             }
             self.act(true);
         }
-        let waiting: usize = self.outlets.keys().map(|name| self.queue.waiting(name)).sum();
+        let waiting = self.waiting();
         if waiting > 0 {
             tracing::info!(waiting, "{waiting} alerts stay in the queue");
         }
@@ -262,7 +256,7 @@ impl Job {
     }
 
     /// Does what is wanted from now on.
-    fn become_(&mut self, wanted: Wanted) {
+    fn adopt(&mut self, wanted: Wanted) {
         let Wanted { settings, counts } = wanted;
         self.on = settings.is_on();
         if let Some(alert) = &settings.alert {
@@ -305,12 +299,24 @@ impl Job {
         }
         let told: Vec<_> =
             self.outlets.keys().filter(|name| settings.is_told(name)).map(|name| &**name).collect();
-        let waiting: usize = self.outlets.keys().map(|name| self.queue.waiting(name)).sum();
+        let waiting = self.waiting();
         let to = told.join(", ");
         if self.on {
             tracing::info!(to, waiting, "alerts to {to}; {waiting} wait to be sent");
         } else {
             tracing::info!(waiting, "no alerts any more; {waiting} wait to be sent");
+        }
+    }
+
+    /// How many messages wait, for all channels.
+    fn waiting(&self) -> usize {
+        self.outlets.keys().map(|name| self.queue.waiting(name)).sum()
+    }
+
+    /// Takes what has happened, if anybody is to be told.
+    fn take(&mut self, event: Event) {
+        if self.on {
+            self.incidents.add(event, self.now());
         }
     }
 

@@ -266,20 +266,9 @@ pub async fn transfer(
     let source = identity(&entry.url);
     let deadline = Instant::now() + shared.terms.max_duration;
     let permit = Some(permit);
-    Transfer {
-        shared,
-        entry,
-        local,
-        source,
-        deadline,
-        permit,
-        progress,
-        taken: 0,
-        brought: 0,
-        furthest: 0,
-    }
-    .run(known)
-    .await
+    Transfer { shared, entry, local, source, deadline, permit, progress, taken: 0, furthest: 0 }
+        .run(known)
+        .await
 }
 
 struct Transfer<'a> {
@@ -292,9 +281,7 @@ struct Transfer<'a> {
     progress: Progress<'a>,
     /// How much of the budget this attempt has taken.
     taken: u64,
-    /// How much all attempts have received.
-    brought: u64,
-    /// How much of the file the best of them has got to.
+    /// How much of the file the best attempt has got to, an earlier run's part included.
     furthest: u64,
 }
 
@@ -333,7 +320,7 @@ impl Transfer<'_> {
 
     /// Whether this or an earlier run may have left a part.
     fn may_have_part(&self) -> bool {
-        self.brought > 0 || self.shared.place.has_left(&self.entry.name)
+        self.furthest > 0 || self.shared.place.has_left(&self.entry.name)
     }
 
     fn take(&mut self, bytes: u64) -> Result<(), Error> {
@@ -393,13 +380,7 @@ impl Transfer<'_> {
                     break response;
                 }
                 (304, None) if let Ask::IfChanged(validators) = ask => {
-                    let said = validators_of(&response);
-                    let validators = Validators {
-                        etag: said.etag.or_else(|| validators.etag.clone()),
-                        last_modified: said
-                            .last_modified
-                            .or_else(|| validators.last_modified.clone()),
-                    };
+                    let validators = validators_of(&response).or(validators);
                     return self
                         .local
                         .map(|local| self.unchanged(local, validators))
@@ -435,13 +416,11 @@ impl Transfer<'_> {
             validators: said.clone(),
             total: content_length(&response),
         });
-        // What goes on need not say again what was said at the beginning (RFC 9110, 15.3.7).
-        if let Some(Resume { about: About { validators, .. }, .. }) = &resume {
-            said.etag = said.etag.or_else(|| validators.etag.clone());
-            said.last_modified = said.last_modified.or_else(|| validators.last_modified.clone());
-        }
         // A part keeps what was said of its beginning.
         let about = resume.as_ref().map(|resume| resume.about.clone()).or(about);
+        if let (Some(_), Some(about)) = (&resume, &about) {
+            said = said.or(&about.validators);
+        }
         let mut incoming = Incoming::begin(self, resume, about).await?;
         let received = self.receive(&mut response, &mut incoming).await;
         if let Err(error) = received {
@@ -559,7 +538,6 @@ impl Transfer<'_> {
             let Some(piece) = piece else { break };
             let came = piece.len() as u64;
             shared.received.fetch_add(came, Ordering::Relaxed);
-            self.brought += came;
             length += came;
             self.furthest = self.furthest.max(length);
             if length > *max_file {
