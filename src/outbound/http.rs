@@ -16,6 +16,7 @@ use rustls::pki_types::CertificateDer;
 use tokio::time::timeout;
 
 use super::reach::{self, Reach, Refused};
+use super::roots;
 
 /// How many redirects are followed.
 const MAX_REDIRECTS: usize = 5;
@@ -67,7 +68,7 @@ pub enum Error {
     #[error("cannot connect: {0}")]
     Connect(String),
     /// The server cannot show who it is.
-    #[error("the server's certificate is not taken: {0}; further roots can be named (ca-file)")]
+    #[error("{0}")]
     Certificate(String),
     /// The connection ended or failed before the end of the reply.
     #[error("the connection failed: {0}")]
@@ -98,7 +99,7 @@ impl Error {
             let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
             let tls = wrapped.and_then(|wrapped| wrapped.downcast_ref::<rustls::Error>());
             if let Some(rustls::Error::InvalidCertificate(why)) = tls {
-                return Self::Certificate(why.to_string());
+                return Self::Certificate(roots::not_taken(why));
             }
             innermost = Some(error.to_string());
             cause = error.source();

@@ -297,9 +297,9 @@ async fn encrypt(
     TlsConnector::from(config).connect(name, stream).await.map_err(|error| {
         let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
         match tls {
-            Some(rustls::Error::InvalidCertificate(why)) => Failure::unusable(format!(
-                "the server's certificate is not taken: {why}; further roots can be named (ca-file)"
-            )),
+            Some(rustls::Error::InvalidCertificate(why)) => {
+                Failure::unusable(roots::not_taken(why))
+            }
             Some(rustls::Error::InvalidMessage(_)) => Failure::unusable(
                 "the server does not answer with TLS: is it the right port, or security = \
                  \"starttls\"?",

@@ -421,11 +421,13 @@ fn a_server_whose_certificate_is_of_nobody_known_or_of_another_gets_nothing() {
     for security in ["tls", "starttls"] {
         let known = Postbox::start(security);
         let of_another = Postbox::start_on(Ipv4Addr::new(127, 0, 0, 2), security);
+        let by_itself = Postbox::start_as_authority(security);
         let ca_file = format!("ca-file = \"{}\"\n", known.authority());
         let unknown = known.channel("").replace(&ca_file, "");
         for (postbox, config, why) in [
             (&known, unknown, "UnknownIssuer"),
             (&of_another, of_another.channel(""), "not valid for name"),
+            (&by_itself, by_itself.channel(""), "it is that of an authority"),
         ] {
             let place = Place::new(&config);
             for outcome in [place.send(&[]), place.check()] {

@@ -46,6 +46,17 @@ impl Postbox {
         postbox
     }
 
+    /// The same, which shows the certificate of the authority as its own.
+    pub fn start_as_authority(security: &str) -> Self {
+        let mut postbox = Self::down(security);
+        let path = |name| json!(postbox.inside(name).display().to_string());
+        let (certificate, key) = (path("ca.pem"), path("ca.key"));
+        postbox.options["certificate"] = certificate;
+        postbox.options["key"] = key;
+        postbox.up();
+        postbox
+    }
+
     /// The same, which does not offer this mechanism of AUTH.
     pub fn start_without(mechanism: &str, security: &str) -> Self {
         let mut postbox = Self::down(security);
