@@ -56,6 +56,8 @@ pub enum Kind {
     Overloaded,
     /// A reload changed nothing.
     ReloadFailed,
+    /// What is told cannot be sent over a channel. It is told over the others.
+    ChannelFailed,
 }
 
 impl Label for Kind {
@@ -67,6 +69,7 @@ impl Label for Kind {
         (Self::ClockUnsynchronized, "clock-unsynchronized"),
         (Self::Overloaded, "overloaded"),
         (Self::ReloadFailed, "reload-failed"),
+        (Self::ChannelFailed, "channel-failed"),
     ];
 }
 

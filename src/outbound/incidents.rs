@@ -2,7 +2,7 @@
 //!
 //! Only arithmetic on times, which count from any beginning. What happens within `wait` is told in one
 //! message. What lasts is told again after `repeat`, and its end once. What comes and goes is told to
-//! do so, and then only when it stays one way.
+//! do so, and then only when it stays one way. What was told and is not over is known after a restart.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Write as _;
@@ -71,6 +71,20 @@ struct Incident {
     begins: VecDeque<Duration>,
     /// It comes and goes.
     flapping: Option<Flapping>,
+    /// It is known from before a restart only, and is over then if it does not begin until then.
+    until_seen: Option<Duration>,
+}
+
+/// Something of which the end is still to be told, as it is kept for the next start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ongoing {
+    kind: String,
+    subject: String,
+    what: String,
+    /// In seconds since 1970.
+    since: i64,
+    /// When it is told again if it lasts, in seconds since 1970.
+    again: i64,
 }
 
 #[derive(Debug)]
@@ -104,14 +118,23 @@ pub struct Incidents {
 }
 
 /// What is to be told in one message.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Report {
-    /// What of what, in a few words each.
-    pub subjects: Vec<String>,
-    /// In full, a line each.
-    pub lines: Vec<String>,
+    entries: Vec<Entry>,
+    /// How much more has happened.
+    more: u64,
     /// What goes with it.
     pub files: Vec<PathBuf>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Entry {
+    /// What of what, in a few words.
+    subject: String,
+    /// In full.
+    line: String,
+    /// The channel that it is about, which does not tell it.
+    channel: Option<Arc<str>>,
 }
 
 impl Incidents {
@@ -162,7 +185,9 @@ impl Incidents {
             told: None,
             begins: VecDeque::new(),
             flapping: None,
+            until_seen: None,
         });
+        incident.until_seen = None;
         if incident.until.is_none() {
             return false;
         }
@@ -193,6 +218,7 @@ impl Incidents {
 
     fn end(&mut self, key: &(Kind, Arc<str>), at: Timestamp, now: Duration) -> bool {
         let Some(incident) = self.known.get_mut(key) else { return false };
+        incident.until_seen = None;
         if incident.until.is_some() {
             return false;
         }
@@ -213,7 +239,56 @@ impl Incidents {
             Some(_) => None,
             None => incident.told.filter(|_| incident.until.is_none() && !incident.pending),
         });
-        each.chain(self.group).min()
+        let not_seen = self.known.values().filter_map(|incident| incident.until_seen);
+        each.chain(not_seen).chain(self.group).min()
+    }
+
+    /// What is to be known after a restart; `second` says when a time is, in seconds since 1970.
+    pub fn ongoing(&self, second: impl Fn(Duration) -> i64) -> Vec<Ongoing> {
+        let told = self.known.iter().filter_map(|((kind, subject), incident)| {
+            let comes_and_goes = incident.flapping.as_ref().filter(|flapping| flapping.told);
+            let again = incident.told.or(comes_and_goes.map(|flapping| flapping.changed))?;
+            Some(Ongoing {
+                kind: kind.name().to_owned(),
+                subject: subject.to_string(),
+                what: incident.what.clone(),
+                since: incident.since.as_second(),
+                again: second(again),
+            })
+        });
+        told.collect()
+    }
+
+    /// Takes up what was known before a restart. `second` is the time of day at `now`.
+    pub fn take_up(&mut self, before: Vec<Ongoing>, now: Duration, second: i64) {
+        let Policy { on, wait, repeat } = &self.policy;
+        for Ongoing { kind, subject, what, since, again } in before {
+            let kind = on.iter().find(|known| known.name() == kind);
+            let (Some(&kind), Ok(since)) = (kind, Timestamp::from_second(since)) else { continue };
+            // A clock that was set puts nothing off.
+            let again =
+                Duration::from_secs(u64::try_from(again.saturating_sub(second)).unwrap_or(0));
+            let incident = Incident {
+                what,
+                since,
+                until: None,
+                pending: false,
+                told: Some(now.saturating_add(again.min(*repeat))),
+                begins: VecDeque::new(),
+                flapping: None,
+                // Whether a channel works is seen when it sends something, whenever that is.
+                until_seen: (kind != Kind::ChannelFailed)
+                    .then(|| now.saturating_add(wait.saturating_mul(CALM_TIME))),
+            };
+            self.known.entry((kind, subject.into())).or_insert(incident);
+        }
+    }
+
+    /// What is known from before a restart and would have been seen since, if it were not over.
+    pub fn vanished(&self, now: Duration) -> Vec<(Kind, Arc<str>)> {
+        let is_over = |incident: &Incident| incident.until_seen.is_some_and(|until| until <= now);
+        let over = self.known.iter().filter(|(_, incident)| is_over(incident));
+        over.map(|(key, _)| key.clone()).collect()
     }
 
     /// What is to be told at `now`, if anything. At the `end`, also what would be told a little later.
@@ -221,14 +296,15 @@ impl Incidents {
         let Policy { wait, repeat, .. } = self.policy;
         let (calm, window) = (wait.saturating_mul(CALM_TIME), wait.saturating_mul(FLAPPING_TIME));
         let group = self.group.is_some_and(|due| due <= now || end);
-        let mut report = Report { subjects: Vec::new(), lines: Vec::new(), files: Vec::new() };
+        let mut report = Report::default();
         for ((kind, subject), incident) in &mut self.known {
+            let channel = (*kind == Kind::ChannelFailed).then(|| Arc::clone(subject));
             let again = now.saturating_add(repeat);
             let (name, since) = (format!("{}: {subject}", kind.name()), time(incident.since));
             let what = escape(&incident.what);
             let mut tell = |prefix: &str, when: &str| {
                 let line = format!("{prefix}{name}, {when}: {what}");
-                report.add(format!("{prefix}{name}, since {since}"), &line);
+                report.add(format!("{prefix}{name}, since {since}"), &line, channel.clone());
             };
             let flapping_is_over = match &incident.flapping {
                 Some(flapping) => flapping.told && flapping.changed.saturating_add(calm) <= now,
@@ -283,13 +359,10 @@ impl Incidents {
                 let name = format!("{}: {subject}", kind.name());
                 let name = format!("{name}, at {}", time(at));
                 let line = format!("{name}: {}", escape(&what));
-                report.add(name, &line);
+                report.add(name, &line, None);
                 report.files.extend(files);
             }
-            let more = std::mem::take(&mut self.uncounted);
-            if more > 0 {
-                report.lines.push(format!("and {more} more events"));
-            }
+            report.more = std::mem::take(&mut self.uncounted);
             report.files.truncate(MAX_HAPPENED);
         }
         // What is over, and did not begin lately, is forgotten.
@@ -297,29 +370,40 @@ impl Incidents {
             let lately = incident.begins.back().is_some_and(|at| *at + window > now);
             incident.until.is_none() || incident.pending || incident.flapping.is_some() || lately
         });
-        if report.lines.is_empty() { None } else { Some(report.bounded()) }
+        (!report.is_empty()).then_some(report)
     }
 }
 
 impl Report {
-    fn add(&mut self, subject: String, line: &str) {
-        self.subjects.push(subject);
-        self.lines.push(short(line, MAX_LINE));
+    fn add(&mut self, subject: String, line: &str, channel: Option<Arc<str>>) {
+        self.entries.push(Entry { subject, line: short(line, MAX_LINE), channel });
     }
 
-    fn bounded(mut self) -> Self {
-        let more = self.lines.len().saturating_sub(MAX_LINES);
-        if more > 0 {
-            self.lines.truncate(MAX_LINES);
-            self.lines.push(format!("and {more} more"));
-        }
-        self
+    fn is_empty(&self) -> bool {
+        self.entries.is_empty() && self.more == 0
+    }
+
+    /// What of it is told over a channel, if anything: not what is about the channel itself.
+    #[must_use]
+    pub fn over(&self, channel: &str) -> Option<Self> {
+        let mut report = self.clone();
+        report.entries.retain(|entry| entry.channel.as_deref() != Some(channel));
+        (!report.is_empty()).then_some(report)
+    }
+
+    /// A line each, of which there are not too many.
+    fn lines(&self) -> Vec<String> {
+        let lines = self.entries.iter().map(|entry| &entry.line).take(MAX_LINES);
+        let left = self.entries.len().saturating_sub(MAX_LINES) as u64;
+        let more = self.more.saturating_add(left);
+        let more = (more > 0).then(|| format!("and {more} more"));
+        lines.cloned().chain(more).collect()
     }
 
     /// The subject of its message: where, and what.
     pub fn subject(&self, host: &str) -> String {
-        let first = self.subjects.first().or(self.lines.first()).map_or("", String::as_str);
-        let others = self.subjects.len().saturating_sub(1);
+        let first = self.entries.first().map_or("", |entry| &entry.subject);
+        let others = self.entries.len().saturating_sub(1);
         let more = if others > 0 { format!(" and {others} more") } else { String::new() };
         // What everything is about stands in front, as subjects are cut.
         format!("{}{more}", short(&format!("{host}: {first}"), MAX_SUBJECT))
@@ -328,7 +412,7 @@ impl Report {
     /// The text of its message; its first line says where, what, and since when. `withheld` is what
     /// was not told before.
     pub fn text(&self, host: &str, withheld: &Withheld) -> String {
-        let mut text = format!("{host}: {}\n", self.lines.join("\n"));
+        let mut text = format!("{host}: {}\n", self.lines().join("\n"));
         let Withheld { count, lines } = withheld;
         if *count > 0 {
             let messages = if *count == 1 { "message was" } else { "messages were" };
@@ -355,7 +439,7 @@ impl Withheld {
     /// One more.
     pub fn add(&mut self, report: &Report) {
         self.count += 1;
-        self.lines.extend(report.lines.iter().cloned());
+        self.lines.extend(report.lines());
         let too_many = self.lines.len().saturating_sub(MAX_WITHHELD);
         self.lines.drain(..too_many);
     }
@@ -366,11 +450,9 @@ impl Withheld {
         let messages = if *count == 1 { "message" } else { "messages" };
         let subject = format!("{count} {messages} withheld (max-per-hour)");
         let last = lines.back().map_or(String::new(), |last| format!("; the last: {last}"));
-        Report {
-            lines: vec![format!("{subject}{last}")],
-            subjects: vec![subject],
-            files: Vec::new(),
-        }
+        let mut report = Report::default();
+        report.add(subject.clone(), &format!("{subject}{last}"), None);
+        report
     }
 }
 
@@ -448,8 +530,8 @@ mod tests {
 
     /// What a report is about, without since when.
     fn whats(report: &Report) -> Vec<String> {
-        let what = |subject: &String| subject.split_once(", ").unwrap().0.to_owned();
-        report.subjects.iter().map(what).collect()
+        let what = |entry: &Entry| entry.subject.split_once(", ").unwrap().0.to_owned();
+        report.entries.iter().map(what).collect()
     }
 
     /// The incidents with a clock.
@@ -468,6 +550,9 @@ mod tests {
         fn until(&mut self, second: u64) {
             while let Some(next) = self.incidents.next().filter(|next| *next <= at(second)) {
                 self.now = self.now.max(next.as_secs());
+                for (_, subject) in self.incidents.vanished(at(self.now)) {
+                    self.end(&subject);
+                }
                 if let Some(report) = self.incidents.due(at(self.now), false) {
                     self.messages.push((self.now, whats(&report)));
                 }
@@ -578,6 +663,82 @@ mod tests {
         assert!(told.incidents.due(at(1), true).is_none());
     }
 
+    /// As it is after a restart, `downtime` seconds later, with what was kept.
+    fn restarted(told: &Told, downtime: u64) -> Told {
+        let second = |at: Duration| i64::try_from(at.as_secs()).unwrap();
+        let kept = serde_json::to_string(&told.incidents.ongoing(second)).unwrap();
+        let mut next = Told::new();
+        let now = told.now + downtime;
+        next.incidents.take_up(serde_json::from_str(&kept).unwrap(), at(0), second(at(now)));
+        next
+    }
+
+    #[test]
+    fn what_lasts_beyond_a_restart_is_not_told_as_new() {
+        let mut told = Told::new();
+        told.begin("a");
+        told.until(3600);
+        let mut next = restarted(&told, 60);
+        next.begin("a");
+        next.until(3 * 3600);
+        assert_eq!(next.take(), [one(WAIT + 3 * 3600 - 60, "still: file-missing: a")]);
+        next.end("a");
+        next.until(5 * 3600);
+        assert_eq!(next.take(), [one(3 * 3600 + WAIT, "over: file-missing: a")]);
+    }
+
+    #[test]
+    fn what_has_ended_before_a_restart_is_told_to_be_over() {
+        let mut told = Told::new();
+        told.begin("a");
+        told.until(100);
+        // It was not told yet that it is over.
+        told.end("a");
+        let calm = WAIT * u64::from(CALM_TIME);
+        let mut next = restarted(&told, 0);
+        next.until(2 * calm);
+        assert_eq!(next.take(), [one(calm + WAIT, "over: file-missing: a")]);
+        assert!(restarted(&next, 0).incidents.known.is_empty());
+    }
+
+    #[test]
+    fn what_was_not_told_yet_is_new_after_a_restart() {
+        let mut told = Told::new();
+        told.begin("a");
+        assert!(restarted(&told, 0).incidents.known.is_empty());
+    }
+
+    #[test]
+    fn a_clock_that_was_set_back_puts_nothing_off() {
+        let mut told = Told::new();
+        told.begin("a");
+        told.until(100);
+        told.now = 0;
+        let mut next = Told::new();
+        let kept = told.incidents.ongoing(|_| i64::MAX);
+        next.incidents.take_up(kept, at(0), 0);
+        next.begin("a");
+        next.until(5 * 3600);
+        assert_eq!(next.take(), [one(4 * 3600, "still: file-missing: a")]);
+    }
+
+    #[test]
+    fn the_failure_of_a_channel_is_told_over_the_others() {
+        let mut incidents = Incidents::new(policy());
+        let begun = |subject, kind| Event {
+            kind,
+            ..event(subject, 0, Change::Begun("the login is refused".to_owned()))
+        };
+        incidents.add(begun("mail.ops", Kind::ChannelFailed), at(0));
+        let report = incidents.due(at(WAIT), false).unwrap();
+        assert_eq!(report.over("mail.ops"), None);
+        assert_eq!(whats(&report.over("sms.ops").unwrap()), ["channel-failed: mail.ops"]);
+        // Of a file, even if it is called so, everybody is told.
+        incidents.add(begun("mail.ops", Kind::FileMissing), at(WAIT));
+        let report = incidents.due(at(2 * WAIT), false).unwrap();
+        assert_eq!(whats(&report.over("mail.ops").unwrap()), ["file-missing: mail.ops"]);
+    }
+
     #[test]
     fn only_what_is_wanted_is_told() {
         let mut told = Told::new();
@@ -598,9 +759,9 @@ mod tests {
             told.incidents.add(event("m", 0, change), at(0));
         }
         let report = told.incidents.due(at(WAIT), false).unwrap();
-        assert_eq!(report.lines.len(), MAX_LINES + 1);
+        assert_eq!(report.lines().len(), MAX_LINES + 1);
         assert!(report.files.len() <= MAX_HAPPENED);
-        assert!(report.lines.iter().all(|line| !line.contains(['\r', '\n'])));
+        assert!(report.lines().iter().all(|line| !line.contains(['\r', '\n'])));
         assert!(report.text("host", &Withheld::default()).len() < 200_000);
         assert!(report.subject("host").chars().count() < MAX_SUBJECT + 20);
     }
@@ -616,10 +777,10 @@ mod tests {
 
     #[test]
     fn what_is_withheld_is_counted_in_the_next_message() {
-        let report = |line: &str| Report {
-            subjects: vec![line.to_owned()],
-            lines: vec![line.to_owned()],
-            files: Vec::new(),
+        let report = |line: &str| {
+            let mut report = Report::default();
+            report.add(line.to_owned(), line, None);
+            report
         };
         let mut withheld = Withheld::default();
         for number in 0..100 {
@@ -628,7 +789,10 @@ mod tests {
         assert_eq!(withheld.lines.len(), MAX_WITHHELD);
         let text = report("now").text("host", &withheld);
         assert!(text.contains("\n100 messages were withheld before this one:\n80\n81\n"), "{text}");
-        assert_eq!(withheld.report().lines, ["100 messages withheld (max-per-hour); the last: 99"]);
+        assert_eq!(
+            withheld.report().lines(),
+            ["100 messages withheld (max-per-hour); the last: 99"]
+        );
     }
 
     proptest! {

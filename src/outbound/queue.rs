@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::incidents::Withheld;
+use super::incidents::{Ongoing, Withheld};
 
 /// The file's name; hidden, so that no file service has it.
 const FILE: &str = ".handout-alerts.json";
@@ -59,6 +59,9 @@ struct Contents {
     /// What was not told over a channel.
     #[serde(default)]
     withheld: BTreeMap<String, Withheld>,
+    /// Of what the end is still to be told.
+    #[serde(default)]
+    ongoing: Vec<Ongoing>,
 }
 
 /// The queue of all channels.
@@ -198,6 +201,19 @@ impl Queue {
     /// What was not told over a channel.
     pub fn withheld(&self, channel: &str) -> Withheld {
         self.contents.withheld.get(channel).cloned().unwrap_or_default()
+    }
+
+    /// Of what the end is still to be told.
+    pub fn ongoing(&self) -> &[Ongoing] {
+        &self.contents.ongoing
+    }
+
+    /// Changes of what the end is still to be told.
+    pub fn set_ongoing(&mut self, ongoing: Vec<Ongoing>) {
+        if self.contents.ongoing != ongoing {
+            self.contents.ongoing = ongoing;
+            self.changed = true;
+        }
     }
 
     /// Changes what was not told over a channel.

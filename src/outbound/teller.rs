@@ -1,7 +1,7 @@
 //! The job of the daemon that tells the operator what happens.
 //!
 //! It runs on a thread and an event loop of its own: neither a dead mail server nor the disk delays a
-//! service. What a channel itself fails with is logged and counted, and told over no channel.
+//! service. What a channel itself fails with is logged, counted, and told over the other channels.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -10,6 +10,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep_until};
@@ -22,7 +23,7 @@ use super::incidents::{Hour, Incidents, Report, Withheld};
 use super::message::{self, Attachment, Letter};
 use super::queue::{MAX_WAITING, Message, Queue};
 use super::{mail, sms};
-use crate::alerts::{Counts, Event, Events, Outcome, Reporter};
+use crate::alerts::{Change, Counts, Event, Events, Kind, Outcome, Reporter};
 use crate::client::names::escape;
 use crate::files::OpenFile;
 use crate::workers::EventLoop;
@@ -32,6 +33,10 @@ const PAUSE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_mins
 
 /// What could not be sent for so long is not sent.
 const EXPIRES: Duration = Duration::from_hours(72);
+
+/// A channel that has sent nothing for so long has failed. Shorter is what servers do to strangers,
+/// who have to come again (greylisting).
+const PATIENCE: Duration = Duration::from_mins(10);
 
 /// How often it is looked at what has expired.
 const TIDY_EVERY: Duration = Duration::from_mins(1);
@@ -131,8 +136,16 @@ struct Outlet {
     busy: bool,
     /// One after the other, without a success in between.
     failures: u32,
+    /// Since when.
+    failing: Option<Duration>,
     /// When it is tried again.
     next: Duration,
+}
+
+impl Outlet {
+    fn try_at_once(&mut self) {
+        (self.failures, self.next) = (0, Duration::ZERO);
+    }
 }
 
 /// A message that was on its way.
@@ -192,6 +205,8 @@ impl Job {
 
     async fn run(mut self, mut events: Events, mut wanted: watch::Receiver<Wanted>) {
         self.open();
+        let (now, second) = (self.now(), self.second());
+        self.incidents.take_up(self.queue.ongoing().to_vec(), now, second);
         let first = wanted.borrow_and_update().clone();
         self.adopt(first);
         let stop = self.stop.clone();
@@ -281,9 +296,11 @@ impl Job {
                 Some(before) => {
                     // Somebody may have mended it.
                     let mended = before.channel != *channel;
-                    let (failures, next) =
-                        if mended { (0, Duration::ZERO) } else { (before.failures, before.next) };
-                    Outlet { channel: channel.clone(), counts, failures, next, ..before }
+                    let mut outlet = Outlet { channel: channel.clone(), counts, ..before };
+                    if mended {
+                        outlet.try_at_once();
+                    }
+                    outlet
                 }
                 None => Outlet {
                     channel: channel.clone(),
@@ -292,10 +309,14 @@ impl Job {
                     hour: Hour::new(self.queue.made(&name).into_iter().map(|at| at.min(now))),
                     busy: false,
                     failures: 0,
+                    failing: None,
                     next: Duration::ZERO,
                 },
             };
             self.outlets.insert(name, outlet);
+        }
+        for gone in before.into_keys() {
+            self.take(channel_failed(gone, Change::Ended));
         }
         let told: Vec<_> =
             self.outlets.keys().filter(|name| settings.is_told(name)).map(|name| &**name).collect();
@@ -345,13 +366,16 @@ impl Job {
             self.tidied = now;
             self.tidy();
         }
+        for (kind, subject) in self.incidents.vanished(now) {
+            self.take(Event { kind, subject, at: Timestamp::now(), change: Change::Ended });
+        }
         let report = self.incidents.due(now, end).filter(|_| self.on);
         for name in self.alert.to.clone() {
             let Some(outlet) = self.outlets.get(&*name) else { continue };
             let withheld = self.queue.withheld(&name);
             let free = outlet.hour.free_at(self.alert.max_per_hour) <= self.second();
-            match &report {
-                Some(report) => self.tell(&name, report),
+            match report.as_ref().and_then(|report| report.over(&name)) {
+                Some(report) => self.tell(&name, &report),
                 // There is a place again for what was not told.
                 None if withheld.count > 0 && free && self.on => {
                     self.tell(&name, &withheld.report());
@@ -359,6 +383,9 @@ impl Job {
                 None => {}
             }
         }
+        let begun = self.begun.1;
+        let second = |at| begun.checked_add(at).map_or(i64::MAX, unix);
+        self.queue.set_ongoing(self.incidents.ongoing(second));
         // Before anything of it is sent.
         self.save();
         for name in self.outlets.keys().cloned().collect::<Vec<_>>() {
@@ -463,7 +490,9 @@ impl Job {
                 }
                 if later.is_empty() {
                     self.queue.remove(&name, &id);
-                    (outlet.failures, outlet.next) = (0, Duration::ZERO);
+                    outlet.try_at_once();
+                    outlet.failing = None;
+                    self.take(channel_failed(Arc::clone(&name), Change::Ended));
                     self.save();
                     return;
                 }
@@ -472,11 +501,14 @@ impl Job {
             }
             Err(failure) => (failure.lasting, failure.words, None),
         };
+        let failing_for = now.saturating_sub(*outlet.failing.get_or_insert(now));
+        let has_failed = (lasting != Lasting::Temporary || failing_for >= PATIENCE)
+            .then(|| channel_failed(Arc::clone(&name), Change::Begun(error.clone())));
         if lasting == Lasting::Refused {
             outlet.counts.outcomes.add(Outcome::Refused);
             tracing::error!(channel, error, "alert refused over {channel}: {error}");
             self.queue.remove(&name, &id);
-            (outlet.failures, outlet.next) = (0, Duration::ZERO);
+            outlet.try_at_once();
         } else {
             outlet.counts.outcomes.add(Outcome::Failed);
             let pause = PAUSE.0.saturating_mul(2_u32.saturating_pow(outlet.failures)).min(PAUSE.1);
@@ -486,6 +518,10 @@ impl Job {
             let next = pause.as_secs_f64();
             tracing::warn!(channel, error, next, "alert not sent over {channel}: {error}");
             self.queue.put_back(&name, &id, rest);
+        }
+        if let Some(event) = has_failed {
+            let since = event.at.checked_sub(failing_for).unwrap_or(event.at);
+            self.take(Event { at: since, ..event });
         }
         self.save();
     }
@@ -506,6 +542,11 @@ impl Job {
             tracing::warn!(events = more, "{more} events found no place and are told later or not");
         }
     }
+}
+
+/// What becomes of a channel at this moment.
+fn channel_failed(subject: Arc<str>, change: Change) -> Event {
+    Event { kind: Kind::ChannelFailed, subject, at: Timestamp::now(), change }
 }
 
 fn unix(time: SystemTime) -> i64 {
@@ -593,10 +634,9 @@ mod tests {
 
     use super::super::alert::tests::{MAIL, load};
     use super::*;
-    use crate::alerts::{Change, Event, Kind};
 
     fn event(change: Change) -> Event {
-        let at = jiff::Timestamp::now();
+        let at = Timestamp::now();
         Event { kind: Kind::FileMissing, subject: "file.a".into(), at, change }
     }
 

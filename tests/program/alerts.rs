@@ -462,3 +462,59 @@ fn what_is_said_last_is_told_before_the_end() {
     assert!(text(&mail).contains("file-missing: file.a"), "{mail}");
     assert!(waiting(daemon.folder.path()).is_empty());
 }
+
+#[test]
+fn what_lasts_beyond_a_restart_is_told_once_and_its_end_once() {
+    let postbox = Postbox::start("none");
+    let alert = "state = \"state\"\nwait = \"200ms\"\n";
+    let mut daemon = start(&["a", "b"], &postbox.channel(""), "wait = \"200ms\"");
+    for name in ["a", "b"] {
+        fs::remove_file(daemon.path(name)).unwrap();
+        postbox.wait_for(if name == "a" { 0 } else { 1 });
+    }
+    // Both must be noted as sent, so that what comes after is about the restart alone.
+    eventually("the count", || count(&daemon, "sent") == 2 && queued(&daemon) == 0);
+    let folder = crash(&mut daemon);
+    // One comes back while nobody looks, and the other one later.
+    fs::write(folder.path().join("a"), "again").unwrap();
+    fs::write(folder.path().join("b"), "as if it were there").unwrap();
+    let config = config(&["a", "b"], &postbox.channel(""), alert);
+    let daemon = Daemon::start_in(folder, &config, |_| {});
+    fs::remove_file(daemon.path("b")).unwrap();
+    let over = postbox.wait_for(2);
+    assert!(subject(&over).starts_with("over: file-missing: file.a, since "), "{over}");
+    fs::write(daemon.path("b"), "again").unwrap();
+    let over = postbox.wait_for(3);
+    assert!(subject(&over).starts_with("over: file-missing: file.b, since "), "{over}");
+    eventually("the count", || count(&daemon, "sent") == 2 && queued(&daemon) == 0);
+    assert_eq!(postbox.mails().len(), 4);
+}
+
+#[test]
+fn a_channel_that_fails_is_told_over_the_others_and_not_over_itself() {
+    let (postbox, other) = (Postbox::start("tls"), Postbox::start("tls"));
+    let folder = folder(&["a"]);
+    fs::write(folder.path().join("password"), "wrong\n").unwrap();
+    let channels = format!(
+        "{}{}",
+        postbox.channel("").replace(&postbox.password_file(), "password"),
+        other.channel("").replace("mail.ops", "mail.other")
+    );
+    let alert = "state = \"state\"\nwait = \"300ms\"\non = [\"file-missing\", \"channel-failed\"]";
+    let config = config(&["a"], &channels, alert)
+        .replace("[\"mail.ops\"]", "[\"mail.ops\", \"mail.other\"]");
+    let daemon = Daemon::start_in(folder, &config, |_| {});
+    fs::remove_file(daemon.path("a")).unwrap();
+    let mail = other.wait_for(0);
+    assert!(subject(&mail).starts_with("file-missing: file.a, since "), "{mail}");
+    let mail = other.wait_for(1);
+    assert!(subject(&mail).starts_with("channel-failed: mail.ops, since "), "{mail}");
+    assert!(text(&mail).contains("the login is refused: 535"), "{mail}");
+    // With the right password it has the one message that is not about itself.
+    fs::write(daemon.path("password"), format!("{PASSWORD}\n")).unwrap();
+    let mail = postbox.wait_for(0);
+    assert!(subject(&mail).starts_with("file-missing: file.a, since "), "{mail}");
+    let mail = other.wait_for(2);
+    assert!(subject(&mail).starts_with("over: channel-failed: mail.ops, since "), "{mail}");
+    assert_eq!(postbox.mails().len(), 1);
+}
