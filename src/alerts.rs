@@ -4,7 +4,7 @@
 //! What is not well is looked at here, now and then; what begins and what ends goes as a value to who
 //! tells it, who never keeps anybody waiting. What does not fit is said at the next look.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -89,7 +89,7 @@ pub struct Event {
 /// What becomes of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
-    /// It begins; in words.
+    /// It begins, or is known in other words; these.
     Begun(String),
     /// It is over.
     Ended,
@@ -202,8 +202,8 @@ pub struct Trouble {
 #[derive(Debug, Default)]
 pub struct Watch {
     reporter: Reporter,
-    /// What has begun, as far as it was told.
-    begun: BTreeSet<(Kind, Arc<str>)>,
+    /// What has begun, as far as it was told, and in which words.
+    begun: BTreeMap<(Kind, Arc<str>), String>,
     /// Services all of whose places are taken, since when.
     full: HashMap<Arc<str>, Instant>,
     /// How many connections of a service have ended by a fault of the program, and when it was seen
@@ -218,13 +218,19 @@ impl Watch {
         Self { reporter, ..Self::default() }
     }
 
-    /// Looks at everything, and hands over what is different from the last time.
+    /// Only these kinds are told from now on. Of the others, what lasts is new to whoever wants to be
+    /// told later.
+    pub fn forget_all_but(&mut self, kinds: &BTreeSet<Kind>) {
+        self.begun.retain(|(kind, _), _| kinds.contains(kind));
+    }
+
+    /// Looks at everything, and hands over what is different from the last time, of these kinds.
     pub fn look<'a>(
         &mut self,
         services: impl Iterator<Item = &'a Arc<Served>>,
         mirrors: &[Arc<mirrors::Counts>],
-        clock: bool,
         reload: Option<&str>,
+        kinds: &BTreeSet<Kind>,
     ) {
         let now = Instant::now();
         let mut troubles = self.of_services(services, now);
@@ -232,7 +238,8 @@ impl Watch {
             let subject = format!("mirror.{}", mirror.name).into();
             Some(Trouble { kind: Kind::MirrorFailed, subject, what: mirror.trouble()? })
         }));
-        let clock = clock.then(|| self.of_clock(now)).flatten();
+        let clock =
+            kinds.contains(&Kind::ClockUnsynchronized).then(|| self.of_clock(now)).flatten();
         troubles.extend(clock.map(|what| Trouble {
             kind: Kind::ClockUnsynchronized,
             subject: "clock".into(),
@@ -243,6 +250,7 @@ impl Watch {
             subject: "configuration".into(),
             what: what.to_owned(),
         }));
+        troubles.retain(|trouble| kinds.contains(&trouble.kind));
         self.tell(troubles);
     }
 
@@ -298,7 +306,12 @@ impl Watch {
         }
         // Whoever may not ask was told so when the daemon began.
         let health = Health::read().ok();
+        let before = self.clock.take().and_then(|(_, answer)| answer);
         let answer = health.filter(|health| !health.synchronized).map(|health| {
+            // How far it may be wrong grows all the time, and is nothing new.
+            if let Some(before) = before {
+                return before;
+            }
             let seconds = Duration::from_micros(health.max_error_us.unsigned_abs()).as_secs_f64();
             format!("the kernel says that nobody keeps its clock; it may be wrong by {seconds} s")
         });
@@ -309,16 +322,17 @@ impl Watch {
     /// Hands over what has begun and what has ended since the last time.
     fn tell(&mut self, troubles: Vec<Trouble>) {
         let at = Timestamp::now();
-        let mut over = self.begun.clone();
+        let mut over: BTreeSet<_> = self.begun.keys().cloned().collect();
         for Trouble { kind, subject, what } in troubles {
             let key = (kind, subject);
             over.remove(&key);
-            if !self.begun.contains(&key) {
+            // In other words it is told again: they are those that are right now.
+            if self.begun.get(&key) != Some(&what) {
                 let subject = Arc::clone(&key.1);
-                let event = Event { kind, subject, at, change: Change::Begun(what) };
+                let event = Event { kind, subject, at, change: Change::Begun(what.clone()) };
                 // What is not taken is told at the next look.
                 if self.reporter.report(event) {
-                    self.begun.insert(key);
+                    self.begun.insert(key, what);
                 }
             }
         }
@@ -335,6 +349,7 @@ impl Watch {
 #[cfg(not(feature = "alert"))]
 #[expect(clippy::unused_async, reason = "as those that do something")]
 mod absent {
+    use std::collections::BTreeSet;
     use std::io;
     use std::sync::Arc;
 
@@ -380,9 +395,9 @@ mod absent {
             false
         }
 
-        /// Whether anybody is told of this.
-        pub fn tells_of(&self, _: Kind) -> bool {
-            false
+        /// What anybody is told of.
+        pub fn told(&self) -> BTreeSet<Kind> {
+            BTreeSet::new()
         }
     }
 
@@ -448,6 +463,22 @@ mod tests {
         assert_eq!(taken(&mut events), [("a".to_owned(), true)]);
         watch.tell(Vec::new());
         assert_eq!(taken(&mut events), [("b".to_owned(), true)]);
+    }
+
+    #[test]
+    fn what_goes_on_in_other_words_is_told_in_them() {
+        let reporter = Reporter::default();
+        let mut events = reporter.connect().unwrap();
+        let mut watch = Watch::new(reporter);
+        watch.tell(vec![trouble("a")]);
+        watch.tell(vec![Trouble { what: "forbidden".to_owned(), ..trouble("a") }]);
+        watch.tell(vec![Trouble { what: "forbidden".to_owned(), ..trouble("a") }]);
+        let changes: Vec<_> = std::iter::from_fn(|| events.try_recv().ok()).collect();
+        let words = |event: &Event| match &event.change {
+            Change::Begun(what) => what.clone(),
+            change => panic!("{change:?}"),
+        };
+        assert_eq!(changes.iter().map(words).collect::<Vec<_>>(), ["gone", "forbidden"]);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The supervisor: everything is bound and opened, then said to be ready, then served, changed when
 //! a reload is ordered, until the order to stop; then what is under way may finish.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -72,8 +73,8 @@ pub struct Daemon {
     mirrored: Vec<Arc<str>>,
     alerts: Alerts,
     watch: Watch,
-    /// Whether anybody is told what is not well, and of the clock.
-    told: (bool, bool),
+    /// What anybody is told of.
+    told: BTreeSet<alerts::Kind>,
     /// Why the last reload failed, if it did.
     reload_trouble: Option<String>,
 }
@@ -108,7 +109,7 @@ impl Daemon {
             mirrored,
             alerts,
             watch,
-            told: (false, false),
+            told: BTreeSet::new(),
             reload_trouble: None,
         };
         daemon.mirrors.prepare(&config.mirrors).map_err(running::Error::Mirrors)?;
@@ -140,7 +141,7 @@ impl Daemon {
                     self.sum_up();
                     self.running.forget_who_has_left();
                 }
-                _ = looks.tick(), if self.told.0 => self.look(),
+                _ = looks.tick(), if !self.told.is_empty() => self.look(),
                 () = orders.reload.notified() => tokio::select! {
                     () = orders.stop.cancelled() => break Ok(()),
                     () = self.reload() => {}
@@ -207,13 +208,16 @@ impl Daemon {
     fn change_alerts(&mut self, settings: &alerts::Settings) {
         self.alerts.change(settings);
         self.running.monitor.watch_alerts(self.alerts.counts());
-        let clock = settings.tells_of(alerts::Kind::ClockUnsynchronized);
-        self.told = (settings.is_on(), clock);
-        if clock && let Err(error) = Health::read() {
+        self.told = settings.told();
+        self.watch.forget_all_but(&self.told);
+        if self.told.contains(&alerts::Kind::ClockUnsynchronized)
+            && let Err(error) = Health::read()
+        {
             let cause = error.to_string();
             tracing::info!(
                 cause,
-                "nobody is told if the clock is not synchronized: its state may not be read                  ({cause}; see clock-state.conf)"
+                "nobody is told if the clock is not synchronized: its state may not be read \
+                 ({cause}; see clock-state.conf)"
             );
         }
     }
@@ -222,7 +226,7 @@ impl Daemon {
     fn look(&mut self) {
         let reload = self.reload_trouble.as_deref();
         let (services, mirrors) = (self.running.services(), self.mirrors.counts());
-        self.watch.look(services, &mirrors, self.told.1, reload);
+        self.watch.look(services, &mirrors, reload, &self.told);
     }
 
     fn change_mirrors(&mut self, wanted: &[mirrors::Settings]) {
@@ -245,7 +249,7 @@ impl Daemon {
     async fn stop(&mut self, orders: &Orders) {
         self.mirrors.stop();
         // What has happened since the last look is told, too.
-        if self.told.0 {
+        if !self.told.is_empty() {
             self.look();
         }
         self.alerts.stop();

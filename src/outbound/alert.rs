@@ -69,9 +69,9 @@ impl Settings {
         self.alert.is_some()
     }
 
-    /// Whether anybody is told of this.
-    pub fn tells_of(&self, kind: Kind) -> bool {
-        self.alert.as_ref().is_some_and(|alert| alert.policy.on.contains(&kind))
+    /// What anybody is told of.
+    pub fn told(&self) -> BTreeSet<Kind> {
+        self.alert.as_ref().map(|alert| alert.policy.on.clone()).unwrap_or_default()
     }
 
     /// Whether a channel is told.

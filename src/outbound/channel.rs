@@ -17,8 +17,17 @@ pub enum Lasting {
     /// It will not be better before somebody does something about the channel: its password, its
     /// certificate, its address.
     Unusable,
-    /// This message will never be taken.
+    /// This message is not taken, and will hardly be another time.
     Refused,
+    /// It may have been taken, which nobody can know.
+    Doubtful,
+}
+
+impl Lasting {
+    /// Whether to try again and again does no good: it would be in vain, or sent again and again.
+    pub fn is_bounded(self) -> bool {
+        matches!(self, Self::Refused | Self::Doubtful)
+    }
 }
 
 /// Why something was not sent.
@@ -47,11 +56,17 @@ impl Failure {
         Self { lasting: Lasting::Refused, words: words.into() }
     }
 
+    /// One of a message that may have been taken.
+    pub fn doubtful(words: impl Into<String>) -> Self {
+        Self { lasting: Lasting::Doubtful, words: words.into() }
+    }
+
     /// One of several recipients, none of whom was taken.
     pub fn of_all(refused: &[(String, Self)]) -> Self {
         let each: Vec<_> = refused.iter().map(|(to, failure)| format!("{to}: {failure}")).collect();
         let is = |lasting| refused.iter().any(|(_, failure)| failure.lasting == lasting);
-        let lasting = [Lasting::Temporary, Lasting::Unusable].into_iter().find(|one| is(*one));
+        let worst = [Lasting::Doubtful, Lasting::Temporary, Lasting::Unusable];
+        let lasting = worst.into_iter().find(|one| is(*one));
         Self { lasting: lasting.unwrap_or(Lasting::Refused), words: each.join("; ") }
     }
 

@@ -188,12 +188,12 @@ impl Incidents {
             until_seen: None,
         });
         incident.until_seen = None;
+        incident.what = what;
         if incident.until.is_none() {
             return false;
         }
         incident.until = None;
         incident.since = at;
-        incident.what = what;
         incident.begins.push_back(now);
         let old = |begun: &Duration| now.saturating_sub(*begun) > window;
         while incident.begins.len() > FLAPPING || incident.begins.front().is_some_and(old) {
@@ -633,6 +633,17 @@ mod tests {
                 one(WAIT + 2 * four_hours, "still: file-missing: a"),
             ]
         );
+    }
+
+    #[test]
+    fn what_lasts_is_told_again_in_the_words_of_now() {
+        let mut told = Told::new();
+        told.begin("a");
+        told.until(100);
+        told.incidents.add(event("a", 100, Change::Begun("forbidden".to_owned())), at(100));
+        let report = told.incidents.due(at(WAIT + 4 * 3600), false).unwrap();
+        assert_eq!(whats(&report), ["still: file-missing: a"]);
+        assert!(report.lines()[0].ends_with(": forbidden"), "{report:?}");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use lettre::transport::smtp::commands::{Data, Mail, Rcpt};
 use lettre::transport::smtp::extension::{Extension, MailBodyParameter, MailParameter};
 use tokio::time::timeout;
 
-use super::channel::{Failure, Sent};
+use super::channel::{Failure, Lasting, Sent};
 use super::message::{Mailbox, header_text};
 use super::reach;
 use super::roots;
@@ -164,7 +164,9 @@ impl Settings {
         }
         doing.set("waiting for the reply to MAIL");
         let from = Mail::new(Some(self.from.address.clone()), parameters);
-        connection.command(from).await.map_err(fail)?;
+        // Who may not send, may send nothing.
+        let sender_refused = |error| Failure::from_smtp(&error, Failure::unusable);
+        connection.command(from).await.map_err(sender_refused)?;
         doing.set("waiting for the reply to RCPT");
         let mut refused = Vec::new();
         for recipient in to {
@@ -178,7 +180,10 @@ impl Settings {
             }
         }
         if refused.len() == to.len() {
-            return Err(Failure::of_all(&refused));
+            // Of whatever else, too.
+            let Failure { lasting, words } = Failure::of_all(&refused);
+            let lasting = if lasting == Lasting::Refused { Lasting::Unusable } else { lasting };
+            return Err(Failure { lasting, words });
         }
         doing.set("waiting for the reply to DATA");
         connection.command(Data).await.map_err(fail)?;

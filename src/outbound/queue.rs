@@ -3,12 +3,15 @@
 //! A message is in the file before it is sent for the first time, and leaves it when it was taken. So
 //! it is sent at least once; and twice only after a crash in between, with the same Message-ID then.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::incidents::{Ongoing, Withheld};
@@ -44,9 +47,27 @@ pub struct Message {
     /// What is attached, as far as it is there when it is sent.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<PathBuf>,
-    /// Who has not got it yet, if somebody has.
+    /// Who has not got it yet, in the order in which it is tried; none before it was tried.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<Vec<String>>,
+    /// How often it was not taken, if to go on for ever does no good.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub tries: u32,
+    /// When it came here, by the clock of whoever has the queue: nobody sets it, as they do that of
+    /// the day.
+    #[serde(skip)]
+    pub since: Duration,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as it is called")]
+fn is_zero(number: &u32) -> bool {
+    *number == 0
+}
+
+impl Message {
+    fn is(&self, channel: &str, id: &str) -> bool {
+        self.channel == channel && self.id == id
+    }
 }
 
 /// What is in the file.
@@ -64,39 +85,71 @@ struct Contents {
     ongoing: Vec<Ongoing>,
 }
 
+impl Contents {
+    fn read(folder: &Path) -> io::Result<Self> {
+        match File::open(folder.join(FILE)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
+            opened => {
+                let mut bytes = Vec::new();
+                opened?.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
+                Ok(serde_json::from_slice(&bytes)?)
+            }
+        }
+    }
+}
+
+/// Two would overwrite each other's. The kernel gives it back, whatever becomes of the process.
+fn lock(folder: &Path) -> Result<Option<File>, OpenError> {
+    let Ok(folder) = File::open(folder) else { return Ok(None) };
+    match flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => Err(OpenError::Taken),
+        locked => Ok(locked.is_ok().then_some(folder)),
+    }
+}
+
 /// The queue of all channels.
 #[derive(Debug, Default)]
 pub struct Queue {
     /// None if nothing is kept.
     folder: Option<PathBuf>,
+    /// The folder, locked for as long as the queue is there; not every file system has locks.
+    _lock: Option<File>,
     contents: Contents,
     changed: bool,
 }
 
+/// Why there is no queue.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// It is somebody else's.
+    #[error("another handout has it: give each a `state` of its own")]
+    Taken,
+    /// It cannot be read.
+    #[error("cannot be read: {0}")]
+    Unreadable(#[from] io::Error),
+}
+
 impl Queue {
-    /// Takes up the queue of a folder; without a folder, one that is lost at the end.
+    /// Takes up the queue of a folder.
     ///
     /// # Errors
-    /// If what is there cannot be read. Then a queue can still be had without it: see
-    /// [`Queue::begin_anew`].
-    pub fn open(folder: Option<&Path>) -> io::Result<Self> {
-        let Some(folder) = folder else { return Ok(Self::default()) };
-        let contents = match File::open(folder.join(FILE)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Contents::default(),
-            opened => {
-                let mut bytes = Vec::new();
-                opened?.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
-                serde_json::from_slice(&bytes)?
-            }
-        };
-        Ok(Self { folder: Some(folder.to_owned()), contents, changed: false })
+    /// If it is somebody else's, or cannot be read. In the latter case one can still be had without
+    /// what is there: see [`Queue::begin_anew`].
+    pub fn open(folder: &Path) -> Result<Self, OpenError> {
+        let lock = lock(folder)?;
+        let contents = Contents::read(folder)?;
+        Ok(Self { folder: Some(folder.to_owned()), _lock: lock, contents, changed: false })
     }
 
     /// An empty queue in a folder; what is there and cannot be read is put aside.
-    pub fn begin_anew(folder: &Path) -> Self {
+    ///
+    /// # Errors
+    /// If it is somebody else's.
+    pub fn begin_anew(folder: &Path) -> Result<Self, OpenError> {
+        let lock = lock(folder)?;
         // If that fails, it is replaced.
         let _ = fs::rename(folder.join(FILE), folder.join(UNREADABLE));
-        Self { folder: Some(folder.to_owned()), ..Self::default() }
+        Ok(Self { folder: Some(folder.to_owned()), _lock: lock, ..Self::default() })
     }
 
     /// Takes everything that waits in another queue, which is empty then. What has no place is lost.
@@ -115,7 +168,11 @@ impl Queue {
         }
         // First here, and then no longer there.
         self.save()?;
-        other.folder.map_or(Ok(()), |folder| fs::remove_file(folder.join(FILE)))
+        match other.folder.map_or(Ok(()), |folder| fs::remove_file(folder.join(FILE))) {
+            // Nothing was ever kept there.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed,
+        }
     }
 
     /// Writes what has changed, whole or not at all.
@@ -154,6 +211,11 @@ impl Queue {
         self.contents.messages.iter().filter(|message| message.channel == channel).count()
     }
 
+    /// The channels for which messages wait.
+    pub fn channels(&self) -> BTreeSet<&str> {
+        self.contents.messages.iter().map(|message| &*message.channel).collect()
+    }
+
     /// The next message for a channel.
     pub fn first(&self, channel: &str) -> Option<&Message> {
         self.contents.messages.iter().find(|message| message.channel == channel)
@@ -161,27 +223,34 @@ impl Queue {
 
     /// A message was taken, or never will be.
     pub fn remove(&mut self, channel: &str, id: &str) {
-        self.contents.messages.retain(|message| message.channel != channel || message.id != id);
+        self.contents.messages.retain(|message| !message.is(channel, id));
         self.changed = true;
     }
 
-    /// A message is to be tried again, after those that wait, for these recipients if some have got
-    /// it.
-    pub fn put_back(&mut self, channel: &str, id: &str, to: Option<Vec<String>>) {
-        let is_it = |message: &Message| message.channel == channel && message.id == id;
-        let at = self.contents.messages.iter().position(is_it);
+    /// A message is on its way: somebody has got it, and these have not.
+    pub fn go_on(&mut self, channel: &str, id: &str, to: Vec<String>) {
+        if let Some(message) = self.contents.messages.iter_mut().find(|one| one.is(channel, id)) {
+            (message.to, message.tries) = (Some(to), 0);
+            self.changed = true;
+        }
+    }
+
+    /// A message is to be tried again, after those that wait; for these recipients, if not for all.
+    pub fn put_back(&mut self, channel: &str, id: &str, to: Option<Vec<String>>, tries: u32) {
+        let at = self.contents.messages.iter().position(|one| one.is(channel, id));
         if let Some(mut message) = at.and_then(|at| self.contents.messages.remove(at)) {
             message.to = to.or(message.to);
+            message.tries = tries;
             self.contents.messages.push_back(message);
             self.changed = true;
         }
     }
 
-    /// Takes out what was written before `date`.
-    pub fn expire(&mut self, date: i64) -> Vec<Message> {
+    /// Takes out what came before `since`.
+    pub fn expire(&mut self, since: Duration) -> Vec<Message> {
         let (old, young) = std::mem::take(&mut self.contents.messages)
             .into_iter()
-            .partition::<VecDeque<_>, _>(|message| message.date < date);
+            .partition::<VecDeque<_>, _>(|message| message.since < since);
         self.contents.messages = young;
         self.changed |= !old.is_empty();
         old.into()
@@ -237,22 +306,34 @@ mod tests {
             date: i64::try_from(id).unwrap(),
             files: vec!["/a b/汇".into()],
             to: None,
+            tries: 0,
+            since: Duration::from_secs(id as u64),
         }
+    }
+
+    /// What the next one finds.
+    fn kept(folder: &Path) -> Contents {
+        Contents::read(folder).unwrap()
+    }
+
+    /// As [`message`] is known when it has been read again.
+    fn read_again(channel: &str, id: usize) -> Message {
+        Message { since: Duration::ZERO, ..message(channel, id) }
     }
 
     #[test]
     fn messages_of_a_channel_wait_in_order_and_are_bounded() {
-        let mut queue = Queue::open(None).unwrap();
+        let mut queue = Queue::default();
         for id in 0..=MAX_WAITING {
             assert_eq!(queue.add(message("mail.a", id)), id < MAX_WAITING);
         }
         assert!(queue.add(message("sms.a", 0)));
         assert_eq!(queue.first("mail.a").unwrap().id, "0");
-        queue.put_back("mail.a", "0", Some(vec!["x".to_owned()]));
+        queue.put_back("mail.a", "0", Some(vec!["x".to_owned()]), 1);
         assert_eq!(queue.first("mail.a").unwrap().id, "1");
         queue.remove("mail.a", "1");
         assert_eq!((queue.waiting("mail.a"), queue.waiting("sms.a")), (MAX_WAITING - 1, 1));
-        assert_eq!(queue.expire(50).len(), 50);
+        assert_eq!(queue.expire(Duration::from_secs(50)).len(), 50);
         assert_eq!(queue.first("mail.a").unwrap().id, "50");
         assert!(queue.save().is_ok());
     }
@@ -261,29 +342,40 @@ mod tests {
     fn what_cannot_be_read_is_put_aside() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join(FILE), "{\"messages\":[").unwrap();
-        assert!(Queue::open(Some(folder.path())).is_err());
-        let mut queue = Queue::begin_anew(folder.path());
+        assert!(matches!(Queue::open(folder.path()), Err(OpenError::Unreadable(_))));
+        let mut queue = Queue::begin_anew(folder.path()).unwrap();
         assert!(queue.add(message("mail.a", 1)));
         queue.save().unwrap();
-        assert_eq!(Queue::open(Some(folder.path())).unwrap().contents, queue.contents);
+        assert_eq!(kept(folder.path()).messages, [read_again("mail.a", 1)]);
         assert!(folder.path().join(UNREADABLE).exists());
+    }
+
+    #[test]
+    fn a_queue_is_one_daemon_s_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let queue = Queue::open(folder.path()).unwrap();
+        assert!(matches!(Queue::open(folder.path()), Err(OpenError::Taken)));
+        assert!(matches!(Queue::begin_anew(folder.path()), Err(OpenError::Taken)));
+        drop(queue);
+        assert!(Queue::open(folder.path()).is_ok());
     }
 
     #[test]
     fn a_crash_while_it_is_written_leaves_what_was_there() {
         let folder = tempfile::tempdir().unwrap();
-        let mut queue = Queue::open(Some(folder.path())).unwrap();
+        let mut queue = Queue::open(folder.path()).unwrap();
         assert!(queue.add(message("mail.a", 1)));
         queue.save().unwrap();
-        let before = queue.contents.clone();
+        let before = kept(folder.path());
         assert!(queue.add(message("mail.a", 2)));
         let whole = serde_json::to_vec(&queue.contents).unwrap();
         for length in 0..=whole.len() {
             fs::write(folder.path().join(NEW), &whole[..length]).unwrap();
-            assert_eq!(Queue::open(Some(folder.path())).unwrap().contents, before);
+            assert_eq!(kept(folder.path()), before);
         }
         queue.save().unwrap();
-        assert_eq!(Queue::open(Some(folder.path())).unwrap().contents, queue.contents);
+        let both = [read_again("mail.a", 1), read_again("mail.a", 2)];
+        assert_eq!(kept(folder.path()).messages, both);
         // Nothing is left but the file.
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
@@ -291,26 +383,28 @@ mod tests {
     #[test]
     fn a_queue_can_be_taken_to_another_folder() {
         let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let mut before = Queue::open(Some(from.path())).unwrap();
+        let mut before = Queue::open(from.path()).unwrap();
         assert!(before.add(message("mail.a", 1)));
         before.save().unwrap();
-        let contents = before.contents.clone();
-        let mut queue = Queue::open(Some(to.path())).unwrap();
+        let contents = kept(from.path());
+        let mut queue = Queue::open(to.path()).unwrap();
         queue.take_over(before).unwrap();
-        assert_eq!(Queue::open(Some(to.path())).unwrap().contents, contents);
-        assert_eq!(Queue::open(Some(from.path())).unwrap().contents, Contents::default());
+        assert_eq!(kept(to.path()), contents);
+        assert_eq!(kept(from.path()), Contents::default());
+        // From where nothing was ever kept, too.
+        queue.take_over(Queue::open(from.path()).unwrap()).unwrap();
     }
 
     #[test]
     fn a_disk_that_fails_is_tried_again() {
         let folder = tempfile::tempdir().unwrap();
         let place = folder.path().join("later");
-        let mut queue = Queue::open(Some(&place)).unwrap();
+        let mut queue = Queue::open(&place).unwrap();
         assert!(queue.add(message("mail.a", 1)));
         assert!(queue.save().is_err());
         fs::create_dir(&place).unwrap();
         queue.save().unwrap();
-        assert_eq!(Queue::open(Some(&place)).unwrap().waiting("mail.a"), 1);
+        assert_eq!(kept(&place).messages.len(), 1);
     }
 
     #[derive(Debug, Clone)]
@@ -343,8 +437,11 @@ mod tests {
             steps in prop::collection::vec(step(), 0..40),
         ) {
             let folder = tempfile::tempdir().unwrap();
-            let open = || Queue::open(Some(folder.path())).unwrap();
-            let mut queue = open();
+            let restart = |queue: Queue| {
+                drop(queue);
+                Queue::open(folder.path()).unwrap()
+            };
+            let mut queue = restart(Queue::default());
             let (mut added, mut sent) = (Vec::new(), Vec::new());
             let mut repeated = 0;
             for (number, step) in steps.into_iter().enumerate() {
@@ -363,11 +460,11 @@ mod tests {
                     (Step::SendAndCrash, Some(id)) => {
                         sent.push(id.clone());
                         queue.remove("mail.a", &id);
-                        queue = open();
+                        queue = restart(queue);
                         repeated += 1;
                     }
-                    (Step::Fail, Some(id)) => queue.put_back("mail.a", &id, None),
-                    (Step::Crash, _) => queue = open(),
+                    (Step::Fail, Some(id)) => queue.put_back("mail.a", &id, None, 0),
+                    (Step::Crash, _) => queue = restart(queue),
                     (_, None) => {}
                 }
                 queue.save().unwrap();

@@ -494,7 +494,9 @@ impl Settings {
         for number in to {
             let one = self.send_one(&client, number, text, password.as_ref());
             let one = tokio::time::timeout(self.timeout, one).await.unwrap_or_else(|_| {
-                Err(Failure::late(self.timeout, "the provider may have taken it all the same"))
+                let late =
+                    Failure::late(self.timeout, "the provider may have taken it all the same");
+                Err(Failure { lasting: Lasting::Doubtful, ..late })
             });
             match one {
                 Ok(id) => sent.ids.push(id),
@@ -653,12 +655,13 @@ fn without(words: &str, password: Option<&Secret>) -> String {
     password.without(words).replace(form.trim_start_matches('='), "…")
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
 fn failed(error: http::Error) -> Failure {
-    if error.is_temporary() {
-        Failure::temporary(words(&error.to_string()))
-    } else {
-        Failure::unusable(words(&error.to_string()))
+    let words = words(&error.to_string());
+    match error {
+        // After it was asked, perhaps.
+        http::Error::Network(_) => Failure::doubtful(words),
+        error if error.is_temporary() => Failure::temporary(words),
+        _ => Failure::unusable(words),
     }
 }
 
@@ -667,7 +670,7 @@ async fn read_reply(client: &Client, mut response: Response) -> Result<(u16, Vec
     let mut reply = Vec::new();
     while let Some(piece) = client.piece(&mut response).await.map_err(failed)? {
         if reply.len() + piece.len() > MAX_REPLY {
-            return Err(Failure::temporary(format!(
+            return Err(Failure::doubtful(format!(
                 "HTTP {status} with more than {} KiB: no reply of an SMS provider",
                 MAX_REPLY >> 10
             )));
@@ -691,7 +694,7 @@ fn json(status: u16, reply: &[u8]) -> Result<Value, Failure> {
     serde_json::from_slice(reply).map_err(|_| {
         let said = words(&String::from_utf8_lossy(reply));
         // Behind a status that means success there may be a page of somebody else.
-        let lasting = if status < 300 { Lasting::Temporary } else { lasting(status) };
+        let lasting = if status < 300 { Lasting::Doubtful } else { lasting(status) };
         Failure { lasting, words: format!("HTTP {status} and no JSON: {said}") }
     })
 }
@@ -837,7 +840,7 @@ mod tests {
         let failure = ihuyi(200, refused.as_bytes()).unwrap_err();
         assert_eq!(of(failure), (Lasting::Unusable, "4051 剩余条数不足".to_owned()));
         let failure = ihuyi(200, b"<html>").unwrap_err();
-        assert_eq!(of(failure), (Lasting::Temporary, "HTTP 200 and no JSON: <html>".to_owned()));
+        assert_eq!(of(failure), (Lasting::Doubtful, "HTTP 200 and no JSON: <html>".to_owned()));
         assert_eq!(ihuyi(500, b"oops").unwrap_err().lasting, Lasting::Temporary);
         assert_eq!(ihuyi(200, b"[]").unwrap_err().words, "HTTP 200: []");
         assert_eq!(ihuyi(200, b"{\"code\":\"2\"}").unwrap(), "");

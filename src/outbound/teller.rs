@@ -3,7 +3,8 @@
 //! It runs on a thread and an event loop of its own: neither a dead mail server nor the disk delays a
 //! service. What a channel itself fails with is logged, counted, and told over the other channels.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -21,7 +22,7 @@ use super::back_off;
 use super::channel::{Channel, Failure, Lasting, Sent};
 use super::incidents::{Hour, Incidents, Report, Withheld};
 use super::message::{self, Attachment, Letter};
-use super::queue::{MAX_WAITING, Message, Queue};
+use super::queue::{MAX_WAITING, Message, OpenError, Queue};
 use super::{mail, sms};
 use crate::alerts::{Change, Counts, Event, Events, Kind, Outcome, Reporter};
 use crate::client::names::escape;
@@ -30,6 +31,9 @@ use crate::workers::EventLoop;
 
 /// How long is waited after the first failure of a channel, and at most after the next.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_mins(15));
+
+/// How often a message is tried that is refused, or may have been taken: an SMS is paid for each time.
+const MAX_TRIES: u32 = 6;
 
 /// What could not be sent for so long is not sent.
 const EXPIRES: Duration = Duration::from_hours(72);
@@ -132,8 +136,6 @@ struct Outlet {
     channel: Channel,
     counts: Arc<Counts>,
     hour: Hour,
-    /// A message is on its way.
-    busy: bool,
     /// One after the other, without a success in between.
     failures: u32,
     /// Since when.
@@ -148,8 +150,27 @@ impl Outlet {
     }
 }
 
-/// A message that was on its way.
-type Ended = (Arc<str>, String, Result<Sent, Failure>);
+/// A message that is on its way over a channel.
+#[derive(Debug)]
+struct Attempt {
+    channel: Arc<str>,
+    id: String,
+    tries: u32,
+}
+
+/// What became of an attempt.
+#[derive(Debug)]
+struct Delivery {
+    sent: Result<Sent, Failure>,
+    /// Who is to be tried next, if not everybody once more.
+    rest: Option<Vec<String>>,
+}
+
+impl From<Failure> for Delivery {
+    fn from(failure: Failure) -> Self {
+        Self { sent: Err(failure), rest: None }
+    }
+}
 
 struct Job {
     alert: Alert,
@@ -169,7 +190,9 @@ struct Job {
     saved: bool,
     tidied: Duration,
     outlets: BTreeMap<Arc<str>, Outlet>,
-    sending: JoinSet<Ended>,
+    /// One message at a time for each channel, also for one that has gone and come back meanwhile.
+    under_way: BTreeSet<Arc<str>>,
+    sending: JoinSet<(Attempt, Delivery)>,
 }
 
 impl Job {
@@ -189,6 +212,7 @@ impl Job {
             saved: true,
             tidied: Duration::ZERO,
             outlets: BTreeMap::new(),
+            under_way: BTreeSet::new(),
             sending: JoinSet::new(),
         }
     }
@@ -214,8 +238,8 @@ impl Job {
             self.act(false);
             let next = self.begun.0 + self.next();
             tokio::select! {
-                () = stop.cancelled() => break,
-                Some(event) = events.recv() => self.take(event),
+                // Events that come after an order are told as it says.
+                biased;
                 changed = wanted.changed() => {
                     if changed.is_err() {
                         break;
@@ -223,11 +247,11 @@ impl Job {
                     let wanted = wanted.borrow_and_update().clone();
                     self.adopt(wanted);
                 }
-                Some(ended) = self.sending.join_next() => {
-                    if let Ok(ended) = ended {
-                        self.conclude(ended);
-                    }
+                () = stop.cancelled() => break,
+                Some(Ok((attempt, delivery))) = self.sending.join_next() => {
+                    self.conclude(&attempt, delivery);
                 }
+                Some(event) = events.recv() => self.take(event),
                 () = sleep_until(next) => {}
             }
         }
@@ -236,10 +260,8 @@ impl Job {
             self.take(event);
         }
         self.act(true);
-        while let Some(ended) = self.sending.join_next().await {
-            if let Ok(ended) = ended {
-                self.conclude(ended);
-            }
+        while let Some(Ok((attempt, delivery))) = self.sending.join_next().await {
+            self.conclude(&attempt, delivery);
             self.act(true);
         }
         let waiting = self.waiting();
@@ -259,15 +281,19 @@ impl Job {
             return;
         };
         let path = escape(&folder.to_string_lossy());
-        self.queue = Queue::open(Some(&folder)).unwrap_or_else(|error| {
+        let complain = |error: &OpenError| {
             let cause = error.to_string();
-            tracing::error!(
-                path,
-                cause,
-                "the alerts that waited in {path} cannot be read: {cause}"
-            );
-            Queue::begin_anew(&folder)
+            tracing::error!(path, cause, "the queue of alerts in {path}: {cause}");
+        };
+        let opened = Queue::open(&folder).or_else(|error| {
+            complain(&error);
+            match error {
+                OpenError::Unreadable(_) => Queue::begin_anew(&folder).inspect_err(complain),
+                OpenError::Taken => Err(error),
+            }
         });
+        // In memory at least.
+        self.queue = opened.unwrap_or_default();
     }
 
     /// Does what is wanted from now on.
@@ -307,7 +333,6 @@ impl Job {
                     counts,
                     // A clock that was set back makes no time of the future.
                     hour: Hour::new(self.queue.made(&name).into_iter().map(|at| at.min(now))),
-                    busy: false,
                     failures: 0,
                     failing: None,
                     next: Duration::ZERO,
@@ -317,6 +342,17 @@ impl Job {
         }
         for gone in before.into_keys() {
             self.take(channel_failed(gone, Change::Ended));
+        }
+        for channel in self.queue.channels() {
+            let waiting = self.queue.waiting(channel);
+            if !self.outlets.contains_key(channel) {
+                tracing::warn!(
+                    channel,
+                    waiting,
+                    "{waiting} alerts wait for {channel}, which there is no more; they are given up \
+                     when they are old, if it does not come back"
+                );
+            }
         }
         let told: Vec<_> =
             self.outlets.keys().filter(|name| settings.is_told(name)).map(|name| &**name).collect();
@@ -345,10 +381,11 @@ impl Job {
     fn next(&self) -> Duration {
         let max = self.alert.max_per_hour;
         let outlets = self.outlets.iter().filter_map(|(name, outlet)| {
-            let waits = !outlet.busy && self.queue.waiting(name) > 0;
+            let waits = !self.under_way.contains(name) && self.queue.waiting(name) > 0;
             waits.then_some(outlet.next)
         });
-        let withheld = self.outlets.iter().filter_map(|(name, outlet)| {
+        let withheld = self.alert.to.iter().filter_map(|name| {
+            let outlet = self.outlets.get(&**name)?;
             let waits = self.queue.withheld(name).count > 0
                 && self.queue.waiting(name) < MAX_WAITING
                 && self.on;
@@ -428,6 +465,8 @@ impl Job {
             date: unix(SystemTime::now()),
             files,
             to: None,
+            tries: 0,
+            since: self.now(),
         });
         if withheld.count > 0 {
             self.queue.set_withheld(name, Withheld::default());
@@ -447,67 +486,89 @@ impl Job {
     }
 
     fn send_next(&mut self, name: &Arc<str>, now: Duration, end: bool) {
-        let Some(outlet) = self.outlets.get_mut(name) else { return };
+        let Some(outlet) = self.outlets.get(name) else { return };
         // At the end, who does not answer is not waited for.
-        if outlet.busy || outlet.next > now || end && outlet.failures > 0 {
+        if outlet.next > now || end && outlet.failures > 0 {
             return;
         }
         let Some(message) = self.queue.first(name).cloned() else { return };
-        outlet.busy = true;
-        let (name, id, channel) = (Arc::clone(name), message.id.clone(), outlet.channel.clone());
+        if !self.under_way.insert(Arc::clone(name)) {
+            return;
+        }
+        let channel = outlet.channel.clone();
+        let attempt =
+            Attempt { channel: Arc::clone(name), id: message.id.clone(), tries: message.tries };
         self.sending.spawn(async move {
             // Apart, so that a fault of the program ends an attempt and not the job.
-            let sent = tokio::spawn(async move { deliver(&channel, message).await }).await;
-            let lost = |_| Err(Failure::temporary("a fault of the program; see the log"));
-            (name, id, sent.unwrap_or_else(lost))
+            let delivery = tokio::spawn(async move { deliver(&channel, message).await }).await;
+            let lost = |_| Failure::temporary("a fault of the program; see the log").into();
+            (attempt, delivery.unwrap_or_else(lost))
         });
     }
 
     /// A message was sent, or not.
-    fn conclude(&mut self, (name, id, sent): Ended) {
+    fn conclude(&mut self, attempt: &Attempt, Delivery { sent, rest }: Delivery) {
+        self.under_way.remove(&attempt.channel);
+        match sent {
+            Ok(sent) => self.conclude_sent(attempt, sent, rest),
+            Err(failure) => self.conclude_failed(attempt, failure, rest),
+        }
+        self.save();
+    }
+
+    fn conclude_sent(
+        &mut self,
+        attempt: &Attempt,
+        Sent { ids, refused }: Sent,
+        rest: Option<Vec<String>>,
+    ) {
+        let Attempt { channel: name, id, .. } = attempt;
+        let (channel, ids) = (&**name, ids.join(" "));
+        tracing::info!(channel, id = ids, "alert sent over {channel}");
+        let (never, later): (Vec<_>, Vec<_>) =
+            refused.into_iter().partition(|(_, failure)| failure.lasting.is_bounded());
+        for (to, failure) in never {
+            let error = failure.words;
+            tracing::error!(channel, to, error, "{channel}: {to} is refused: {error}");
+        }
+        if !later.is_empty() {
+            return self.conclude_failed(attempt, Failure::of_all(&later), rest);
+        }
+        let is_whole = rest.is_none();
+        match rest {
+            None => self.queue.remove(name, id),
+            Some(rest) => self.queue.go_on(name, id, rest),
+        }
+        // The channel may be gone, and may come back.
+        let Some(outlet) = self.outlets.get_mut(name) else { return };
+        outlet.try_at_once();
+        outlet.failing = None;
+        if is_whole {
+            outlet.counts.outcomes.add(Outcome::Sent);
+            self.take(channel_failed(Arc::clone(name), Change::Ended));
+        }
+    }
+
+    fn conclude_failed(
+        &mut self,
+        Attempt { channel: name, id, tries }: &Attempt,
+        Failure { lasting, words: error }: Failure,
+        rest: Option<Vec<String>>,
+    ) {
         let now = self.now();
-        let Some(outlet) = self.outlets.get_mut(&name) else {
-            // The channel is gone, and may come back.
-            if sent.is_ok() {
-                self.queue.remove(&name, &id);
-            }
-            self.save();
-            return;
-        };
-        outlet.busy = false;
-        let channel = &*name;
-        let (lasting, error, rest) = match sent {
-            Ok(Sent { ids, refused }) => {
-                outlet.counts.outcomes.add(Outcome::Sent);
-                let ids = ids.join(" ");
-                tracing::info!(channel, id = ids, "alert sent over {channel}");
-                let (never, later): (Vec<_>, Vec<_>) = refused
-                    .into_iter()
-                    .partition(|(_, failure)| failure.lasting == Lasting::Refused);
-                for (to, failure) in never {
-                    let error = failure.words;
-                    tracing::error!(channel, to, error, "{channel}: {to} is refused: {error}");
-                }
-                if later.is_empty() {
-                    self.queue.remove(&name, &id);
-                    outlet.try_at_once();
-                    outlet.failing = None;
-                    self.take(channel_failed(Arc::clone(&name), Change::Ended));
-                    self.save();
-                    return;
-                }
-                let error = Failure::of_all(&later).words;
-                (Lasting::Temporary, error, Some(later.into_iter().map(|(to, _)| to).collect()))
-            }
-            Err(failure) => (failure.lasting, failure.words, None),
-        };
-        let failing_for = now.saturating_sub(*outlet.failing.get_or_insert(now));
-        let has_failed = (lasting != Lasting::Temporary || failing_for >= PATIENCE)
-            .then(|| channel_failed(Arc::clone(&name), Change::Begun(error.clone())));
-        if lasting == Lasting::Refused {
+        let channel = &**name;
+        let tries = if lasting.is_bounded() { tries.saturating_add(1) } else { *tries };
+        let given_up = tries >= MAX_TRIES;
+        if given_up {
+            self.queue.remove(name, id);
+        } else {
+            self.queue.put_back(name, id, rest, tries);
+        }
+        let Some(outlet) = self.outlets.get_mut(name) else { return };
+        if given_up {
             outlet.counts.outcomes.add(Outcome::Refused);
-            tracing::error!(channel, error, "alert refused over {channel}: {error}");
-            self.queue.remove(&name, &id);
+            tracing::error!(channel, error, "alert given up over {channel}: {error}");
+            // This is about that message, and says nothing of the next.
             outlet.try_at_once();
         } else {
             outlet.counts.outcomes.add(Outcome::Failed);
@@ -517,18 +578,18 @@ impl Job {
             outlet.next = now + pause;
             let next = pause.as_secs_f64();
             tracing::warn!(channel, error, next, "alert not sent over {channel}: {error}");
-            self.queue.put_back(&name, &id, rest);
         }
-        if let Some(event) = has_failed {
+        let failing_for = now.saturating_sub(*outlet.failing.get_or_insert(now));
+        if lasting == Lasting::Unusable || given_up || failing_for >= PATIENCE {
+            let event = channel_failed(Arc::clone(name), Change::Begun(error));
             let since = event.at.checked_sub(failing_for).unwrap_or(event.at);
             self.take(Event { at: since, ..event });
         }
-        self.save();
     }
 
     /// Gives up what has become old, and says what was lost.
     fn tidy(&mut self) {
-        let oldest = unix(SystemTime::now() - EXPIRES);
+        let oldest = self.now().saturating_sub(EXPIRES);
         for message in self.queue.expire(oldest) {
             if let Some(outlet) = self.outlets.get(&*message.channel) {
                 outlet.counts.outcomes.add(Outcome::Expired);
@@ -555,46 +616,81 @@ fn unix(time: SystemTime) -> i64 {
 }
 
 /// Sends a message over a channel.
-async fn deliver(channel: &Channel, message: Message) -> Result<Sent, Failure> {
+async fn deliver(channel: &Channel, message: Message) -> Delivery {
     match channel {
         Channel::Mail(mail) => deliver_mail(mail, message).await,
-        Channel::Sms(sms) => {
-            let to = message.to.map(|to| {
-                to.iter().map(|number| sms::Number::from_str(number)).collect::<Result<Vec<_>, _>>()
-            });
-            let to = to.transpose().map_err(Failure::refused)?;
-            let text = sms.shorten(&message.text);
-            sms.send(to.as_deref().unwrap_or(&sms.to), &text).await
-        }
+        Channel::Sms(sms) => deliver_sms(sms, message).await,
     }
 }
 
-async fn deliver_mail(mail: &mail::Settings, message: Message) -> Result<Sent, Failure> {
+/// Sends an SMS to the first who has not got it. So it is noted who has before the next is asked for,
+/// and nobody pays twice for a restart.
+async fn deliver_sms(sms: &sms::Settings, message: Message) -> Delivery {
+    let is_first = message.to.is_none();
+    let mut rest =
+        message.to.unwrap_or_else(|| sms.to.iter().map(ToString::to_string).collect::<Vec<_>>());
+    let first = if rest.is_empty() { None } else { Some(rest.remove(0)) };
+    let number = first.as_deref().map(sms::Number::from_str);
+    let Some((first, Ok(number))) = first.as_ref().zip(number) else {
+        return Failure::refused("a number is none").into();
+    };
+    let sent = sms.send(&[number], &sms.shorten(&message.text)).await;
+    // As long as nobody has got it, it is for whoever the configuration says.
+    if sent.is_err() && !(is_first && rest.is_empty()) {
+        // The others come before it is tried again.
+        rest.push(first.clone());
+    }
+    Delivery { sent, rest: Some(rest).filter(|rest| !rest.is_empty()) }
+}
+
+async fn deliver_mail(mail: &mail::Settings, message: Message) -> Delivery {
     let Message { id, subject, mut text, date, files, to, .. } = message;
     let max = mail.max_attachment;
     let attach = tokio::task::spawn_blocking(move || attachments(&files, max));
-    let attached = attach.await.map_err(|error| Failure::temporary(error.to_string()))?;
-    let (attachments, not_attached) = attached;
+    let (attachments, not_attached) = match attach.await {
+        Ok(attached) => attached,
+        Err(error) => return Failure::temporary(error.to_string()).into(),
+    };
     for problem in not_attached {
         text.push_str("\nNot attached: ");
         text.push_str(&problem);
     }
+    let attached = attachments.len();
     let date = SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(date).unwrap_or(0));
-    let letter = Letter {
-        from: &mail.from,
-        to: &mail.to,
-        subject: &subject,
-        text: &text,
-        attachments,
-        id: &id,
-        date,
-        automatic: true,
+    let letter = |text: &str, attachments| {
+        let mail::Settings { from, to, .. } = mail;
+        let id = &id;
+        message::compose(Letter {
+            from,
+            to,
+            subject: &subject,
+            text,
+            attachments,
+            id,
+            date,
+            automatic: true,
+        })
     };
-    let composed = message::compose(letter).map_err(Failure::refused)?;
-    let rest = to.map(|to| to.iter().map(|to| to.parse()).collect::<Result<Vec<_>, _>>());
-    let rest = rest.transpose().map_err(|_| Failure::refused("an address is none"))?;
-    let to = rest.as_deref().unwrap_or(composed.envelope().to());
-    mail.send(&id, to, &composed.formatted()).await
+    let attempt = async |composed: Result<lettre::Message, String>| {
+        let composed = composed.map_err(Failure::refused)?;
+        let rest = to.as_ref().map(|to| to.iter().map(|to| to.parse()).collect());
+        let rest: Option<Vec<_>> =
+            rest.transpose().map_err(|_| Failure::refused("an address is none"))?;
+        let to = rest.as_deref().unwrap_or(composed.envelope().to());
+        mail.send(&id, to, &composed.formatted()).await
+    };
+    let mut sent = attempt(letter(&text, attachments)).await;
+    if let Err(Failure { lasting: Lasting::Refused, words }) = &sent
+        && attached > 0
+    {
+        // What happened is told, rather than nothing.
+        let _ = write!(text, "\nNot attached: {attached} files, with which it is refused: {words}");
+        sent = attempt(letter(&text, Vec::new())).await;
+    }
+    let refused = sent.iter().flat_map(|sent| &sent.refused);
+    let later = refused.filter(|(_, failure)| !failure.lasting.is_bounded());
+    let later: Vec<_> = later.map(|(to, _)| to.clone()).collect();
+    Delivery { sent, rest: Some(later).filter(|later| !later.is_empty()) }
 }
 
 /// The files, as far as they fit, and what is wrong with the others.
@@ -659,15 +755,100 @@ mod tests {
             alerts.counts().iter().map(|counts| counts.queued()).sum::<u64>()
         };
         run(&settings, vec![event(Change::Begun("gone".to_owned()))]).await;
-        let queue = Queue::open(Some(folder.path())).unwrap();
-        let message = queue.first("mail.a").unwrap().clone();
+        let kept = || Queue::open(folder.path()).unwrap();
+        let message = kept().first("mail.a").unwrap().clone();
         assert!(message.subject.contains("file-missing: file.a, since 20"), "{message:?}");
         assert!(message.text.ends_with(": gone\n"), "{message:?}");
         // It is the same afterwards, and under a configuration that tells of nothing.
         run(&settings, Vec::new()).await;
-        let queue = Queue::open(Some(folder.path())).unwrap();
-        assert_eq!(queue.first("mail.a"), Some(&message));
-        assert_eq!(queue.waiting("mail.a"), 1);
+        assert_eq!(kept().first("mail.a"), Some(&message));
+        assert_eq!(kept().waiting("mail.a"), 1);
+    }
+
+    /// One whose channel has this message under way.
+    fn job_with(message: Message) -> Job {
+        let settings = load(&format!("{MAIL}[alert]\nto = [\"mail.a\"]")).unwrap();
+        let alert = settings.alert.clone().unwrap();
+        let mut job = Job::new(alert, Reporter::default(), CancellationToken::new());
+        let counts = vec![Arc::new(Counts::new("mail.a".into()))];
+        job.adopt(Wanted { settings, counts });
+        assert!(job.queue.add(message));
+        job
+    }
+
+    fn message() -> Message {
+        Message {
+            id: "1".to_owned(),
+            channel: "mail.a".to_owned(),
+            subject: "gone".to_owned(),
+            text: "gone".to_owned(),
+            date: 0,
+            files: Vec::new(),
+            to: None,
+            tries: 0,
+            since: Duration::ZERO,
+        }
+    }
+
+    #[tokio::test]
+    async fn what_may_have_been_taken_or_is_refused_is_tried_a_few_times_and_what_may_pass_always()
+    {
+        for (failure, bounded) in [
+            (Failure::doubtful("late"), true),
+            (Failure::refused("no"), true),
+            (Failure::temporary("later"), false),
+            (Failure::unusable("no login"), false),
+        ] {
+            let mut job = job_with(message());
+            let mut times = 0;
+            while let Some(Message { tries, .. }) = job.queue.first("mail.a").cloned() {
+                let attempt = Attempt { channel: "mail.a".into(), id: "1".to_owned(), tries };
+                job.conclude(&attempt, failure.clone().into());
+                times += 1;
+                if times > 100 {
+                    break;
+                }
+            }
+            assert_eq!(times == MAX_TRIES, bounded, "{failure}: {times}");
+            let given_up = job.outlets["mail.a"].counts.outcomes.get(Outcome::Refused);
+            assert_eq!(given_up, u64::from(bounded));
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_written_when_the_clock_was_wrong_is_no_older_for_that() {
+        let mut job = job_with(message());
+        job.tidy();
+        assert_eq!(job.queue.waiting("mail.a"), 1);
+        job.begun.0 -= EXPIRES + TIDY_EVERY;
+        job.tidy();
+        assert_eq!(job.queue.waiting("mail.a"), 0);
+    }
+
+    #[tokio::test]
+    async fn a_channel_that_goes_and_comes_back_meanwhile_sends_nothing_twice() {
+        let mut job = job_with(message());
+        let name: Arc<str> = "mail.a".into();
+        job.send_next(&name, Duration::ZERO, false);
+        assert_eq!(job.sending.len(), 1);
+        let settings = load(&format!("{MAIL}[alert]\nto = [\"mail.a\"]")).unwrap();
+        let counts = vec![Arc::new(Counts::new("mail.a".into()))];
+        job.adopt(Wanted { settings: Settings::default(), counts: Vec::new() });
+        job.adopt(Wanted { settings, counts });
+        job.send_next(&name, Duration::ZERO, false);
+        assert_eq!(job.sending.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_channel_that_is_told_nothing_any_more_does_not_wake_it() {
+        let mut job = job_with(message());
+        let mut withheld = Withheld::default();
+        withheld.add(&Report::default());
+        job.queue.remove("mail.a", "1");
+        job.queue.set_withheld("mail.a", withheld);
+        assert_eq!(job.next().as_secs(), 0);
+        job.alert.to = Vec::new();
+        assert!(job.next() > Duration::from_secs(10));
     }
 
     #[tokio::test]

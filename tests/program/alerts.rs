@@ -315,8 +315,10 @@ fn what_waits_survives_a_crash() {
     let mail = postbox.wait_for(0);
     assert_eq!(id(&mail), known);
     assert!(subject(&mail).starts_with("file-missing: file.a"), "{mail}");
-    eventually("the count", || count(&daemon, "sent") == 1 && queued(&daemon) == 0);
-    assert_eq!(postbox.mails().len(), 1);
+    let over = postbox.wait_for(1);
+    assert!(subject(&over).starts_with("over: file-missing: file.a"), "{over}");
+    eventually("the count", || count(&daemon, "sent") == 2 && queued(&daemon) == 0);
+    assert_eq!(postbox.mails().len(), 2);
 }
 
 #[test]
@@ -338,8 +340,10 @@ fn after_a_crash_between_sending_and_noting_the_same_message_comes_again() {
         assert_eq!(first["headers"][field], second["headers"][field]);
     }
     assert_eq!(first["text"], second["text"]);
-    eventually("the count", || count(&daemon, "sent") == 1 && queued(&daemon) == 0);
-    assert_eq!(postbox.mails().len(), 2);
+    let over = postbox.wait_for(2);
+    assert!(subject(&over).starts_with("over: file-missing: file.a"), "{over}");
+    eventually("the count", || count(&daemon, "sent") == 2 && queued(&daemon) == 0);
+    assert_eq!(postbox.mails().len(), 3);
 }
 
 #[test]
@@ -357,7 +361,7 @@ fn a_message_that_is_taken_without_a_word_comes_again_with_the_same_id() {
 }
 
 #[test]
-fn who_is_to_come_later_comes_later_and_who_is_refused_for_good_does_not() {
+fn who_is_to_come_later_comes_later_and_one_who_is_refused_costs_the_others_nothing() {
     let postbox = Postbox::start("tls");
     postbox.order("busy");
     let daemon = start(&["a"], &postbox.channel(""), "wait = \"100ms\"");
@@ -367,7 +371,8 @@ fn who_is_to_come_later_comes_later_and_who_is_refused_for_good_does_not() {
     assert_eq!(line["error"], "451 4.3.2 not now");
     postbox.withdraw("busy");
     postbox.wait_for(0);
-    // One recipient that there is not costs the others nothing, and alone it is given up.
+    // One recipient that there is not costs the others nothing. If there is no other, somebody has to
+    // do something about the channel, and the alert waits for that.
     let to = |to: &str| postbox.channel("").replace("ops@example.org", to);
     let again = |to: &str| config(&["a"], to, "state = \"state\"\nwait = \"100ms\"");
     let back = |number| {
@@ -383,8 +388,12 @@ fn who_is_to_come_later_comes_later_and_who_is_refused_for_good_does_not() {
     back(3);
     daemon.reload(&again(&to("nobody@example.org")));
     fs::remove_file(daemon.path("a")).unwrap();
-    eventually("a refusal", || count(&daemon, "refused") == 1 && queued(&daemon) == 0);
-    assert_eq!(postbox.mails().len(), 4);
+    daemon.wait_for_message("alert not sent over mail.ops: nobody@example.org: 550 5.1.1");
+    assert_eq!((count(&daemon, "refused"), queued(&daemon)), (0, 1));
+    fs::write(daemon.path("a"), "again").unwrap();
+    daemon.reload(&again(&postbox.channel("")));
+    let mail = postbox.wait_for(4);
+    assert!(subject(&mail).starts_with("file-missing: file.a"), "{mail}");
 }
 
 #[test]
@@ -415,10 +424,11 @@ fn a_dead_mail_server_costs_the_services_nothing() {
     // Nor does it hold up the end beyond an order that insists.
     daemon.signal(Signal::TERM);
     daemon.wait_for_message("stopping: ");
+    // What was to be told, and that it is over.
+    let path = daemon.folder.path().to_owned();
+    eventually("both to be kept", || waiting(&path).len() == 2);
     daemon.signal(Signal::TERM);
     assert!(daemon.wait().success());
-    // What was to be told, and that it is over.
-    assert_eq!(waiting(daemon.folder.path()).len(), 2);
 }
 
 #[test]
@@ -517,4 +527,115 @@ fn a_channel_that_fails_is_told_over_the_others_and_not_over_itself() {
     let mail = other.wait_for(2);
     assert!(subject(&mail).starts_with("over: channel-failed: mail.ops, since "), "{mail}");
     assert_eq!(postbox.mails().len(), 1);
+}
+
+#[test]
+fn what_lasts_is_told_to_who_wants_to_know_it_later() {
+    let postbox = Postbox::start("none");
+    let of = |on: &str| {
+        // A mirror that nobody answers.
+        let mirror =
+            "[mirror.m]\nurls = [\"http://127.0.0.1:1/x\"]\ninto = \"files\"\nretries = 0\n";
+        let all =
+            config(&[], &postbox.channel(mirror), "on = [ON]\nstate = \"state\"\nwait = \"200ms\"");
+        match on {
+            "" => all.split("[alert]").next().unwrap().to_owned(),
+            on => all.replace("ON", on),
+        }
+    };
+    let daemon = Daemon::start_in(folder(&[]), &of("\"mirror-failed\""), |_| {});
+    let mail = postbox.wait_for(0);
+    assert!(subject(&mail).starts_with("mirror-failed: mirror.m, since "), "{mail}");
+    for (number, other) in [(1, "\"file-missing\""), (2, "")] {
+        for on in [other, "\"mirror-failed\""] {
+            let heeded =
+                |line: &Value| says(line, "alerts to ") || says(line, "no alerts any more");
+            let before = daemon.lines().iter().filter(|line| heeded(line)).count();
+            let line = daemon.reload(&of(on));
+            assert!(says(&line, "reloaded: "), "{line}");
+            eventually("the alerts to heed it", || {
+                daemon.lines().iter().filter(|line| heeded(line)).count() > before
+            });
+        }
+        let mail = postbox.wait_for(number);
+        assert!(subject(&mail).starts_with("mirror-failed: mirror.m, since "), "{mail}");
+    }
+}
+
+#[test]
+fn two_daemons_do_not_share_a_queue() {
+    let postbox = Postbox::down("none");
+    let alert = "state = \"state\"\nwait = \"100ms\"";
+    let first = start(&["a"], &postbox.channel(""), "wait = \"100ms\"");
+    let state = first.path("state");
+    let second = config(&["b"], &postbox.channel(""), alert)
+        .replace("\"state\"", &format!("\"{}\"", state.display()));
+    let second = Daemon::start_in(folder(&["b"]), &second, |_| {});
+    second.wait_for_message("another handout has it");
+    fs::remove_file(second.path("b")).unwrap();
+    second.wait_for_message("alert not sent over mail.ops");
+    fs::remove_file(first.path("a")).unwrap();
+    first.wait_for_message("alert not sent over mail.ops");
+    let kept = waiting(first.folder.path());
+    assert_eq!(kept.len(), 1);
+    assert!(kept[0]["text"].as_str().unwrap().contains("file.a"), "{kept:?}");
+}
+
+#[test]
+fn a_mail_that_is_refused_with_its_files_is_sent_without_them() {
+    let postbox = Postbox::start("none");
+    postbox.order("small");
+    let web = Web::answers(move |request| match request.target.as_str() {
+        "/list.json" => Reply::json(&json!([{ "url": "x.txt" }])),
+        name => Reply::ok(name.as_bytes()),
+    });
+    let mirror = format!(
+        "[mirror.m]\nsource = \"{}\"\nlist = \"\"\nurl = \"/url\"\ninto = \"files\"\n",
+        web.url("list.json")
+    );
+    let _daemon = start(&[], &postbox.channel(&mirror), "wait = \"100ms\"");
+    let mail = postbox.wait_for(0);
+    assert!(subject(&mail).starts_with("mirror-updated: mirror.m, at "), "{mail}");
+    assert_eq!(mail["attachments"], json!([]));
+    let why = "Not attached: 1 files, with which it is refused: 552 5.3.4 message size exceeds";
+    assert!(text(&mail).contains(why), "{mail}");
+}
+
+#[test]
+fn who_has_got_an_sms_does_not_get_it_again_after_a_stop() {
+    let stalls = Arc::new(AtomicBool::new(true));
+    let stalling = Arc::clone(&stalls);
+    let provider = Web::answers(move |request| {
+        let second = String::from_utf8_lossy(&request.body).contains("13800000002");
+        if second && stalling.load(Ordering::SeqCst) {
+            return Reply::ok("{").announcing(100).then_stall();
+        }
+        Reply::json(&json!({ "code": 2, "smsid": "1" }))
+    });
+    let folder = folder(&["a"]);
+    fs::write(folder.path().join("password"), PASSWORD).unwrap();
+    let channel = format!(
+        "[daemon]\ngrace = \"1s\"\n\
+         [sms.ops]\nprovider = \"ihuyi\"\nurl = \"{}\"\naccount = \"cf\"\ntimeout = \"10m\"\n\
+         password-file = \"password\"\nto = [\"13800000001\", \"13800000002\", \"13800000003\"]\n",
+        provider.url("sms"),
+    );
+    let config = config(&["a"], &channel, "state = \"state\"\nwait = \"100ms\"")
+        .replace("to = [\"mail.ops\"]", "to = [\"sms.ops\"]");
+    let asked = |number: &str| {
+        let is_it = |body: &[u8]| String::from_utf8_lossy(body).contains(number);
+        provider.requests().iter().filter(|request| is_it(&request.body)).count()
+    };
+    let mut daemon = Daemon::start_in(folder, &config, |_| {});
+    fs::remove_file(daemon.path("a")).unwrap();
+    eventually("the second to be asked for", || asked("13800000002") == 1);
+    assert!(daemon.stop().success());
+    fs::write(daemon.path("a"), "again").unwrap();
+    stalls.store(false, Ordering::SeqCst);
+    let folder = std::mem::replace(&mut daemon.folder, tempfile::tempdir().unwrap());
+    let daemon = Daemon::start_in(folder, &config, |_| {});
+    let sent = "handout_alerts_total{channel=\"sms.ops\",outcome=\"sent\"}";
+    // The file being back is told, too, to each of the three.
+    eventually("both", || metric(daemon.tcp("metrics"), sent) == 2.0);
+    assert_eq!(["13800000001", "13800000002", "13800000003"].map(asked), [2, 3, 2]);
 }

@@ -6,7 +6,8 @@ Its argument is JSON: `folder`, `security` (tls, starttls or none), `host`, `por
 It prints its port when it listens.
 
 Files in the folder are orders: `busy`: mails are not taken for now; `mute`: they are taken, and nothing is
-said about that; `cut`: they are taken, and the connection is reset without a word.
+said about that; `cut`: they are taken, and the connection is reset without a word; `small`: those with
+attachments are refused for good.
 """
 
 import asyncio
@@ -72,6 +73,8 @@ class Handler:
         if ordered("busy"):
             return "451 4.3.2 not now"
         mail = read(envelope.content)
+        if ordered("small") and mail["attachments"]:
+            return "552 5.3.4 message size exceeds the limit"
         mail["envelope"] = [envelope.mail_from, envelope.rcpt_tos]
         mail["tls"] = server.transport.get_extra_info("cipher") is not None
         mail["mechanism"] = getattr(session, "mechanism", None)

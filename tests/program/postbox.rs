@@ -118,7 +118,7 @@ impl Postbox {
         self.inside("password").display().to_string()
     }
 
-    /// From now on it is `busy`, `mute` or `cut`: see the program.
+    /// From now on it is `busy`, `mute`, `cut` or `small`: see the program.
     pub fn order(&self, what: &str) {
         fs::write(self.inside("mails").join(what), "").unwrap();
     }
