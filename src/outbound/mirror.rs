@@ -378,7 +378,7 @@ async fn keep(
                 let (mirror, next) = (&*name, wait.as_secs_f64());
                 let error = chain(&error);
                 counts.set_trouble(Some(error.clone()));
-                tracing::warn!(mirror, error, next, "mirror failed");
+                tracing::warn!(mirror, error, next, "mirror.{mirror}: failed: {error}");
                 wait
             }
         };
@@ -418,7 +418,7 @@ fn conclude(name: &str, counts: &Counts, summary: &batch::Summary) {
             changed,
             bytes,
             duration = seconds,
-            "mirror interrupted"
+            "mirror.{name}: interrupted: {new} new, {changed} changed"
         );
         return;
     }
@@ -432,7 +432,8 @@ fn conclude(name: &str, counts: &Counts, summary: &batch::Summary) {
         removed,
         bytes,
         duration = seconds,
-        "mirrored"
+        "mirror.{name}: mirrored: {new} new, {changed} changed, {unchanged} unchanged, {failed} failed, \
+         {removed} removed"
     );
 }
 
@@ -478,7 +479,8 @@ impl Log {
 
     fn fail(&self, name: &str, error: &dyn Display) {
         self.counts.files.add(File::Failed);
-        tracing::warn!(mirror = &*self.name, name, %error, "not mirrored");
+        let mirror = &*self.name;
+        tracing::warn!(mirror, name, %error, "mirror.{mirror}: {name}: not mirrored: {error}");
         let mut first = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
         first.get_or_insert_with(|| format!("{name}: {error}"));
     }
@@ -521,7 +523,8 @@ impl Observer for Log {
     }
 
     fn trouble(&self, problem: &str) {
-        tracing::warn!(mirror = &*self.name, error = problem, "not all is kept");
+        let mirror = &*self.name;
+        tracing::warn!(mirror, error = problem, "mirror.{mirror}: not all is kept: {problem}");
     }
 }
 

@@ -5,7 +5,7 @@ use std::fs;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use crate::common::{Daemon, eventually, sample};
+use crate::common::{Daemon, eventually, sample, says};
 use crate::servers::Place;
 use crate::web::Nginx;
 
@@ -49,7 +49,7 @@ fn two_hundred_pictures_come_through_byte_for_byte_and_the_second_time_nothing_i
     let daemon = Daemon::start_in(folder, &config(""), |_| {});
     let runs = || {
         let lines = daemon.lines().into_iter();
-        lines.filter(|line| line["message"] == "mirrored").collect::<Vec<_>>()
+        lines.filter(|line| says(line, ": mirrored: ")).collect::<Vec<_>>()
     };
     eventually("the first run", || !runs().is_empty());
     assert_eq!(runs()[0]["new"], PICTURES, "{}", runs()[0]);

@@ -27,6 +27,7 @@ mod manual;
 mod metrics;
 #[cfg(feature = "mirror")]
 mod mirror;
+#[cfg(all(feature = "alert", feature = "mirror"))]
 mod monitoring;
 #[cfg(not(feature = "alert"))]
 mod no_alert;

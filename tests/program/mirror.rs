@@ -60,7 +60,7 @@ fn start(config: &str) -> Daemon {
 fn runs_of(daemon: &Daemon, mirror: &str) -> Vec<Value> {
     let mut lines = daemon.lines();
     lines.retain(|line| {
-        line["message"] == "mirrored" && line["mirror"] == mirror && line["interrupted"] != true
+        says(line, ": mirrored: ") && line["mirror"] == mirror && line["interrupted"] != true
     });
     lines
 }
@@ -84,7 +84,7 @@ fn counts(line: &Value) -> [u64; 5] {
 /// Waits for a line about an entry that was not mirrored.
 fn failure(daemon: &Daemon, words: &str) -> Value {
     daemon.wait_for("a failure", |line| {
-        line["message"] == "not mirrored" && line.to_string().contains(words)
+        says(line, ": not mirrored: ") && line.to_string().contains(words)
     })
 }
 
@@ -473,7 +473,7 @@ fn a_run_that_fails_as_a_whole_is_logged_counted_and_repeated() {
         _ => Reply::ok("alpha"),
     });
     let daemon = start(&of(&web, "every = \"1s\""));
-    let line = daemon.wait_for_message("mirror failed");
+    let line = daemon.wait_for_message(": failed: ");
     assert_eq!((&line["level"], &line["mirror"]), (&json!("WARN"), &json!("pictures")), "{line}");
     assert!(line["error"].as_str().unwrap().contains("404"), "{line}");
     assert!(!line["next"].is_null(), "{line}");
@@ -502,7 +502,7 @@ fn limits_hold_for_each_file_for_all_and_for_their_number() {
     failure(&daemon, "max-total");
     let number = web();
     let daemon = start(&of(&number, "max-files = 3"));
-    let line = daemon.wait_for_message("mirror failed");
+    let line = daemon.wait_for_message(": failed: ");
     assert!(line["error"].as_str().unwrap().contains("max-files"), "{line}");
     assert!(names(&daemon).is_empty());
 }
@@ -593,7 +593,7 @@ fn a_name_that_is_only_permitted_by_a_pattern_leads_to_no_private_address() {
     // It ends when its log has the line of the run.
     let script = "mount --bind \"$0/hosts\" /etc/hosts || exit 99
         timeout 60 \"$1\" serve --config \"$0/handout.toml\" 2>\"$0/log\" & child=$!
-        until grep -q '\"mirrored\"' \"$0/log\" || ! kill -0 $child; do read -t 0.05 _ <> \"$0/wait\"; done
+        until grep -q ': mirrored: ' \"$0/log\" || ! kill -0 $child; do read -t 0.05 _ <> \"$0/wait\"; done
         kill $child
         wait $child
         cat \"$0/log\"";
@@ -606,10 +606,10 @@ fn a_name_that_is_only_permitted_by_a_pattern_leads_to_no_private_address() {
     let log = String::from_utf8(output.stdout).unwrap();
     let lines: Vec<Value> =
         log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
-    let line = lines.iter().find(|line| line["message"] == "mirrored");
+    let line = lines.iter().find(|line| says(line, ": mirrored: "));
     let line = line.unwrap_or_else(|| panic!("{log}"));
     assert_eq!(counts(line), [1, 0, 0, 2, 0], "{log}");
-    let failed: Vec<_> = lines.iter().filter(|line| line["message"] == "not mirrored").collect();
+    let failed: Vec<_> = lines.iter().filter(|line| says(line, ": not mirrored: ")).collect();
     let of = |host: &str| failed.iter().find(|line| line.to_string().contains(host)).unwrap();
     assert!(of("cdn.example.org")["error"].as_str().unwrap().contains("127.0.0.1"), "{log}");
     of("evilexample.org");
@@ -1006,11 +1006,11 @@ fn a_full_disk_is_a_failure_of_the_file_and_what_was_there_stays() {
     let script = "mount -t tmpfs -o size=1m none \"$0/files\" || exit 99
         echo old >\"$0/files/huge.bin\"
         timeout 60 \"$1\" serve --config \"$0/handout.toml\" 2>\"$0/log\" & child=$!
-        until grep -q '\"mirrored\"' \"$0/log\" || ! kill -0 $child; do read -t 0.05 _ <> \"$0/wait\"; done
+        until grep -q ': mirrored: ' \"$0/log\" || ! kill -0 $child; do read -t 0.05 _ <> \"$0/wait\"; done
         kill $child
         wait $child
-        grep '\"mirrored\"' \"$0/log\"
-        grep '\"not mirrored\"' \"$0/log\"
+        grep ': mirrored: ' \"$0/log\"
+        grep ': not mirrored: ' \"$0/log\"
         cat \"$0/files/huge.bin\"
         ls \"$0/files\"";
     assert!(run(Command::new("mkfifo").arg(folder.path().join("wait"))).status.success());
@@ -1060,7 +1060,7 @@ fn the_clients_of_a_service_do_not_wait_for_a_mirror_at_work() {
         let begun = Instant::now();
         assert_eq!(read_all(daemon.tcp("time.clock")).len(), 27);
         longest = longest.max(begun.elapsed());
-        let done = daemon.lines().iter().any(|line| line["message"] == "mirrored");
+        let done = daemon.lines().iter().any(|line| says(line, ": mirrored: "));
         over.store(done, Ordering::SeqCst);
     }
     // A debug build digests such a file for much longer than that.

@@ -9,15 +9,22 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::common::{Daemon, connect, run};
+use crate::web::{Reply, Web};
 
-/// What `/metrics` says of a daemon with a service of each kind.
+/// What `/metrics` says of a daemon with a service of each kind, a mirror that has run, and alerts.
 fn exposition() -> String {
-    let daemon = Daemon::start_with(
+    let web = Web::always(Reply::ok("picture"));
+    let config = format!(
         "[metrics]\nlisten = [\"127.0.0.1:0\"]\n[time.clock]\nlisten = [\"127.0.0.1:0\"]\n\
-         [file.picture]\nlisten = [\"127.0.0.1:0\"]\npath = \"picture.jpg\"",
-        &[("picture.jpg", b"picture")],
-        |_| {},
+         [file.picture]\nlisten = [\"127.0.0.1:0\"]\npath = \"picture.jpg\"\n\
+         [mirror.files]\nurls = [\"{}\"]\ninto = \"files\"\n\
+         [mail.ops]\nserver = \"127.0.0.1:1\"\nsecurity = \"none\"\n\
+         from = \"a@example.org\"\nto = [\"b@example.org\"]\n\
+         [alert]\nto = [\"mail.ops\"]\nwait = \"1h\"",
+        web.url("a.txt")
     );
+    let daemon = Daemon::start_with(&config, &[("picture.jpg", b"picture")], |_| {});
+    daemon.wait_for_message("mirror.files: mirrored: 1 new");
     let mut stream = connect(daemon.tcp("metrics"));
     stream
         .write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
