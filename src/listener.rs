@@ -411,6 +411,9 @@ impl DatagramSocket {
         duty.served.admit_datagram(meta.addr.ip(), now)?;
         reply.clear();
         time.tell(reply).map_err(|_| Datagram::Failed)?;
+        if !time.outranks(reply, datagram) {
+            return Err(Datagram::Unanswerable);
+        }
         // A queue that is full drops the answer, as any network may.
         let sent = self.state.try_send((&self.socket).into(), &answer_to(meta, reply));
         sent.map_err(|_| Datagram::Failed)
