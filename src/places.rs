@@ -33,16 +33,16 @@ impl Places {
         let (before, now) = (number(before), number(now));
         let more = now.saturating_sub(before);
         // Those that would have gone are the first to stay.
-        let stay = |surplus: usize| Some(surplus.saturating_sub(more));
-        let surplus = self.surplus.fetch_update(Ordering::AcqRel, Ordering::Acquire, stay);
-        self.permits.add_permits(more.saturating_sub(surplus.unwrap_or_else(|same| same)));
+        let stay = |surplus: usize| surplus.saturating_sub(more);
+        let surplus = self.surplus.update(Ordering::AcqRel, Ordering::Acquire, stay);
+        self.permits.add_permits(more.saturating_sub(surplus));
         self.surplus.fetch_add(before.saturating_sub(now), Ordering::AcqRel);
     }
 
     /// Whether the permit that was met with is one of those that go.
     fn one_goes(&self) -> bool {
         let one_less = |surplus: usize| surplus.checked_sub(1);
-        self.surplus.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_less).is_ok()
+        self.surplus.try_update(Ordering::AcqRel, Ordering::Acquire, one_less).is_ok()
     }
 
     /// How many are free.
