@@ -280,3 +280,60 @@ fn open_beneath(root: &OwnedFd, name: &str, flags: OFlags) -> io::Result<OwnedFd
         other => other.into(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::symlink;
+
+    /// Names that meet often, hidden ones and those of folders for themselves among them.
+    fn name() -> impl Strategy<Value = String> {
+        let part =
+            prop_oneof![6 => "[ab]", 2 => "\\.[ab]", 2 => Just("..".to_owned()), 1 => "[./]"];
+        prop::collection::vec(part, 1..5).prop_map(|parts| parts.join("/"))
+    }
+
+    proptest! {
+        #[test]
+        fn no_name_that_is_served_leaves_the_folder_or_is_hidden(
+            files in prop::collection::vec("\\.?[ab](/\\.?[ab]){0,2}", 1..6),
+            links in prop::collection::vec(("[ab](/[ab])?", "(/|(\\.\\./){0,3})[ab](/[ab])?"), 0..6),
+            names in prop::collection::vec(name(), 1..20),
+        ) {
+            // Files of the same names lie around the folder and in it.
+            let around = tempfile::tempdir().unwrap();
+            let around = around.path().canonicalize().unwrap();
+            let root = around.join("around/a");
+            fs::create_dir_all(&root).unwrap();
+            for folder in [&around, &around.join("around"), &root] {
+                for file in &files {
+                    let path = folder.join(file);
+                    // What has no folder to be in, or a name that is taken, is left out.
+                    let _ = fs::create_dir_all(path.parent().unwrap());
+                    let _ = fs::File::create_new(path);
+                }
+            }
+            for (name, target) in links {
+                let absolute = target.strip_prefix('/').map(|target| around.join(target));
+                let _ = symlink(absolute.unwrap_or(target.into()), root.join(name));
+            }
+            let folder = Folder::open(&root).unwrap();
+            let hidden = |name: &str| name.split('/').any(|part| part.starts_with('.'));
+            for name in names {
+                if let Ok(open) = folder.file(&name) {
+                    let descriptor = open.into_file();
+                    let link = format!("/proc/self/fd/{}", descriptor.as_raw_fd());
+                    let real = fs::read_link(link).unwrap();
+                    prop_assert!(real.starts_with(&root), "{name:?} leads to {real:?}");
+                    prop_assert!(!hidden(&name), "{name:?}");
+                }
+            }
+            for entry in folder.list(usize::MAX).unwrap().unwrap() {
+                prop_assert!(!hidden(&entry.name), "{:?}", entry.name);
+                prop_assert!(folder.file(&entry.name).is_ok(), "{:?}", entry.name);
+            }
+        }
+    }
+}

@@ -18,6 +18,7 @@
 //! | [`connection`] | deliver every byte or reset; deadlines; the log line of a connection |
 //! | [`linger`] | connections that have been answered, until their end |
 //! | [`limits`] | what a service may take; the rates of datagrams |
+//! | [`places`] | one for each connection that a service may have |
 //! | [`served`] | a running service with what its listeners share |
 //! | [`counts`], [`metrics`] | what services count, and what monitoring is told of it |
 //! | [`datagram`] | which datagrams are answered |
@@ -66,6 +67,7 @@ pub mod metrics;
 pub mod mirrors;
 #[cfg(any(feature = "alert", feature = "mirror"))]
 pub mod outbound;
+pub mod places;
 pub mod reload;
 pub mod running;
 pub mod secret;

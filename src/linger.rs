@@ -8,13 +8,13 @@ use std::io;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::accepted::AcceptedSocket;
 use crate::connection::{Connection, Heard};
 use crate::limits::ClientGuard;
+use crate::places::Place;
 
 /// How often they are looked at, while there are any.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
@@ -44,7 +44,7 @@ impl Answered {
 #[derive(Debug)]
 pub struct Held {
     /// One of the service's places.
-    pub place: OwnedSemaphorePermit,
+    pub place: Place,
     /// Its client's, if that is limited.
     pub guard: Option<ClientGuard>,
     /// That it is under way.

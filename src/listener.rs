@@ -22,7 +22,7 @@ use rustix::net::{SocketFlags, acceptfrom_with};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
-use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
 use crate::accepted::{AcceptedSocket, Kind};
@@ -32,6 +32,7 @@ use crate::datagram::may_be_answered;
 use crate::kernel::Watched;
 use crate::limits::ClientGuard;
 use crate::linger::{Answered, Held, see_to_the_end};
+use crate::places::Place;
 use crate::served::Served;
 use crate::services::time::TimeService;
 use crate::sockets::{BACKLOG, SocketFile};
@@ -188,7 +189,7 @@ impl Listener {
         &self,
         served: &Served,
         queue: &mut Queue,
-    ) -> io::Result<(Accepted, OwnedSemaphorePermit)> {
+    ) -> io::Result<(Accepted, Place)> {
         loop {
             let mut ready = self.socket.readable().await?;
             let place = served.place().await.map_err(io::Error::other)?;
@@ -229,7 +230,7 @@ impl Listener {
 /// Serves a connection.
 fn begin(
     Accepted { socket, peer }: Accepted,
-    place: OwnedSemaphorePermit,
+    place: Place,
     duty: &Duty,
     answered: &UnboundedSender<Answered>,
 ) {
@@ -411,6 +412,9 @@ impl DatagramSocket {
         duty.served.admit_datagram(meta.addr.ip(), now)?;
         reply.clear();
         time.tell(reply).map_err(|_| Datagram::Failed)?;
+        if !time.outranks(reply, datagram) {
+            return Err(Datagram::Unanswerable);
+        }
         // A queue that is full drops the answer, as any network may.
         let sent = self.state.try_send((&self.socket).into(), &answer_to(meta, reply));
         sent.map_err(|_| Datagram::Failed)

@@ -1,5 +1,7 @@
 //! Flags to subcommand to exit code; and the signals.
 
+#![forbid(unsafe_code)]
+
 use std::error::Error;
 use std::io::{self, Write};
 use std::path::Path;

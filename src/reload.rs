@@ -358,80 +358,147 @@ mod tests {
         assert!(difference.removed.is_empty());
     }
 
+    /// Addresses of every kind.
+    fn address(number: u16) -> Endpoint {
+        match number {
+            1..=4 => tcp(number),
+            5 | 6 => Endpoint::Udp(([127, 0, 0, 1], number).into()),
+            _ => Endpoint::Unix(format!("/run/{number}").into()),
+        }
+    }
+
     /// Up to four services on addresses of their own.
     fn services() -> impl Strategy<Value = Vec<Service>> {
-        let ports = Just((1..=8).collect::<Vec<u16>>()).prop_shuffle();
+        let numbers = Just((1..=8).collect::<Vec<u16>>()).prop_shuffle();
         let names = prop::sample::subsequence(vec!["time.a", "time.b", "time.c", "time.d"], 0..=4);
         let settings = prop::collection::vec((any::<bool>(), 1u32..3, 1usize..=2), 4);
-        (names.prop_shuffle(), ports, settings).prop_map(|(names, ports, settings)| {
-            let mut ports = ports.into_iter();
+        (names.prop_shuffle(), numbers, settings).prop_map(|(names, numbers, settings)| {
+            let mut addresses = numbers.into_iter().map(|number| Listen::At(address(number)));
             let each = names.into_iter().zip(settings);
             let service = |(name, (newline, max, count)): (&str, (bool, u32, usize))| {
-                let listen: Vec<_> = ports.by_ref().take(count).map(at).collect();
+                let listen: Vec<_> = addresses.by_ref().take(count).collect();
                 service(name, &listen, newline, max)
             };
             each.map(service).collect()
         })
     }
 
+    /// Two configurations that may have nothing in common, say the same in another order, or differ
+    /// in one service.
+    fn before_and_after() -> impl Strategy<Value = (Vec<Service>, Vec<Service>)> {
+        let one_changes = (services(), any::<prop::sample::Index>(), any::<bool>(), 1u32..3);
+        prop_oneof![
+            (services(), services()),
+            services().prop_flat_map(|all| (Just(all.clone()), Just(all).prop_shuffle())),
+            one_changes.prop_map(|(before, which, newline, max)| {
+                let mut after = before.clone();
+                if !before.is_empty() {
+                    let one = after.swap_remove(which.index(before.len()));
+                    after.push(service(&one.name, &one.listen, newline, max));
+                }
+                (before, after)
+            }),
+        ]
+    }
+
+    fn listens(services: &[Service], at: &Endpoint) -> bool {
+        services.iter().any(|service| service.listen.contains(&Listen::At(at.clone())))
+    }
+
+    /// What a configuration says, whatever its order.
+    fn meaning(services: &[Service]) -> Vec<Service> {
+        let mut services = services.to_vec();
+        services.sort_by(|one, other| one.name.cmp(&other.name));
+        for service in &mut services {
+            service.listen.sort_by_key(|listen| listen.endpoint().cloned());
+        }
+        services
+    }
+
+    /// Who listens where.
+    fn listeners(held: &[Held]) -> BTreeSet<(Arc<str>, Endpoint)> {
+        held.iter().map(|held| (held.service.clone().unwrap(), held.endpoint.clone())).collect()
+    }
+
+    /// Whether there is nothing to be done.
+    fn is_empty(difference: &Difference, held: &[Held], wanted: &[Service]) -> bool {
+        let stays = |step: &Step| {
+            let are_held = |origin: &Origin| matches!(origin, Origin::Held(_));
+            matches!(step.change, Change::Keep(_)) && step.sockets.iter().all(are_held)
+        };
+        difference.steps.iter().all(stays)
+            && difference.removed.is_empty()
+            && difference.closed.is_empty()
+            && listeners(&carried_out(held, wanted, difference)) == listeners(held)
+    }
+
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1_000))]
+
         #[test]
-        fn carried_out_it_leads_to_what_is_wanted(before in services(), after in services()) {
-            let held = started(&[], &before);
+        fn carried_out_it_leads_to_what_is_wanted(
+            (before, after) in before_and_after(),
+            passed in any::<[bool; 8]>(),
+            stale in any::<[bool; 8]>(),
+        ) {
+            // Some sockets were inherited, which both configurations name; some serve no longer.
+            let passed = (1..=8).zip(passed).filter(|(_, passed)| *passed).map(|(number, _)| {
+                Held { endpoint: address(number), ..inherited(number, "x") }
+            });
+            let passed: Vec<_> = passed
+                .filter(|held| [&before, &after].iter().all(|all| listens(all, &held.endpoint)))
+                .collect();
+            let mut held = started(&passed, &before);
+            for (held, stale) in held.iter_mut().zip(stale) {
+                held.stale = stale && held.inherited.is_none();
+            }
             let running: Vec<_> = before.iter().collect();
             let difference = difference(&running, &held, &after).unwrap();
 
-            // The services: each that stays, changes or is new is wanted, each other is removed.
+            // The services: what is kept and what is new are together what is wanted, nothing is
+            // changed that is the same, and whatever ran goes on, is succeeded or is removed.
+            let mut ran = difference.removed.clone();
+            prop_assert_eq!(difference.steps.len(), after.len());
             for (wanted, step) in after.iter().zip(&difference.steps) {
-                let was = before.iter().position(|before| before.name == wanted.name);
-                match (step.change, was) {
-                    (Change::Add, None) => {}
-                    (Change::Keep(index), Some(was)) => {
-                        prop_assert_eq!(index, was);
-                        prop_assert_eq!(&before[was].settings, &wanted.settings);
-                        prop_assert_eq!(&before[was].limits, &wanted.limits);
-                    }
-                    (Change::Limit(index), Some(was)) => {
-                        prop_assert_eq!(index, was);
-                        prop_assert_eq!(&before[was].settings, &wanted.settings);
+                let (is_of, settings, limits) = match step.change {
+                    Change::Add => (None, &wanted.settings, &wanted.limits),
+                    Change::Keep(was) => (Some(was), &before[was].settings, &before[was].limits),
+                    Change::Limit(was) => {
                         prop_assert_ne!(&before[was].limits, &wanted.limits);
+                        (Some(was), &before[was].settings, &wanted.limits)
                     }
-                    (Change::Replace(index), Some(was)) => {
-                        prop_assert_eq!(index, was);
+                    Change::Replace(was) => {
                         prop_assert_ne!(&before[was].settings, &wanted.settings);
+                        (Some(was), &wanted.settings, &wanted.limits)
                     }
-                    (change, was) => prop_assert!(false, "{change:?} of {was:?}"),
-                }
+                };
+                prop_assert_eq!((settings, limits), (&wanted.settings, &wanted.limits));
+                prop_assert!(is_of.is_none_or(|was| before[was].name == wanted.name));
+                ran.extend(is_of);
             }
-            for (index, service) in before.iter().enumerate() {
-                let stays = after.iter().any(|after| after.name == service.name);
-                prop_assert_eq!(difference.removed.contains(&index), !stays);
-            }
+            ran.sort_unstable();
+            prop_assert_eq!(ran, (0..before.len()).collect::<Vec<_>>());
 
-            // The sockets: exactly those that are wanted, for those who want them.
+            // The sockets: exactly those that are wanted, for those who want them, and all of use.
             let now = carried_out(&held, &after, &difference);
-            let have: BTreeSet<_> =
-                now.iter().map(|held| (held.service.clone().unwrap(), held.endpoint.clone())).collect();
-            let want: BTreeSet<_> = after
+            let wanted: BTreeSet<_> = after
                 .iter()
                 .flat_map(|service| {
-                    let name = Arc::clone(&service.name);
-                    service.listen.iter().map(move |at| (name.clone(), at.endpoint().unwrap().clone()))
+                    let name = &service.name;
+                    service.listen.iter().map(|at| (name.clone(), at.endpoint().unwrap().clone()))
                 })
                 .collect();
-            prop_assert_eq!(now.len(), want.len());
-            prop_assert_eq!(have, want);
+            prop_assert_eq!(now.len(), wanted.len());
+            prop_assert_eq!(listeners(&now), wanted);
+            prop_assert!(now.iter().all(|held| !held.stale));
 
-            // No socket that is still wanted is closed or bound anew, and none is used twice.
-            let mut used: Vec<_> = difference.closed.clone();
-            for step in &difference.steps {
-                for origin in &step.sockets {
-                    match origin {
-                        Origin::Held(index) => used.push(*index),
-                        Origin::Bind(at) => {
-                            prop_assert!(held.iter().all(|held| held.endpoint != *at));
-                        }
-                    }
+            // No socket that is still of use is closed or bound anew, and none is used twice.
+            let of_use = |at: &Endpoint| held.iter().any(|held| held.endpoint == *at && !held.stale);
+            let mut used = difference.closed.clone();
+            for origin in difference.steps.iter().flat_map(|step| &step.sockets) {
+                match origin {
+                    Origin::Held(index) => used.push(*index),
+                    Origin::Bind(at) => prop_assert!(!of_use(at)),
                 }
             }
             used.sort_unstable();
@@ -439,15 +506,12 @@ mod tests {
         }
 
         #[test]
-        fn to_what_runs_already_there_is_no_difference(services in services()) {
-            let held = started(&[], &services);
-            let running: Vec<_> = services.iter().collect();
-            let difference = difference(&running, &held, &services).unwrap();
-            prop_assert!(difference.removed.is_empty() && difference.closed.is_empty());
-            for (index, step) in difference.steps.iter().enumerate() {
-                prop_assert_eq!(step.change, Change::Keep(index));
-            }
-            prop_assert_eq!(carried_out(&held, &services, &difference), held);
+        fn it_is_empty_if_both_say_the_same_and_only_then((before, after) in before_and_after()) {
+            let held = started(&[], &before);
+            let running: Vec<_> = before.iter().collect();
+            let difference = difference(&running, &held, &after).unwrap();
+            let same = meaning(&before) == meaning(&after);
+            prop_assert_eq!(is_empty(&difference, &held, &after), same);
         }
 
         #[test]
@@ -456,7 +520,10 @@ mod tests {
             after in services(),
             passed in prop::sample::subsequence((1..=8u16).collect::<Vec<_>>(), 0..=8),
         ) {
-            let passed: Vec<_> = passed.into_iter().map(|port| inherited(port, "x")).collect();
+            let passed: Vec<_> = passed
+                .into_iter()
+                .map(|number| Held { endpoint: address(number), ..inherited(number, "x") })
+                .collect();
             let Ok(start) = difference(&[], &passed, &before) else { return Ok(()) };
             let held = carried_out(&passed, &before, &start);
             let running: Vec<_> = before.iter().collect();
@@ -465,10 +532,8 @@ mod tests {
                     prop_assert!(difference.closed.iter().all(|at| held[*at].inherited.is_none()));
                 }
                 Err(mismatches) => {
-                    let named = |held: &Held| {
-                        after.iter().any(|service| service.listen.contains(&Listen::At(held.endpoint.clone())))
-                    };
-                    let unnamed = held.iter().filter(|held| held.inherited.is_some() && !named(held));
+                    let inherited = held.iter().filter(|held| held.inherited.is_some());
+                    let unnamed = inherited.filter(|held| !listens(&after, &held.endpoint));
                     prop_assert_eq!(mismatches.len(), unnamed.count());
                 }
             }

@@ -110,7 +110,8 @@ fn is_invisible(character: char) -> bool {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::path::Component;
+    use std::fs;
+    use std::path::Path;
 
     #[test]
     fn ordinary_names_are_taken_in_every_script() {
@@ -153,20 +154,70 @@ mod tests {
         }
     }
 
-    proptest! {
-        #[test]
-        fn no_name_that_is_taken_leaves_the_folder_or_hides(name in ".{0,20}|[./\\\\a\0]{0,8}") {
-            if let Ok(path) = relative_path(&name) {
-                for component in path.components() {
-                    let Component::Normal(part) = component else {
-                        return Err(TestCaseError::fail(format!("{name:?}")));
-                    };
-                    prop_assert!(!part.as_encoded_bytes().starts_with(b"."));
+    /// Everything below a folder, by its path from there.
+    fn everything_below(folder: &Path) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        let mut folders = vec![folder.to_owned()];
+        while let Some(next) = folders.pop() {
+            for entry in fs::read_dir(next).unwrap() {
+                let path = entry.unwrap().path();
+                found.push(path.strip_prefix(folder).unwrap().to_owned());
+                if path.is_dir() {
+                    folders.push(path);
                 }
             }
-            if file_name(&name).is_ok() {
-                prop_assert_eq!(PathBuf::from(&name).components().count(), 1);
+        }
+        found.sort();
+        found
+    }
+
+    /// Names that a server may choose to do harm, and others.
+    fn name() -> impl Strategy<Value = String> {
+        prop_oneof![
+            ".{0,20}",
+            "[./\\\\a\0]{0,8}",
+            "[a.]{0,2}[\\p{Cc}\\p{Cf}\\p{Zl}\\p{Zp}./\\\\]{0,2}[a-z]{1,3}(/[a-z]{1,2}){0,2}",
+            "[a-z]{250,260}",
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn no_name_that_is_taken_leaves_the_folder_or_hides(name in name()) {
+            // On a file system, where it shows.
+            let around = tempfile::tempdir().unwrap();
+            let folder = around.path().join("folder");
+            fs::create_dir(&folder).unwrap();
+            let Ok(path) = relative_path(&name) else { return Ok(()) };
+            let place = folder.join(&path);
+            fs::create_dir_all(place.parent().unwrap()).unwrap();
+            fs::write(place, "").unwrap();
+
+            let mut expected: Vec<_> = path.ancestors().map(|path| Path::new("folder").join(path)).collect();
+            expected.sort();
+            let made = everything_below(around.path());
+            prop_assert_eq!(made.len(), expected.len());
+            for (made, expected) in made.iter().zip(&expected) {
+                prop_assert_eq!(made, &expected.components().collect::<PathBuf>());
+                prop_assert!(!made.file_name().unwrap().to_str().unwrap().starts_with('.'));
             }
+            prop_assert_eq!(file_name(&name).is_ok(), path.components().count() == 1);
+            prop_assert_eq!(Some(last_component(&name).unwrap()), name.rsplit('/').next());
+        }
+
+        #[test]
+        fn no_name_that_is_taken_looks_like_something_else(
+            before in "[a-z]{1,3}",
+            // Controls, what changes the direction of text, and what ends a line of it.
+            harmful in "[\\p{Cc}\\p{Bidi_Control}\\p{Zl}\\p{Zp}]",
+            after in "[a-z]{1,3}",
+        ) {
+            let name = format!("{before}{harmful}{after}");
+            let below = format!("a/{name}");
+            prop_assert!(file_name(&name).is_err());
+            prop_assert!(relative_path(&below).is_err());
+            prop_assert!(last_component(&below).is_err());
+            prop_assert!(!escape(&name).contains(&harmful));
         }
 
         #[test]

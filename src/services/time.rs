@@ -81,6 +81,11 @@ impl TimeService {
         self.shapes.match_datagram(datagram)
     }
 
+    /// Whether `reply` may be the answer to a datagram that resembles none: see [`ReplyShapes`].
+    pub fn outranks(&self, reply: &[u8], datagram: &[u8]) -> bool {
+        self.shapes.outranks(reply, datagram)
+    }
+
     /// Sends the time.
     ///
     /// # Errors

@@ -131,7 +131,7 @@ fn every_configuration_in_the_readme_is_without_fault() {
 
 #[test]
 fn links_in_the_documents_lead_to_files() {
-    for document in ["README.md", "CHANGELOG.md"] {
+    for document in ["README.md", "CHANGELOG.md", "DEPENDENCIES.md", "SECURITY.md"] {
         let text = fs::read_to_string(root().join(document)).unwrap();
         for link in text.split("](").skip(1) {
             let target = link.split([')', '#']).next().unwrap();

@@ -1,12 +1,12 @@
 //! The log: text and JSON, one line for each connection, nothing that a terminal would obey.
 
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::net::UnixStream;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 
-use crate::common::{Daemon, connect};
+use crate::common::{Daemon, PROGRAM, connect};
 
 #[test]
 fn a_connection_leaves_one_flat_line_with_its_five_fields() {
@@ -85,6 +85,42 @@ fn a_log_that_nobody_reads_keeps_no_service_waiting() {
     }
     rustix::process::kill_process(rustix::process::Pid::from_child(&child), Signal::TERM).unwrap();
     assert!(crate::common::wait_for_exit(&mut child).success());
+}
+
+/// What a daemon logs to a terminal until it is ready.
+fn shown_on_a_terminal(no_color: Option<&str>) -> String {
+    // The shell says which process it becomes, so that it can be ended.
+    let line = format!("echo $$; exec {PROGRAM} serve --time 127.0.0.1:0");
+    let mut command = Command::new("script");
+    command
+        .args(["--quiet", "--command", &line, "/dev/null"])
+        .env("TERM", "xterm")
+        .env("TZ", "UTC");
+    command.env_remove("NO_COLOR").env_remove("JOURNAL_STREAM").env_remove("NOTIFY_SOCKET");
+    command.envs(no_color.map(|value| ("NO_COLOR", value)));
+    let mut terminal = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(terminal.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let process: i32 = lines.next().unwrap().trim().parse().unwrap();
+    let mut shown = String::new();
+    for line in lines.by_ref() {
+        shown += &line;
+        if line.contains("ready: ") {
+            break;
+        }
+    }
+    kill_process(Pid::from_raw(process).unwrap(), Signal::TERM).unwrap();
+    lines.for_each(drop);
+    terminal.wait().unwrap();
+    shown
+}
+
+#[test]
+fn on_a_terminal_there_is_colour_unless_it_is_not_wanted() {
+    assert!(shown_on_a_terminal(None).contains("\u{1b}["));
+    // An empty value is none.
+    assert!(shown_on_a_terminal(Some("")).contains("\u{1b}["));
+    let shown = shown_on_a_terminal(Some("1"));
+    assert!(shown.contains("listening on") && !shown.contains('\u{1b}'), "{shown:?}");
 }
 
 #[test]

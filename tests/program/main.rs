@@ -36,12 +36,14 @@ mod no_mirror;
 mod package;
 #[cfg(all(feature = "alert", feature = "mirror"))]
 mod postbox;
+mod promises;
 mod reload;
 mod servers;
 mod shutdown;
 #[cfg(all(feature = "alert", feature = "mirror"))]
 mod sms;
 mod soak;
+mod supply;
 mod systemd;
 mod time;
 #[cfg(feature = "mirror")]

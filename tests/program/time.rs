@@ -263,6 +263,46 @@ fn the_rate_of_datagrams_is_that_of_the_service_and_not_of_each_socket() {
 }
 
 /// Stops the daemon, which then sums up what it has counted.
+/// What a service answers to a datagram, if anything, which is known by its answer to the next.
+fn answer_to(address: SocketAddr, datagram: &[u8]) -> Option<Vec<u8>> {
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.connect(address).unwrap();
+    socket.set_read_timeout(Some(DEADLINE)).unwrap();
+    socket.send(datagram).unwrap();
+    // Another sender, whom the service answers in its turn.
+    ask_once(address, b"").unwrap();
+    socket.set_nonblocking(true).unwrap();
+    let mut reply = [0; 2048];
+    let length = socket.recv(&mut reply).ok()?;
+    Some(reply[..length].to_vec())
+}
+
+#[test]
+fn services_whose_patterns_do_not_know_each_other_do_not_answer_each_other_for_ever() {
+    let patterns = ["%H:%M:%S", "%A", "on %Y-%m-%d at %H h", "time"];
+    let services = patterns.iter().enumerate().map(|(index, pattern)| {
+        format!("[time.t{index}]\nlisten = [\"udp:127.0.0.1:0\"]\nformat = \"{pattern}\"\n")
+    });
+    let daemon = Daemon::start(&services.collect::<String>());
+    let addresses: Vec<_> =
+        (0..patterns.len()).map(|index| daemon.udp(&format!("time.t{index}"))).collect();
+    for one in &addresses {
+        for other in &addresses {
+            // As if the one had asked the other: by the test's own sockets, as other ports than
+            // this daemon's would be those of another daemon.
+            let mut datagram = answer_to(*one, b"").unwrap();
+            let mut answers = 0;
+            for asked in [other, one].into_iter().cycle() {
+                let Some(answer) = answer_to(*asked, &datagram) else { break };
+                datagram = answer;
+                answers += 1;
+                assert!(answers <= 2, "{}", datagram.escape_ascii());
+            }
+        }
+        assert!(answer_to(*one, b"time?").is_some());
+    }
+}
+
 fn daemon_stopped_with_counts(mut daemon: Daemon, answered: u64, dropped: u64) -> Daemon {
     assert!(daemon.stop().success());
     let line = daemon.wait_for_message("datagrams answered");
