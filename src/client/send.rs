@@ -173,7 +173,8 @@ fn read_attachments(
         message::attachment_name(name)?;
         let mut content = Vec::new();
         let file = fs::File::open(path);
-        let read = file.and_then(|file| file.take(left + 1).read_to_end(&mut content));
+        let read =
+            file.and_then(|file| file.take(left.saturating_add(1)).read_to_end(&mut content));
         read.map_err(|error| format!("cannot be read: {error}"))?;
         let Some(less) = left.checked_sub(content.len() as u64) else {
             let most = ByteSize(max_attachment);

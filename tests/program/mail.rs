@@ -498,6 +498,11 @@ fn attachments_are_bounded_all_together() {
     fs::write(place.path("b"), "123456").unwrap();
     place.send(&["-a", "a", "-a", "b"]).failed_with(&["b: ", "10 B (max-attachment)"]);
     place.send(&["-a", "missing"]).failed_with(&["missing: cannot be read"]);
+    let unbounded = postbox.channel("max-attachment = \"16EiB\"");
+    let printed = Place::new(&unbounded);
+    fs::write(printed.path("a"), "12345").unwrap();
+    let outcome = printed.send(&["-a", "a", "--dry-run"]);
+    assert!(outcome.succeeded().text().contains("MTIzNDU="), "{outcome:?}");
     // Nobody may send without a login there.
     place.send(&["-a", "a", "-a", "a"]).failed_with(&["530 5.7.0"]);
     assert!(postbox.mails().is_empty());
