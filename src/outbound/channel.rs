@@ -1,10 +1,12 @@
 //! A way to a person: how sending over it ends.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::{mail, sms};
 use crate::client::names::escape;
+use crate::secret::{Secret, Secrets};
 
 /// The longest that is told of what a server has said, in characters.
 const MAX_WORDS: usize = 500;
@@ -36,7 +38,7 @@ impl Lasting {
 pub struct Failure {
     /// What it means for the next attempt.
     pub lasting: Lasting,
-    /// What happened, in the server's own words if it has said any.
+    /// What happened, in the server's own words if it has said any; see [`Failure::told`].
     pub words: String,
 }
 
@@ -70,6 +72,14 @@ impl Failure {
         Self { lasting: lasting.unwrap_or(Lasting::Refused), words: each.join("; ") }
     }
 
+    /// The same as it leaves the channel: in a line that can be printed, without the secrets that the
+    /// server was told and may have repeated. These are taken out first, so that of one that is cut or
+    /// escaped nothing is left.
+    #[must_use]
+    pub fn told(self, secrets: &Secrets) -> Self {
+        Self { words: words(&secrets.without(&self.words)), ..self }
+    }
+
     /// One that has taken too long.
     pub fn late(time: Duration, doing: &str) -> Self {
         Self::temporary(format!("not done within {} s (timeout): {doing}", time.as_secs_f64()))
@@ -84,6 +94,21 @@ pub fn words(said: &str) -> String {
         words.push('…');
     }
     words
+}
+
+/// Reads the password of a channel, apart from the event loop, as a disk can take its time.
+///
+/// # Errors
+/// If it cannot be read.
+pub async fn password(path: &Path) -> Result<Secret, Failure> {
+    let path = path.to_owned();
+    let read = tokio::task::spawn_blocking(move || {
+        Secret::read(&path).map_err(|error| {
+            let path = path.display();
+            Failure::unusable(words(&format!("the password in {path} cannot be read: {error}")))
+        })
+    });
+    read.await.map_err(|error| Failure::temporary(error.to_string()))?
 }
 
 /// A message that has been taken.

@@ -186,7 +186,7 @@ impl Client {
     }
 
     /// Asks for `url`, follows redirects, and returns the head of the reply, whatever its status
-    /// is.
+    /// is. Whoever they lead to is told `headers`, too.
     ///
     /// # Errors
     /// If it may not be asked, cannot be reached, or does not answer.
@@ -203,6 +203,16 @@ impl Client {
             self.drain(&mut response).await;
         }
         Err(Error::Redirects)
+    }
+
+    /// Asks for `url`, and returns the head of the reply, whatever its status is. A redirect is not
+    /// followed: what is said is meant for this URL.
+    ///
+    /// # Errors
+    /// If it may not be asked, cannot be reached, or does not answer.
+    pub async fn get_here(&self, url: &Url, headers: &HeaderMap) -> Result<Response, Error> {
+        self.reach.may_ask(url)?;
+        self.ask(Method::GET, url, headers, None).await
     }
 
     /// Sends `body` to `url`, and returns the head of the reply, whatever its status is. A redirect

@@ -2,6 +2,7 @@
 //!
 //! Some recipients may be refused and others not: those get the mail, and these are named.
 
+use std::borrow::Cow;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -135,10 +136,29 @@ impl Settings {
     /// # Errors
     /// If nobody got it, as far as is known.
     pub async fn send(&self, id: &str, to: &[Address], mail: &[u8]) -> Result<Sent, Failure> {
+        self.send_fitting(id, to, |_| mail.into()).await
+    }
+
+    /// The same with a mail that is made when it is known how many bytes the server takes at most, if
+    /// it says so. One that is larger is not begun.
+    ///
+    /// # Errors
+    /// If nobody got it, as far as is known.
+    pub async fn send_fitting<'a>(
+        &self,
+        id: &str,
+        to: &[Address],
+        make: impl FnOnce(Option<u64>) -> Cow<'a, [u8]>,
+    ) -> Result<Sent, Failure> {
         let doing = Doing::default();
         let deliver = async {
             let mut connection = smtp::connect(&self.place, self.timeout, &doing).await?;
-            let delivered = self.deliver(&mut connection, to, mail, &doing).await;
+            let max_size = connection.max_size();
+            let mail = make(max_size);
+            let delivered = match max_size {
+                Some(max) if mail.len() as u64 > max => Err(too_large(mail.len(), max)),
+                _ => self.deliver(&mut connection, to, &mail, &doing).await,
+            };
             Ok((connection, delivered))
         };
         let late = |_| Err(Failure::late(self.timeout, doing.get()));
@@ -155,8 +175,8 @@ impl Settings {
         mail: &[u8],
         doing: &Doing,
     ) -> Result<Vec<(String, Failure)>, Failure> {
-        let connection = &mut connection.inner;
-        let fail = |error| Failure::from_smtp(&error, Failure::refused);
+        let Connection { inner: connection, secrets, .. } = connection;
+        let fail = |error| Failure::from_smtp(&error, Failure::refused).told(secrets);
         let eight_bit = !mail.is_ascii();
         let mut parameters = Vec::new();
         if eight_bit && connection.server_info().supports_feature(Extension::EightBitMime) {
@@ -195,4 +215,10 @@ impl Settings {
         connection.message(mail).await.map_err(fail)?;
         Ok(refused)
     }
+}
+
+fn too_large(size: usize, max: u64) -> Failure {
+    Failure::refused(format!(
+        "the mail has {size} bytes, the server takes at most {max}: less has to be attached"
+    ))
 }

@@ -14,13 +14,13 @@ use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValu
 use reqwest::{Response, Url};
 use serde_json::Value;
 
-use super::channel::{Failure, Lasting, Sent, words};
+use super::channel::{self, Failure, Lasting, Sent, words};
 use super::http::{self, Client, Options};
 use super::pointer::Pointer;
 use super::reach::{self, Reach, shown};
 use super::{back_off, roots};
 use crate::config::{self, Context, Located, Noted, Table};
-use crate::secret::{self, Secret};
+use crate::secret::{self, Secret, Secrets};
 
 /// The most recipients of one text.
 const MAX_RECIPIENTS: usize = 100;
@@ -33,6 +33,9 @@ const MAX_REPLY: usize = 64 << 10;
 
 /// The longest number, in digits (ITU-T E.164).
 const MAX_DIGITS: usize = 15;
+
+/// What people see in the place of what may be a secret.
+const HIDDEN: &str = "…";
 
 const IHUYI: &str = "https://106.ihuyi.com/webservice/sms.php?method=Submit";
 
@@ -183,13 +186,14 @@ impl FromStr for Template {
 
 impl Template {
     /// Puts everything in, once: what is put in is not looked at again.
-    fn fill(&self, values: &Values<'_>) -> String {
-        let text = |piece: &Piece| match piece {
-            Piece::Literal(text) => text.clone(),
-            Piece::Place(Place::Account) => values.account.to_owned(),
-            Piece::Place(Place::Password) => values.password.to_owned(),
-            Piece::Place(Place::To) => values.to.to_owned(),
-            Piece::Place(Place::Text) => values.text.to_owned(),
+    fn fill<'a>(&'a self, values: &Values<'a>) -> String {
+        let text = |piece: &'a Piece| match piece {
+            Piece::Literal(_) if values.password.is_none() => HIDDEN,
+            Piece::Literal(text) => text,
+            Piece::Place(Place::Account) => values.account,
+            Piece::Place(Place::Password) => values.password.unwrap_or(HIDDEN),
+            Piece::Place(Place::To) => values.to,
+            Piece::Place(Place::Text) => values.text,
         };
         self.0.iter().map(text).collect()
     }
@@ -202,7 +206,8 @@ impl Template {
 /// What is put into templates.
 struct Values<'a> {
     account: &'a str,
-    password: &'a str,
+    /// Without it, the template is filled for people, who see nothing that may be a secret.
+    password: Option<&'a str>,
     to: &'a str,
     text: &'a str,
 }
@@ -414,20 +419,22 @@ impl Settings {
         short
     }
 
-    /// What would be asked of the provider for each number, without the password.
+    /// What would be asked of the provider for each number, without what may be a secret: the
+    /// password, and the fields' own text.
     pub fn show(&self, to: &[Number], text: &str) -> String {
-        let fields = to.iter().flat_map(|number| self.fields(&number.0, text, "…"));
+        let fields = to.iter().flat_map(|number| self.fields(&number.0, text, None));
         let lines = fields.map(|(name, value)| format!("{name} = {value:?}\n"));
         format!("POST {}\n{}", shown(&self.url), lines.collect::<String>())
     }
 
-    fn fields(&self, to: &str, text: &str, password: &str) -> Vec<(String, String)> {
+    /// Without a password, for people.
+    fn fields(&self, to: &str, text: &str, password: Option<&str>) -> Vec<(String, String)> {
         let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
         let account = self.account.as_str();
         match &self.provider {
             Provider::Ihuyi => vec![
                 pair("account", account),
-                pair("password", password),
+                pair("password", password.unwrap_or(HIDDEN)),
                 pair("mobile", to),
                 pair("content", text),
                 pair("format", "json"),
@@ -443,12 +450,19 @@ impl Settings {
         }
     }
 
-    fn password(&self) -> Result<Option<Secret>, Failure> {
-        let Some(path) = &self.password_file else { return Ok(None) };
-        Secret::read(path).map(Some).map_err(|error| {
-            let path = path.display();
-            Failure::unusable(words(&format!("the password in {path} cannot be read: {error}")))
-        })
+    /// Reads what is needed for asking, within the time.
+    async fn prepare(&self) -> Result<(Client, Option<Secret>, Secrets), Failure> {
+        let prepare = async {
+            let password = match &self.password_file {
+                None => None,
+                Some(path) => Some(channel::password(path).await?),
+            };
+            let secrets =
+                password.as_ref().map(|password| Secrets::of_login(&self.account, password));
+            Ok((self.client().await?, password, secrets.unwrap_or_default()))
+        };
+        let late = |_| Err(Failure::late(self.timeout, "reading the files that it needs"));
+        tokio::time::timeout(self.timeout, prepare).await.unwrap_or_else(late)
     }
 
     async fn client(&self) -> Result<Client, Failure> {
@@ -488,8 +502,7 @@ impl Settings {
     /// # Errors
     /// If nobody got it, as far as is known.
     pub async fn send(&self, to: &[Number], text: &str) -> Result<Sent, Failure> {
-        let password = self.password()?;
-        let client = self.client().await?;
+        let (client, password, secrets) = self.prepare().await?;
         let mut sent = Sent { ids: Vec::new(), refused: Vec::new() };
         for number in to {
             let one = self.send_one(&client, number, text, password.as_ref());
@@ -499,11 +512,8 @@ impl Settings {
                 Err(Failure { lasting: Lasting::Doubtful, ..late })
             });
             match one {
-                Ok(id) => sent.ids.push(id),
-                Err(failure) => {
-                    let words = without(&failure.words, password.as_ref());
-                    sent.refused.push((number.to_string(), Failure { words, ..failure }));
-                }
+                Ok(id) => sent.ids.push(words(&secrets.without(&id))),
+                Err(failure) => sent.refused.push((number.to_string(), failure.told(&secrets))),
             }
         }
         if sent.ids.is_empty() { Err(Failure::of_all(&sent.refused)) } else { Ok(sent) }
@@ -516,7 +526,8 @@ impl Settings {
         text: &str,
         password: Option<&Secret>,
     ) -> Result<String, Failure> {
-        let fields = self.fields(&to.0, text, password.map(Secret::reveal).unwrap_or_default());
+        let secret = password.map(Secret::reveal).unwrap_or_default();
+        let fields = self.fields(&to.0, text, Some(secret));
         let (status, reply) = self.post(client, &self.url, &fields, password).await?;
         match &self.provider {
             Provider::Ihuyi => ihuyi(status, &reply),
@@ -545,16 +556,13 @@ impl Settings {
     /// # Errors
     /// If not.
     pub async fn try_out(&self) -> Result<String, Failure> {
-        let password = self.password()?;
-        let client = self.client().await?;
+        let (client, password, secrets) = self.prepare().await?;
         let tried = self.try_login(&client, password.as_ref());
         let tried = tokio::time::timeout(self.timeout, tried)
             .await
             .unwrap_or_else(|_| Err(Failure::late(self.timeout, "waiting for the provider")));
-        let done = tried.map_err(|failure| {
-            let words = without(&failure.words, password.as_ref());
-            Failure { words, ..failure }
-        })?;
+        let done = tried.map_err(|failure| failure.told(&secrets))?;
+        let done = words(&secrets.without(&done));
         let encrypted = if self.url.scheme() == "https" { "encrypted" } else { "not encrypted" };
         Ok(format!("connected to {}, {encrypted}, {done}", reach::host_of(&self.url)))
     }
@@ -570,7 +578,7 @@ impl Settings {
                 let mut url = self.url.clone();
                 url.query_pairs_mut().append_pair("PageSize", "1");
                 let headers = self.headers(password);
-                let response = client.get(&url, &headers).await.map_err(failed)?;
+                let response = client.get_here(&url, &headers).await.map_err(failed)?;
                 let (status, reply) = read_reply(client, response).await?;
                 match status {
                     200 => Ok("logged in".to_owned()),
@@ -589,14 +597,14 @@ impl Settings {
                 match at(&json, "/code").as_deref() {
                     Some("2") => {
                         let left = at(&json, "/num").unwrap_or_else(|| "?".to_owned());
-                        Ok(format!("logged in, {} left", words(&left)))
+                        Ok(format!("logged in, {left} left"))
                     }
                     _ => Err(ihuyi_failure(&json)),
                 }
             }
             Provider::Ihuyi | Provider::Form(_) => {
                 let mut response =
-                    client.get(&self.url, &HeaderMap::new()).await.map_err(failed)?;
+                    client.get_here(&self.url, &HeaderMap::new()).await.map_err(failed)?;
                 client.drain(&mut response).await;
                 let status = response.status().as_u16();
                 Ok(format!("HTTP {status}; whether it knows the account is seen when it sends"))
@@ -648,15 +656,8 @@ fn encoded(fields: &[(String, String)]) -> String {
     url.query().unwrap_or_default().to_owned()
 }
 
-/// What a provider has said, without the password, which it may have repeated.
-fn without(words: &str, password: Option<&Secret>) -> String {
-    let Some(password) = password else { return words.to_owned() };
-    let form = encoded(&[(String::new(), password.reveal().to_owned())]);
-    password.without(words).replace(form.trim_start_matches('='), "…")
-}
-
 fn failed(error: http::Error) -> Failure {
-    let words = words(&error.to_string());
+    let words = error.to_string();
     match error {
         // After it was asked, perhaps.
         http::Error::Network(_) => Failure::doubtful(words),
@@ -667,6 +668,12 @@ fn failed(error: http::Error) -> Failure {
 
 async fn read_reply(client: &Client, mut response: Response) -> Result<(u16, Vec<u8>), Failure> {
     let status = response.status().as_u16();
+    if response.status().is_redirection() {
+        return Err(Failure::unusable(format!(
+            "HTTP {status}: it is redirected, which is not followed, as the password is for this \
+             server alone; is `url` right?"
+        )));
+    }
     let mut reply = Vec::new();
     while let Some(piece) = client.piece(&mut response).await.map_err(failed)? {
         if reply.len() + piece.len() > MAX_REPLY {
@@ -692,7 +699,8 @@ fn lasting(status: u16) -> Lasting {
 /// A reply that has to be JSON.
 fn json(status: u16, reply: &[u8]) -> Result<Value, Failure> {
     serde_json::from_slice(reply).map_err(|_| {
-        let said = words(&String::from_utf8_lossy(reply));
+        let said = String::from_utf8_lossy(reply);
+        let said = said.trim();
         // Behind a status that means success there may be a page of somebody else.
         let lasting = if status < 300 { Lasting::Doubtful } else { lasting(status) };
         Failure { lasting, words: format!("HTTP {status} and no JSON: {said}") }
@@ -715,7 +723,7 @@ fn plain(value: &Value) -> Option<String> {
 fn ihuyi(status: u16, reply: &[u8]) -> Result<String, Failure> {
     let json = json(status, reply)?;
     match at(&json, "/code").as_deref() {
-        Some("2") if status < 300 => Ok(words(&at(&json, "/smsid").unwrap_or_default())),
+        Some("2") if status < 300 => Ok(at(&json, "/smsid").unwrap_or_default()),
         Some(_) => Err(ihuyi_failure(&json)),
         None => Err(unexpected(status, reply)),
     }
@@ -733,7 +741,7 @@ fn ihuyi_failure(json: &Value) -> Failure {
         "0" => Lasting::Temporary,
         _ => Lasting::Refused,
     };
-    Failure { lasting, words: words(&format!("{code} {text}")) }
+    Failure { lasting, words: format!("{code} {text}") }
 }
 
 fn twilio(status: u16, reply: &[u8]) -> Result<String, Failure> {
@@ -741,21 +749,21 @@ fn twilio(status: u16, reply: &[u8]) -> Result<String, Failure> {
         return Err(twilio_failure(status, reply));
     }
     let json = json(status, reply)?;
-    at(&json, "/sid").map(|sid| words(&sid)).ok_or_else(|| unexpected(status, reply))
+    at(&json, "/sid").ok_or_else(|| unexpected(status, reply))
 }
 
 fn twilio_failure(status: u16, reply: &[u8]) -> Failure {
     let lasting = lasting(status);
     let said = json(status, reply).ok().and_then(|json| {
         let (code, text) = (at(&json, "/code"), at(&json, "/message")?);
-        Some(words(&format!("{} {text}", code.unwrap_or_else(|| format!("HTTP {status}")))))
+        Some(format!("{} {text}", code.unwrap_or_else(|| format!("HTTP {status}"))))
     });
     Failure { lasting, words: said.unwrap_or_else(|| unexpected(status, reply).words) }
 }
 
 fn unexpected(status: u16, reply: &[u8]) -> Failure {
-    let said = words(&String::from_utf8_lossy(reply));
-    Failure { lasting: lasting(status), words: format!("HTTP {status}: {said}") }
+    let said = String::from_utf8_lossy(reply);
+    Failure { lasting: lasting(status), words: format!("HTTP {status}: {}", said.trim()) }
 }
 
 impl Form {
@@ -767,7 +775,7 @@ impl Form {
             return Err(unexpected(status, reply));
         }
         let id = self.id.as_ref().and_then(|pointer| pointer.find(&json)).and_then(plain);
-        Ok(words(&id.unwrap_or_else(|| "sent".to_owned())))
+        Ok(id.unwrap_or_else(|| "sent".to_owned()))
     }
 }
 
@@ -877,7 +885,8 @@ mod tests {
 
     #[test]
     fn a_template_has_places_and_no_others() {
-        let values = Values { account: "me", password: "{text}", to: "1", text: "{password}&a=b" };
+        let password = Some("{text}");
+        let values = Values { account: "me", password, to: "1", text: "{password}&a=b" };
         let fill = |text: &str| text.parse::<Template>().map(|template| template.fill(&values));
         assert_eq!(fill("").unwrap(), "");
         assert_eq!(fill("[{text}]").unwrap(), "[{password}&a=b]");
@@ -894,7 +903,8 @@ mod tests {
             account in "\\PC{0,9}", password in "[{}a-z&=%+ ]{0,20}", text in "[{}a-z&=%+\\n ]{0,40}",
         ) {
             let template: Template = "{text}|{password}|{account}".parse().unwrap();
-            let values = Values { account: &account, password: &password, to: "1", text: &text };
+            let password_ = Some(&*password);
+            let values = Values { account: &account, password: password_, to: "1", text: &text };
             let filled = template.fill(&values);
             prop_assert_eq!(&filled, &format!("{text}|{password}|{account}"));
             let fields = [("a".to_owned(), filled), ("b&=".to_owned(), text)];

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use lettre::transport::smtp::authentication::{Credentials, DEFAULT_MECHANISMS};
@@ -25,16 +25,16 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use super::channel::{Failure, words};
+use super::channel::{self, Failure, words};
 use super::roots;
 use crate::client::Server;
 use crate::errors::chain;
-use crate::secret::Secret;
+use crate::secret::{Secret, Secrets};
 
 /// How much a server may say in one connection, in bytes.
 const MAX_SAID: u64 = 1 << 20;
 
-/// The longest reply before the encryption, in bytes.
+/// The longest reply before the encryption, and what is kept of what was said first, in bytes.
 const MAX_REPLY: usize = 64 << 10;
 
 /// How long a server is waited for that is only said goodbye to.
@@ -122,7 +122,14 @@ impl Doing {
 pub struct Connection {
     /// What lettre has made of it.
     pub inner: AsyncSmtpConnection,
+    /// What the server was told, and may repeat.
+    pub secrets: Secrets,
+    /// What it has said first: its greeting, and what it offers.
+    said: Said,
 }
+
+/// What a server has said, which lettre does not tell all of.
+type Said = Arc<Mutex<String>>;
 
 /// Connects and logs in, which has to be done within `time`, as the caller sees to.
 ///
@@ -130,16 +137,30 @@ pub struct Connection {
 /// If there is nobody, if it is not the one, if it does not encrypt though it has to, or if it does
 /// not know us.
 pub async fn connect(place: &Place, time: Duration, doing: &Doing) -> Result<Connection, Failure> {
-    let Place { server, security, allow_plaintext, ca_file, login } = place;
+    doing.set("reading the files that it needs");
     // First what can fail without anybody being asked.
-    let login = login.as_ref().map(|Login { username, password_file }| {
-        let password = Secret::read(password_file).map_err(|error| {
-            let path = password_file.display();
-            Failure::unusable(words(&format!("the password in {path} cannot be read: {error}")))
-        })?;
-        Ok((username, password))
-    });
-    let login = login.transpose()?;
+    let login = match &place.login {
+        None => None,
+        Some(Login { username, password_file }) => {
+            Some((username.as_str(), channel::password(password_file).await?))
+        }
+    };
+    let secrets = login.as_ref().map(|(user, password)| Secrets::of_login(user, password));
+    let secrets = secrets.unwrap_or_default();
+    match open(place, login, time, doing).await {
+        Ok((inner, said)) => Ok(Connection { inner, secrets, said }),
+        Err(failure) => Err(failure.told(&secrets)),
+    }
+}
+
+/// The same; a failure still has in it whatever the server has said.
+async fn open(
+    place: &Place,
+    login: Option<(&str, Secret)>,
+    time: Duration,
+    doing: &Doing,
+) -> Result<(AsyncSmtpConnection, Said), Failure> {
+    let Place { server, security, allow_plaintext, ca_file, .. } = place;
     let tls = match security {
         Security::Plaintext => None,
         Security::Tls | Security::StartTls => Some(tls(ca_file.clone(), server).await?),
@@ -150,6 +171,7 @@ pub async fn connect(place: &Place, time: Duration, doing: &Doing) -> Result<Con
     let peer = stream.peer_addr().map_err(lost)?;
     let nodelay = stream.set_nodelay(true);
     nodelay.map_err(lost)?;
+    let said = Said::default();
     let stream: Box<dyn AsyncTokioStream> = match (security, tls) {
         (Security::Plaintext, _) | (_, None) => {
             if !allow_plaintext && !peer.ip().to_canonical().is_loopback() {
@@ -158,14 +180,14 @@ pub async fn connect(place: &Place, time: Duration, doing: &Doing) -> Result<Con
                      to only with allow-plaintext = true"
                 )));
             }
-            Box::new(Bounded::new(stream, peer, b""))
+            Box::new(Bounded::new(stream, peer, b"", &said))
         }
         (Security::Tls, Some(tls)) => {
-            Box::new(Bounded::new(encrypt(stream, tls, doing).await?, peer, b""))
+            Box::new(Bounded::new(encrypt(stream, tls, doing).await?, peer, b"", &said))
         }
         (Security::StartTls, Some(tls)) => {
             let stream = start_tls(stream, doing).await?;
-            Box::new(Bounded::new(encrypt(stream, tls, doing).await?, peer, GREETED))
+            Box::new(Bounded::new(encrypt(stream, tls, doing).await?, peer, GREETED, &said))
         }
     };
     doing.set("waiting for the server's greeting");
@@ -175,13 +197,11 @@ pub async fn connect(place: &Place, time: Duration, doing: &Doing) -> Result<Con
         .map_err(|error| Failure::from_smtp(&error, Failure::unusable))?;
     if let Some((username, password)) = login {
         doing.set("logging in");
-        let credentials = Credentials::new(username.clone(), password.reveal().to_owned());
+        let credentials = Credentials::new(username.to_owned(), password.reveal().to_owned());
         let logged_in = inner.auth(DEFAULT_MECHANISMS, &credentials).await;
         if let Err(error) = logged_in {
             let failure = Failure::from_smtp(&error, Failure::unusable);
-            Connection { inner }.leave().await;
-            let failure =
-                Failure { words: without(&failure.words, username, &password), ..failure };
+            leave(inner).await;
             let said = if error.is_client() {
                 "the server offers neither AUTH PLAIN nor AUTH LOGIN".to_owned()
             } else {
@@ -190,46 +210,56 @@ pub async fn connect(place: &Place, time: Duration, doing: &Doing) -> Result<Con
             return Err(Failure { words: said, ..failure });
         }
     }
-    Ok(Connection { inner })
+    Ok((inner, said))
 }
 
 impl Connection {
+    /// How large a mail may be for this server, in bytes, if it says so (RFC 1870).
+    pub fn max_size(&self) -> Option<u64> {
+        max_size(&self.said.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// Says goodbye. Whether that is heard does not matter.
-    pub async fn leave(mut self) {
-        let _ = tokio::time::timeout(GOODBYE, self.inner.abort()).await;
+    pub async fn leave(self) {
+        leave(self.inner).await;
     }
 }
 
-/// What a server has said, without the password, which it may have repeated.
-fn without(words: &str, username: &str, password: &Secret) -> String {
-    use base64::prelude::{BASE64_STANDARD, Engine as _};
-    let secret = password.reveal();
-    let plain = BASE64_STANDARD.encode(format!("\0{username}\0{secret}"));
-    let login = BASE64_STANDARD.encode(secret);
-    password.without(words).replace(&plain, "…").replace(&login, "…")
+async fn leave(mut connection: AsyncSmtpConnection) {
+    let _ = tokio::time::timeout(GOODBYE, connection.abort()).await;
+}
+
+/// The size that is among what a server offers; without one, or with 0, it names no limit.
+fn max_size(said: &str) -> Option<u64> {
+    let offers = said.lines().filter_map(|line| line.strip_prefix("250")?.get(1..));
+    let mut sizes = offers.filter_map(|offer| {
+        let (name, size) = offer.split_once(' ')?;
+        if name.eq_ignore_ascii_case("SIZE") { size.trim().parse().ok() } else { None }
+    });
+    sizes.next().filter(|size| *size > 0)
 }
 
 impl Failure {
     /// What lettre says of a reply, or of there being none; what a definite refusal means is for
-    /// the caller to say.
+    /// the caller to say, and it is not yet [`told`](Failure::told).
     pub fn from_smtp(error: &lettre::transport::smtp::Error, definite: fn(String) -> Self) -> Self {
         let said = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
         match error.status() {
             Some(code) => {
-                let said = words(&format!("{code} {said}"));
+                let said = format!("{code} {said}");
                 match code.severity {
                     Severity::PermanentNegativeCompletion => definite(said),
                     _ => Self::temporary(said),
                 }
             }
-            None if error.is_client() => definite(words(&said)),
+            None if error.is_client() => definite(said),
             None if error.is_response() && said.contains("incomplete") => {
                 Self::temporary("the server closed the connection without a reply")
             }
             None if error.is_response() => {
-                Self::temporary(format!("what the server says is no SMTP: {}", words(&said)))
+                Self::temporary(format!("what the server says is no SMTP: {said}"))
             }
-            None => Self::temporary(format!("the connection failed: {}", words(&said))),
+            None => Self::temporary(format!("the connection failed: {said}")),
         }
     }
 }
@@ -351,7 +381,7 @@ fn positive(reply: Response, definite: fn(String) -> Failure) -> Result<Response
         return Ok(reply);
     }
     let said = reply.message().collect::<Vec<_>>().join(" ");
-    let said = words(&format!("{} {said}", reply.code()));
+    let said = format!("{} {said}", reply.code());
     match reply.code().severity {
         Severity::PermanentNegativeCompletion => Err(definite(said)),
         _ => Err(Failure::temporary(said)),
@@ -365,7 +395,7 @@ async fn reply(stream: &mut TcpStream, said: &mut Vec<u8>) -> Result<Response, F
             let reply: Vec<u8> = said.drain(..end).collect();
             let text = String::from_utf8_lossy(&reply);
             return text.parse().map_err(|_| {
-                Failure::temporary(format!("what the server says is no SMTP: {}", words(&text)))
+                Failure::temporary(format!("what the server says is no SMTP: {text}"))
             });
         }
         if said.len() > MAX_REPLY {
@@ -389,18 +419,45 @@ fn end_of_reply(said: &[u8]) -> Option<usize> {
     None
 }
 
-/// A stream whose other end may say only so much.
+/// A stream whose other end may say only so much, and what it says is UTF-8, as lettre wants it:
+/// what is none becomes U+FFFD, as the text of a reply is only for people.
 struct Bounded<S> {
     inner: S,
     peer: SocketAddr,
-    /// What is taken to have been said first.
-    first: &'static [u8],
+    /// What was said and has not been read.
+    unread: Vec<u8>,
+    /// The beginning of a character whose rest has not come.
+    unfinished: Vec<u8>,
+    said: Said,
     left: u64,
 }
 
 impl<S> Bounded<S> {
-    fn new(inner: S, peer: SocketAddr, first: &'static [u8]) -> Self {
-        Self { inner, peer, first, left: MAX_SAID }
+    /// `first` is taken to have been said first.
+    fn new(inner: S, peer: SocketAddr, first: &[u8], said: &Said) -> Self {
+        let (unread, unfinished, said) = (first.to_vec(), Vec::new(), Arc::clone(said));
+        Self { inner, peer, unread, unfinished, said, left: MAX_SAID }
+    }
+
+    fn take(&mut self, came: &[u8]) {
+        self.unfinished.extend_from_slice(came);
+        let whole = self.unfinished.len() - unfinished(&self.unfinished);
+        let whole: Vec<u8> = self.unfinished.drain(..whole).collect();
+        let text = String::from_utf8_lossy(&whole);
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        if said.len() < MAX_REPLY {
+            said.push_str(&text);
+        }
+        self.unread.extend_from_slice(text.as_bytes());
+    }
+}
+
+/// How many bytes at the end are the beginning of a character.
+fn unfinished(bytes: &[u8]) -> usize {
+    let end = bytes.utf8_chunks().last().map_or(&b""[..], |chunk| chunk.invalid());
+    match str::from_utf8(end) {
+        Err(error) if error.error_len().is_none() => end.len(),
+        _ => 0,
     }
 }
 
@@ -423,22 +480,23 @@ impl<S: AsyncRead + Unpin> AsyncRead for Bounded<S> {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        if !this.first.is_empty() {
-            let (now, later) = this.first.split_at(this.first.len().min(buffer.remaining()));
-            buffer.put_slice(now);
-            this.first = later;
-            return Poll::Ready(Ok(()));
-        }
-        let before = buffer.filled().len();
-        let read = Pin::new(&mut this.inner).poll_read(context, buffer);
-        if let Poll::Ready(Ok(())) = read {
-            let came = (buffer.filled().len() - before) as u64;
-            match this.left.checked_sub(came) {
+        while this.unread.is_empty() {
+            let mut piece = [0; 4096];
+            let mut piece = ReadBuf::new(&mut piece);
+            ready!(Pin::new(&mut this.inner).poll_read(context, &mut piece))?;
+            let came = piece.filled();
+            if came.is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            match this.left.checked_sub(came.len() as u64) {
                 Some(left) => this.left = left,
                 None => return Poll::Ready(Err(io::Error::other("the server says too much"))),
             }
+            this.take(came);
         }
-        read
+        let now = this.unread.len().min(buffer.remaining());
+        buffer.put_slice(&this.unread.drain(..now).collect::<Vec<_>>());
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -477,14 +535,38 @@ mod tests {
     }
 
     #[test]
-    fn a_password_that_a_server_repeats_is_not_told() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("password");
-        std::fs::write(&path, "hush").unwrap();
-        let password = Secret::read(&path).unwrap();
-        for said in ["hush", "aHVzaA==", "AUTH PLAIN AG1lAGh1c2g="] {
-            let told = without(said, "me", &password);
-            assert!(told.ends_with('…'), "{told}");
+    fn a_size_is_the_one_that_is_offered() {
+        assert_eq!(
+            max_size("220 hi\r\n250-a\r\n250-SIZE 35882577\r\n250 HELP\r\n"),
+            Some(35_882_577)
+        );
+        assert_eq!(max_size("250-a\r\n250 size 7 \r\n"), Some(7));
+        for none in [
+            "",
+            "220 SIZE 7\r\n250 a\r\n",
+            "250 SIZE\r\n",
+            "250 SIZE 0",
+            "250 SIZE x",
+            "250 XSIZE 7",
+        ] {
+            assert_eq!(max_size(none), None, "{none}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_said_is_utf_8_however_it_comes() {
+        let peer = "127.0.0.1:25".parse().unwrap();
+        let gbk = b"250 \xd3\xca\xbc\xfe\r\n250 \xe6\x82\xa8\xf0\x9f\x98\x80 \xe6\x82\r\n\xe6";
+        let whole = String::from_utf8_lossy(&gbk[..gbk.len() - 1]);
+        for size in 1..gbk.len() {
+            let (mut server, stream) = tokio::io::duplex(size);
+            let said = Said::default();
+            let mut stream = Bounded::new(stream, peer, b"220 \r\n", &said);
+            tokio::spawn(async move { server.write_all(gbk).await });
+            let mut read = Vec::new();
+            stream.read_to_end(&mut read).await.unwrap();
+            assert_eq!(String::from_utf8(read).unwrap(), format!("220 \r\n{whole}"), "{size}");
+            assert_eq!(*said.lock().unwrap(), whole);
         }
     }
 

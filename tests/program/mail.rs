@@ -58,7 +58,7 @@ impl Place {
 
 fn tells_no_secret(said: &str) {
     let plain = STANDARD.encode(format!("\0{USER}\0{PASSWORD}"));
-    for secret in [PASSWORD, &STANDARD.encode(PASSWORD), &plain] {
+    for secret in [PASSWORD, &STANDARD.encode(PASSWORD), &plain, "hush"] {
         assert!(!said.contains(secret), "{secret} in {said}");
     }
 }
@@ -75,28 +75,33 @@ fn channel_of(server: &Server, more: &str) -> String {
 /// A server that answers each command as it says, by the command's first word; what follows the
 /// end of DATA goes by the name `END`. Without an answer, the connection is ended.
 fn smtp(answer: impl Fn(&str, &str) -> Option<String> + Send + Sync + 'static) -> Server {
+    smtp_in_bytes(move |word, line| answer(word, line).map(String::into_bytes))
+}
+
+/// The same for a server that does not speak UTF-8.
+fn smtp_in_bytes(answer: impl Fn(&str, &str) -> Option<Vec<u8>> + Send + Sync + 'static) -> Server {
     Server::answers(move |mut stream| {
         let _ = speak(&mut stream, &answer);
         end(stream);
     })
 }
 
-fn speak(stream: &mut TcpStream, answer: &dyn Fn(&str, &str) -> Option<String>) -> io::Result<()> {
+fn speak(stream: &mut TcpStream, answer: &dyn Fn(&str, &str) -> Option<Vec<u8>>) -> io::Result<()> {
     stream.write_all(b"220 mail.example.org\r\n")?;
     let mut lines = BufReader::new(stream.try_clone()?).lines();
     while let Some(line) = lines.next() {
         let line = line?;
         let word = line.split_whitespace().next().unwrap_or_default().to_owned();
         let Some(said) = answer(&word, &line) else { return Ok(()) };
-        stream.write_all(format!("{said}\r\n").as_bytes())?;
-        if word == "DATA" && said.starts_with('3') {
+        stream.write_all(&[&said[..], b"\r\n"].concat())?;
+        if word == "DATA" && said.starts_with(b"3") {
             for line in lines.by_ref() {
                 if line? == "." {
                     break;
                 }
             }
             let Some(said) = answer("END", "") else { return Ok(()) };
-            stream.write_all(format!("{said}\r\n").as_bytes())?;
+            stream.write_all(&[&said[..], b"\r\n"].concat())?;
         }
     }
     Ok(())
@@ -297,6 +302,23 @@ fn a_secret_that_a_server_repeats_is_not_printed() {
 }
 
 #[test]
+fn a_secret_that_a_server_repeats_later_or_at_length_is_not_printed_either() {
+    for (at, before) in [("MAIL", ""), ("RCPT", "no: "), ("END", &"x".repeat(490)[..])] {
+        let before = before.to_owned();
+        let server = smtp(move |word, _| match word {
+            "EHLO" => Some("250-mail.example.org\r\n250 AUTH PLAIN".to_owned()),
+            "AUTH" => Some("235 welcome".to_owned()),
+            _ if word == at => Some(format!("451 {before}{PASSWORD}")),
+            _ => usual(word),
+        });
+        let postbox = Postbox::down("none");
+        let login =
+            format!("username = \"{USER}\"\npassword-file = \"{}\"", postbox.password_file());
+        Place::new(&channel_of(&server, &login)).send(&[]).failed_with(&["451 ", "…"]);
+    }
+}
+
+#[test]
 fn no_secret_is_in_what_others_see_of_the_process() {
     let connected = Arc::<AtomicBool>::default();
     let seen = Arc::clone(&connected);
@@ -333,13 +355,13 @@ fn a_server_that_stalls_is_left_after_the_timeout_wherever_it_stalls() {
             false,
         ),
     ] {
-        let config = channel_of(&server, "timeout = \"300ms\"");
+        let config = channel_of(&server, "timeout = \"1s\"");
         let place = Place::new(&config.replace("\"none\"", &format!("\"{security}\"")));
         let start = Instant::now();
-        place.send(&[]).failed_with(&["not done within 0.3 s (timeout)", doing]);
-        assert!(start.elapsed() >= Duration::from_millis(300));
+        place.send(&[]).failed_with(&["not done within 1 s (timeout)", doing]);
+        assert!(start.elapsed() >= Duration::from_secs(1));
         if connects {
-            place.check().failed_with(&["mail.ops: not done within 0.3 s (timeout)", doing]);
+            place.check().failed_with(&["mail.ops: not done within 1 s (timeout)", doing]);
         }
     }
 }
@@ -381,6 +403,53 @@ fn a_server_that_is_not_there_closes_or_speaks_otherwise_is_told_of() {
     let place = Place::new(&config);
     place.send(&[]).failed_with(&["refused"]);
     place.check().failed_with(&["mail.ops: ", "refused"]);
+}
+
+#[test]
+fn a_server_that_speaks_gbk_is_understood_as_far_as_that_goes() {
+    // "邮件已接收" and "邮箱不存在", which are no UTF-8.
+    let (taken, unknown) = (b"250 \xd3\xca\xbc\xfe\xd2\xd1\xbd\xd3\xca\xd5", b"550 \xd3\xca no");
+    let server = smtp_in_bytes(|word, _| match word {
+        "END" => Some(taken.to_vec()),
+        _ => usual(word).map(String::into_bytes),
+    });
+    Place::new(&channel_of(&server, "")).send(&[]).succeeded();
+    let server = smtp_in_bytes(|word, _| match word {
+        "RCPT" => Some(unknown.to_vec()),
+        _ => usual(word).map(String::into_bytes),
+    });
+    Place::new(&channel_of(&server, "")).send(&[]).failed_with(&["550 ", "\u{fffd} no"]);
+    let server = smtp_in_bytes(|word, _| match word {
+        "EHLO" => Some(unknown.to_vec()),
+        _ => usual(word).map(String::into_bytes),
+    });
+    let config = channel_of(&server, "").replace("\"none\"", "\"starttls\"");
+    Place::new(&config).send(&[]).failed_with(&["550 ", "\u{fffd} no"]);
+}
+
+#[test]
+fn a_mail_that_is_too_large_for_the_server_is_not_begun() {
+    let commands = Arc::new(std::sync::Mutex::new(Vec::new()));
+    for (offers, fits) in
+        [("SIZE 100", false), ("size 100000", true), ("SIZE 0", true), ("SIZE", true)]
+    {
+        let heard = Arc::clone(&commands);
+        let server = smtp(move |word, _| {
+            heard.lock().unwrap().push(word.to_owned());
+            match word {
+                "EHLO" => Some(format!("250-mail.example.org\r\n250-{offers}\r\n250 8BITMIME")),
+                _ => usual(word),
+            }
+        });
+        let outcome = Place::new(&channel_of(&server, "")).send(&[]);
+        let heard = std::mem::take(&mut *commands.lock().unwrap());
+        if fits {
+            outcome.succeeded();
+        } else {
+            outcome.failed_with(&["the mail has ", " bytes, the server takes at most 100: "]);
+            assert_eq!(heard, ["EHLO", "QUIT"]);
+        }
+    }
 }
 
 #[test]

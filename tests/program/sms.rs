@@ -324,6 +324,23 @@ fn a_password_that_a_provider_repeats_is_not_printed() {
     }
     let provider = Provider::says(400, &json!({ "code": 1, "message": PASSWORD }));
     provider.used_as("twilio", "").send("text").failed_with(&["1 …"]);
+    let provider = Provider::answers(|request| {
+        let message = request.header("authorization").unwrap().to_owned();
+        Reply::status(400).with_body(json!({ "code": 1, "message": message }).to_string())
+    });
+    provider.used_as("twilio", "");
+    provider.send("text").failed_with(&["1 Basic …"]);
+    provider.handout(&["check", "--connect"]).failed_with(&["1 Basic …"]);
+    // At the place where what is said is cut, and as it is written in JSON by those who write ASCII.
+    let said = format!("{}{PASSWORD}", "x".repeat(494));
+    Provider::always(Reply::ok(said)).used_as("form", "").send("text").failed_with(&["xxx…"]);
+    for escaped in ["ge\\\"he\\\\im\\u00fc\\ud83d\\uDE00\\/", "ge\\u0022he\\u005cimü\u{1f600}/"] {
+        let reply = Reply::ok(format!("{{\"key\": \"{escaped}\"}}"));
+        let provider = Provider::always(reply);
+        provider.used_as("form", "");
+        fs::write(provider.path("sms.password"), "ge\"he\\imü\u{1f600}/\n").unwrap();
+        provider.send("text").failed_with(&["HTTP 200: {\"key\": \"…\"}"]);
+    }
 }
 
 #[test]
@@ -338,6 +355,12 @@ fn a_dry_run_shows_what_would_be_asked_without_the_password() {
         let printed = outcome.succeeded().text();
         assert!(printed.contains(shown) && printed.contains("\"Grüße\""), "{printed}");
     }
+    // What is written in the configuration itself may be a secret, although it should not be.
+    let fields = "fields = { key = \"geheim\", phone = \"{to}\", text = \"{text}\" }\n\
+                  success = { pointer = \"/status\", equals = \"ok\" }";
+    let outcome = provider.used_as("form", fields).handout(&["sms", "ops", "--dry-run", "Grüße"]);
+    let printed = outcome.succeeded().text();
+    assert!(printed.contains("key = \"…\"") && printed.contains("\"Grüße\""), "{printed}");
     assert!(provider.web.requests().is_empty());
 }
 
@@ -412,6 +435,15 @@ fn check_connect_logs_in_where_that_can_be_had_and_sends_nothing() {
     let provider = Provider::says(200, &json!({ "messages": [] }));
     let outcome = provider.used_as("twilio", "").handout(&["check", "--connect"]);
     assert!(outcome.succeeded().text().contains("encrypted, logged in"), "{outcome:?}");
+    let elsewhere = Web::always(Reply::json(&json!({ "messages": [] })));
+    let provider = Provider::always(Reply::redirect(&elsewhere.url("list")));
+    provider.used_as("twilio", "");
+    let config = fs::read_to_string(provider.path("handout.toml")).unwrap();
+    let config = config.replace(&provider.nginx.url(""), &provider.web.url(""));
+    fs::write(provider.path("handout.toml"), config).unwrap();
+    let outcome = provider.handout(&["check", "--connect"]);
+    outcome.failed_with(&["sms.ops: HTTP 302: it is redirected"]);
+    assert!(elsewhere.requests().is_empty());
     let provider = Provider::always(Reply::status(405));
     let outcome = provider.used_as("form", "").handout(&["check", "--connect"]);
     assert!(outcome.succeeded().text().contains("HTTP 405"), "{outcome:?}");
