@@ -407,16 +407,22 @@ impl Settings {
     /// A text that fits, made of one that may not.
     pub fn shorten(&self, text: &str) -> String {
         let visible = |c: char| if c.is_control() && c != '\n' { ' ' } else { c };
+        let fits = |text: &str| Segments::of(text).count <= self.max_segments;
         // No more fits in any alphabet.
         let most = self.max_segments * MAX_SEGMENT + 1;
         let mut short: String = text.trim().chars().map(visible).take(most).collect();
-        while Segments::of(&short).count > self.max_segments {
-            // The mark takes place, too, and may need another alphabet.
-            short = short.trim_end_matches('…').to_owned();
-            short.pop();
-            short.push('…');
+        if fits(&short) {
+            return short;
         }
-        short
+        loop {
+            short.pop();
+            // The mark takes place, too, and is of the same alphabet: the other takes half as much.
+            let gsm = short.chars().all(|c| septets(c).is_some());
+            let marked = format!("{short}{}", if gsm { "..." } else { "…" });
+            if fits(&marked) || short.is_empty() {
+                return marked;
+            }
+        }
     }
 
     /// What would be asked of the provider for each number, without what may be a secret: the
@@ -790,24 +796,36 @@ struct Segments {
 /// The characters of the GSM 7 bit default alphabet, but for those of ASCII.
 const GSM: &str = "£¥èéùìòÇØøÅåΔΦΓΛΩΠΨΣΘΞÆæßÉ¤¡ÄÖÑÜ§¿äöñüà";
 
+/// What a character takes of that alphabet, with those behind its escape; none if it is not in it.
+fn septets(character: char) -> Option<usize> {
+    match character {
+        '^' | '{' | '}' | '\\' | '[' | ']' | '~' | '|' | '€' => Some(2),
+        '`' | '\t' => None,
+        '\n' | '\r' | ' '..='~' => Some(1),
+        other => GSM.contains(other).then_some(1),
+    }
+}
+
 impl Segments {
     fn of(text: &str) -> Self {
-        let septets = |c: char| match c {
-            '^' | '{' | '}' | '\\' | '[' | ']' | '~' | '|' | '€' => Some(2),
-            '`' | '\t' => None,
-            '\n' | '\r' | ' '..='~' => Some(1),
-            c => GSM.contains(c).then_some(1),
+        let gsm = text.chars().map(septets).collect::<Option<Vec<_>>>();
+        let (single, several, alphabet) = match gsm {
+            Some(_) => (MAX_SEGMENT, 153, "GSM 7 bit"),
+            None => (70, 67, "UCS-2, as it is not all GSM 7 bit"),
         };
-        let gsm = text.chars().map(septets).sum::<Option<usize>>();
-        let (length, single, several, alphabet) = match gsm {
-            Some(septets) => (septets, MAX_SEGMENT, 153, "GSM 7 bit"),
-            None => (text.encode_utf16().count(), 70, 67, "UCS-2, as it is not all GSM 7 bit"),
-        };
-        if length <= single {
-            Self { count: 1, size: single, alphabet }
-        } else {
-            Self { count: length.div_ceil(several), size: several, alphabet }
+        let lengths = gsm.unwrap_or_else(|| text.chars().map(char::len_utf16).collect());
+        if lengths.iter().sum::<usize>() <= single {
+            return Self { count: 1, size: single, alphabet };
         }
+        // A character that is a pair is not divided: one of the segments stays shorter.
+        let (mut count, mut room) = (1, several);
+        for length in lengths {
+            if length > room {
+                (count, room) = (count + 1, several);
+            }
+            room -= length;
+        }
+        Self { count, size: several, alphabet }
     }
 }
 
@@ -837,6 +855,18 @@ mod tests {
         assert_eq!(count(&"汇".repeat(70)), 1);
         assert_eq!(count(&"汇".repeat(71)), 2);
         assert_eq!(count(&"\u{1f600}".repeat(36)), 2);
+    }
+
+    #[test]
+    fn a_pair_is_in_one_segment() {
+        let count = |text: &str| Segments::of(text).count;
+        // Four times 153 septets, but for the borders.
+        let euros = |between: usize| format!("{}€", "a".repeat(between));
+        assert_eq!(count(&"a".repeat(612)), 4);
+        assert_eq!(count(&(euros(152) + &euros(151) + &euros(151) + &"a".repeat(152))), 5);
+        assert_eq!(count(&(euros(151) + &euros(151) + &euros(151) + &euros(151))), 4);
+        assert_eq!(count(&"\u{1f600}".repeat(66)), 2);
+        assert_eq!(count(&"\u{1f600}".repeat(67)), 3);
     }
 
     #[test]
@@ -924,15 +954,61 @@ mod tests {
         }
 
         #[test]
-        fn a_text_that_is_shortened_fits(text in "\\PC{0,900}", max_segments in 1_usize..4) {
-            let settings = Settings {
-                name: "sms.a".into(), provider: Provider::Ihuyi, url: Url::parse(IHUYI).unwrap(),
-                account: String::new(), password_file: None, to: Vec::new(),
-                timeout: Duration::from_secs(1), max_segments, ca_file: None,
-            };
-            let short = settings.shorten(&text);
-            prop_assert!(Segments::of(&short).count <= max_segments);
-            prop_assert!(short == text.trim() || short.ends_with('…'));
+        fn a_text_that_is_shortened_fits(
+            text in prop_oneof!["\\PC{0,900}", "[a-z€{}]{0,900}", "[\u{1f600}汇a]{0,400}"],
+            max_segments in 1_usize..4,
+        ) {
+            let short = settings(max_segments).shorten(&text);
+            prop_assert!(divided(&short).len() <= max_segments);
+            prop_assert!(short == text.trim() || short.ends_with("...") || short.ends_with('…'));
+            prop_assert_eq!(Segments::of(&text).count, divided(&text).len().max(1));
         }
+    }
+
+    fn settings(max_segments: usize) -> Settings {
+        Settings {
+            name: "sms.a".into(),
+            provider: Provider::Ihuyi,
+            url: Url::parse(IHUYI).unwrap(),
+            account: String::new(),
+            password_file: None,
+            to: Vec::new(),
+            timeout: Duration::from_secs(1),
+            max_segments,
+            ca_file: None,
+        }
+    }
+
+    /// The segments of a text, as a telephone divides it: as much as goes into each.
+    fn divided(text: &str) -> Vec<String> {
+        let gsm = text.chars().all(|c| septets(c).is_some());
+        let length = |text: &str| {
+            if gsm { text.chars().filter_map(septets).sum() } else { text.encode_utf16().count() }
+        };
+        let (single, several) = if gsm { (160, 153) } else { (70, 67) };
+        if length(text) <= single {
+            return vec![text.to_owned()];
+        }
+        let mut segments = vec![String::new()];
+        for character in text.chars() {
+            let last = segments.last_mut().unwrap();
+            last.push(character);
+            if length(last) > several {
+                last.pop();
+                segments.push(character.into());
+            }
+        }
+        segments
+    }
+
+    #[test]
+    fn a_text_that_is_shortened_takes_all_that_is_paid_for() {
+        let long = |text: &str| text.repeat(1000);
+        assert_eq!(settings(4).shorten(&long("a")), "a".repeat(609) + "...");
+        assert_eq!(settings(1).shorten(&long("a")), "a".repeat(157) + "...");
+        assert_eq!(settings(4).shorten(&long("汇")), "汇".repeat(267) + "…");
+        // What is cut off does not say how the rest is written.
+        assert_eq!(settings(2).shorten(&(long("a") + "汇")), "a".repeat(303) + "...");
+        assert_eq!(settings(4).shorten("  a汇 "), "a汇");
     }
 }
