@@ -2,7 +2,6 @@
 //!
 //! Some recipients may be refused and others not: those get the mail, and these are named.
 
-use std::borrow::Cow;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -131,33 +130,18 @@ impl Settings {
         Ok(format!("connected to {server}{encrypted}{logged_in}"))
     }
 
-    /// Sends a mail, which is known by `id`, to these recipients.
+    /// Sends a mail, which is known by `id`, to these recipients. One that is larger than the server
+    /// takes is not begun.
     ///
     /// # Errors
     /// If nobody got it, as far as is known.
     pub async fn send(&self, id: &str, to: &[Address], mail: &[u8]) -> Result<Sent, Failure> {
-        self.send_fitting(id, to, |_| mail.into()).await
-    }
-
-    /// The same with a mail that is made when it is known how many bytes the server takes at most, if
-    /// it says so. One that is larger is not begun.
-    ///
-    /// # Errors
-    /// If nobody got it, as far as is known.
-    pub async fn send_fitting<'a>(
-        &self,
-        id: &str,
-        to: &[Address],
-        make: impl FnOnce(Option<u64>) -> Cow<'a, [u8]>,
-    ) -> Result<Sent, Failure> {
         let doing = Doing::default();
         let deliver = async {
             let mut connection = smtp::connect(&self.place, self.timeout, &doing).await?;
-            let max_size = connection.max_size();
-            let mail = make(max_size);
-            let delivered = match max_size {
+            let delivered = match connection.max_size() {
                 Some(max) if mail.len() as u64 > max => Err(too_large(mail.len(), max)),
-                _ => self.deliver(&mut connection, to, &mail, &doing).await,
+                _ => self.deliver(&mut connection, to, mail, &doing).await,
             };
             Ok((connection, delivered))
         };
