@@ -169,7 +169,7 @@ impl Settings {
         doing.set("waiting for the reply to MAIL");
         let from = Mail::new(Some(self.from.address.clone()), parameters);
         // Who may not send, may send nothing.
-        let sender_refused = |error| Failure::from_smtp(&error, Failure::unusable);
+        let sender_refused = |error| Failure::from_smtp(&error, Failure::unusable).told(secrets);
         connection.command(from).await.map_err(sender_refused)?;
         doing.set("waiting for the reply to RCPT");
         let mut refused = Vec::new();
