@@ -2,7 +2,9 @@
 //!
 //! Pure but for [`Health::read`]: an instant goes in, bytes come out. Nothing of sockets.
 
+use std::env;
 use std::fmt;
+use std::fs;
 use std::io;
 use std::io::Write as _;
 use std::str::FromStr;
@@ -153,6 +155,8 @@ impl fmt::Display for Format {
 /// Says what was expected.
 pub fn find_zone(name: &str) -> Result<TimeZone, String> {
     match name {
+        // As localtime(5) has it.
+        "local" if env::var_os("TZ").is_none() && is_missing("/etc/localtime") => Ok(TimeZone::UTC),
         "local" => TimeZone::try_system().map_err(|error| {
             format!(
                 "the zone of this machine (TZ, /etc/localtime) cannot be read: {error}; \
@@ -163,6 +167,10 @@ pub fn find_zone(name: &str) -> Result<TimeZone, String> {
         name => TimeZone::get(name)
             .map_err(|error| format!("expected \"local\", \"UTC\" or a zone by its name: {error}")),
     }
+}
+
+fn is_missing(path: &str) -> bool {
+    fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
 /// How well the kernel's clock is kept, from adjtimex(2): whoever disciplines the clock (chrony,

@@ -273,6 +273,11 @@ impl Daemon {
 
     fn sum_up(&self) {
         self.running.services().for_each(|served| served.counts().sum_up(served.name()));
+        let all = self.log.lost();
+        let lost = all - self.running.monitor.note_lost_lines(all);
+        if lost > 0 {
+            tracing::warn!(lost, "{lost} lines of the log were lost, as nobody took them");
+        }
     }
 
     /// The line that the service manager shows.
