@@ -6,14 +6,17 @@ mod activation;
 #[cfg(all(feature = "alert", feature = "mirror"))]
 mod alerts;
 mod ask;
+mod bare;
 mod check;
 mod clients;
+mod clock_jumps;
 mod common;
 mod cost;
 mod delivery;
 mod documents;
 #[cfg(feature = "mirror")]
 mod download;
+mod faults;
 mod fetch;
 mod file;
 mod folder;
@@ -21,6 +24,7 @@ mod folder;
 mod gateway;
 mod limits;
 mod logs;
+mod lost_logs;
 #[cfg(all(feature = "alert", feature = "mirror"))]
 mod mail;
 mod manual;
@@ -28,6 +32,7 @@ mod metrics;
 #[cfg(feature = "mirror")]
 mod mirror;
 mod monitoring;
+mod mounts;
 #[cfg(not(feature = "alert"))]
 mod no_alert;
 #[cfg(not(feature = "mirror"))]
@@ -41,6 +46,8 @@ mod shutdown;
 #[cfg(all(feature = "alert", feature = "mirror"))]
 mod sms;
 mod soak;
+mod strace;
+mod stuck;
 mod systemd;
 mod time;
 #[cfg(feature = "mirror")]
