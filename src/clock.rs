@@ -4,7 +4,9 @@
 
 mod replies;
 
+use std::env;
 use std::fmt;
+use std::fs;
 use std::io;
 use std::io::Write as _;
 use std::str::FromStr;
@@ -163,6 +165,8 @@ impl fmt::Display for Format {
 /// Says what was expected.
 pub fn find_zone(name: &str) -> Result<TimeZone, String> {
     match name {
+        // As localtime(5) has it.
+        "local" if env::var_os("TZ").is_none() && is_missing("/etc/localtime") => Ok(TimeZone::UTC),
         "local" => TimeZone::try_system().map_err(|error| {
             format!(
                 "the zone of this machine (TZ, /etc/localtime) cannot be read: {error}; \
@@ -173,6 +177,10 @@ pub fn find_zone(name: &str) -> Result<TimeZone, String> {
         name => TimeZone::get(name)
             .map_err(|error| format!("expected \"local\", \"UTC\" or a zone by its name: {error}")),
     }
+}
+
+fn is_missing(path: &str) -> bool {
+    fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
 /// How well the kernel's clock is kept, from adjtimex(2): whoever disciplines the clock (chrony,

@@ -10,7 +10,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::task::JoinError;
-use tokio::time::{Instant, MissedTickBehavior, interval, interval_at};
+use tokio::time::{Instant, MissedTickBehavior, interval, interval_at, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::alerts::{self, Alerts, Watch};
@@ -43,7 +43,7 @@ enum ReloadError {
     #[error("{0}")]
     Configuration(Faults),
     #[error("the configuration cannot be read")]
-    Lost(#[source] JoinError),
+    Lost(#[source] io::Error),
     #[error("the log cannot be changed")]
     Log(#[source] io::Error),
     #[error(transparent)]
@@ -188,10 +188,11 @@ impl Daemon {
     }
 
     async fn try_to_reload(&mut self) -> Result<Summary, ReloadError> {
-        let sources = self.sources.clone();
+        let sources = Sources { running: self.running.settings(), ..self.sources.clone() };
         // Files are looked at and names looked up, which can take its time.
-        let reading = tokio::task::spawn_blocking(move || Config::load_to_serve(&sources));
-        let config = reading.await.map_err(ReloadError::Lost)?;
+        let reading = self.running.readers.run("", move || Config::load_to_serve(&sources));
+        let reading = timeout(running::PATIENCE, reading).await;
+        let config = reading.map_err(io::Error::from).flatten().map_err(ReloadError::Lost)?;
         let config = config.map_err(ReloadError::Configuration)?;
         let log = self.log.prepare(&config.log).map_err(ReloadError::Log)?;
         let prepared = self.running.prepare(&config).await?;
@@ -276,6 +277,11 @@ impl Daemon {
 
     fn sum_up(&self) {
         self.running.services().for_each(|served| served.counts().sum_up(served.name()));
+        let all = self.log.lost();
+        let lost = all - self.running.monitor.note_lost_lines(all);
+        if lost > 0 {
+            tracing::warn!(lost, "{lost} lines of the log were lost, as nobody took them");
+        }
     }
 
     /// The line that the service manager shows.

@@ -28,6 +28,7 @@
 //! | `outbound` | what is done to the outside: with the feature `mirror`, mirrors and `download`; with the feature `alert`, mail, SMS and alerts |
 //! | [`secret`] | secrets, which are read from files and not printed |
 //! | [`document`] | the document that carries a file: written here, read by the client |
+//! | [`readers`] | the threads that read files, and may be kept waiting |
 //! | [`files`] | regular files, and folders that no name leads out of |
 //! | [`memory_file`] | files that are only in memory, and are sent without being copied |
 //! | [`errors`] | errors as people read them |
@@ -68,6 +69,7 @@ pub mod mirrors;
 #[cfg(any(feature = "alert", feature = "mirror"))]
 pub mod outbound;
 pub mod places;
+pub mod readers;
 pub mod reload;
 pub mod running;
 pub mod secret;

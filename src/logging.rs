@@ -4,18 +4,23 @@
 //! nothing else; the fields beside it are for programs. Whatever comes from outside is logged as a
 //! number, as an address or escaped, so that no terminal obeys it.
 
+mod journal;
+
 use std::env;
-use std::io::{self, BufWriter, IsTerminal};
+use std::io::{self, BufWriter, IsTerminal, Write};
 use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
-use tracing_journald::{Priority, PriorityMappings};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, reload};
 
 use crate::config::{Log, LogFormat};
+
+use journal::{Journal, Socket};
 
 /// Whether `filter` is a level or a filter such as `handout=debug`.
 ///
@@ -33,8 +38,8 @@ pub fn check_filter(filter: &str) -> Result<(), String> {
     }
 }
 
-/// Lines that wait for a standard error that does not take them; more are lost, as logging must
-/// not keep the services waiting.
+/// Lines that wait for a standard error, or a journal, that does not take them; more are lost, as
+/// logging must not keep the services waiting.
 const WAITING_LINES: usize = 10_000;
 
 /// So much of the lines that wait is written at one time.
@@ -46,8 +51,58 @@ type Lines = Box<dyn Layer<Registry> + Send + Sync>;
 /// The log, which can be changed while it runs. What is logged until it is dropped is written.
 pub struct Logger {
     current: reload::Handle<Lines, Registry>,
-    stderr: NonBlocking,
+    stderr: Queue,
+    /// Opened when it is first asked for.
+    journal: OnceLock<Queue>,
+}
+
+/// Lines on their way to what takes them, with the thread that may have to wait for it.
+struct Queue {
+    lines: NonBlocking,
+    failed: Arc<AtomicU64>,
     _writer: WorkerGuard,
+}
+
+impl Queue {
+    fn to(place: impl Write + Send + 'static) -> Self {
+        let failed = Arc::default();
+        let counting = Counting { place, failed: Arc::clone(&failed) };
+        let queue = NonBlockingBuilder::default()
+            .buffered_lines_limit(WAITING_LINES)
+            .lossy(true)
+            .finish(counting);
+        Self { lines: queue.0, failed, _writer: queue.1 }
+    }
+
+    /// How many lines found no room, or could not be written.
+    fn lost(&self) -> u64 {
+        let dropped = self.lines.error_counter().dropped_lines() as u64;
+        dropped + self.failed.load(Ordering::Relaxed)
+    }
+}
+
+/// Counts the lines that cannot be written.
+struct Counting<W> {
+    place: W,
+    failed: Arc<AtomicU64>,
+}
+
+impl<W: Write> Write for Counting<W> {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.place.write(line)
+    }
+
+    fn write_all(&mut self, line: &[u8]) -> io::Result<()> {
+        let written = self.place.write_all(line);
+        if written.is_err() {
+            self.failed.fetch_add(1, Ordering::Relaxed);
+        }
+        written
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.place.flush()
+    }
 }
 
 impl Logger {
@@ -56,14 +111,12 @@ impl Logger {
     /// # Errors
     /// If the journal was asked for and cannot be reached, or something logs already.
     pub fn start(log: &Log) -> io::Result<Self> {
-        let (stderr, writer) = NonBlockingBuilder::default()
-            .buffered_lines_limit(WAITING_LINES)
-            .lossy(true)
-            // Flushed whenever no line waits.
-            .finish(BufWriter::with_capacity(WRITTEN_AT_ONCE, io::stderr()));
-        let (lines, current) = reload::Layer::new(lines(log, &stderr)?);
+        // Flushed whenever no line waits.
+        let stderr = Queue::to(BufWriter::with_capacity(WRITTEN_AT_ONCE, io::stderr()));
+        let journal = OnceLock::new();
+        let (lines, current) = reload::Layer::new(lines(log, &stderr, &journal)?);
         tracing_subscriber::registry().with(lines).try_init().map_err(io::Error::other)?;
-        Ok(Self { current, stderr, _writer: writer })
+        Ok(Self { current, stderr, journal })
     }
 
     /// Prepares to log otherwise, and changes nothing yet.
@@ -71,7 +124,7 @@ impl Logger {
     /// # Errors
     /// If the journal was asked for and cannot be reached.
     pub fn prepare(&self, log: &Log) -> io::Result<Prepared> {
-        lines(log, &self.stderr).map(Prepared)
+        lines(log, &self.stderr, &self.journal).map(Prepared)
     }
 
     /// Logs as it was prepared, from now on.
@@ -79,14 +132,20 @@ impl Logger {
         // It fails only if there is no log any more.
         let _ = self.current.reload(prepared.0);
     }
+
+    /// How many lines were lost so far, as nobody took them.
+    pub fn lost(&self) -> u64 {
+        self.stderr.lost() + self.journal.get().map_or(0, Queue::lost)
+    }
 }
 
 /// Another way to log.
 pub struct Prepared(Lines);
 
-fn lines(log: &Log, stderr: &NonBlocking) -> io::Result<Lines> {
+fn lines(log: &Log, stderr: &Queue, journal: &OnceLock<Queue>) -> io::Result<Lines> {
     let filter: Targets = log.level.parse().map_err(io::Error::other)?;
-    let stderr = tracing_subscriber::fmt::layer().with_writer(stderr.clone()).with_target(false);
+    let stderr =
+        tracing_subscriber::fmt::layer().with_writer(stderr.lines.clone()).with_target(false);
     let format = match log.format {
         LogFormat::Auto if stderr_is_the_journal() => LogFormat::Journald,
         LogFormat::Auto => LogFormat::Text,
@@ -94,15 +153,10 @@ fn lines(log: &Log, stderr: &NonBlocking) -> io::Result<Lines> {
     };
     Ok(match format {
         LogFormat::Journald => {
-            // Without the library's prefix, so that `journalctl SERVICE=time.clock` finds them.
-            let journal = tracing_journald::layer()?
-                .with_field_prefix(None)
-                .with_priority_mappings(PriorityMappings {
-                    info: Priority::Informational,
-                    debug: Priority::Debug,
-                    ..PriorityMappings::new()
-                });
-            filter.and_then(journal).boxed()
+            // Asked each time, as it may have gone.
+            let socket = Socket::open()?;
+            let queue = journal.get_or_init(|| Queue::to(socket)).lines.clone();
+            filter.and_then(Journal { queue }).boxed()
         }
         LogFormat::Json => {
             let json = stderr.json().flatten_event(true).with_current_span(false);

@@ -4,7 +4,7 @@
 //! Nothing is kept for it: what services count anyway is read when somebody asks.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use prometheus_client::collector::Collector;
@@ -47,6 +47,7 @@ pub struct Monitor {
     reloads: Counter<Reload>,
     last_reload_failed: AtomicBool,
     draining: AtomicBool,
+    lost_lines: AtomicU64,
 }
 
 impl Monitor {
@@ -69,6 +70,11 @@ impl Monitor {
     pub fn count_reload(&self, reload: Reload) {
         self.reloads.add(reload);
         self.last_reload_failed.store(reload == Reload::Failed, Ordering::Relaxed);
+    }
+
+    /// So many lines of the log were lost until now; returns how many that were before.
+    pub fn note_lost_lines(&self, lost: u64) -> u64 {
+        self.lost_lines.swap(lost, Ordering::Relaxed)
     }
 
     /// The daemon is about to end.
@@ -103,6 +109,7 @@ impl Monitor {
             alerts: self.alerts.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             reloads: self.reloads.each().collect(),
             last_reload_successful: !self.last_reload_failed.load(Ordering::Relaxed),
+            lost_lines: self.lost_lines.load(Ordering::Relaxed),
             clock: Health::read().ok(),
         }));
         let mut text = String::new();
@@ -119,6 +126,7 @@ struct Snapshot {
     alerts: Vec<Arc<alerts::Counts>>,
     reloads: Vec<(Reload, u64)>,
     last_reload_successful: bool,
+    lost_lines: u64,
     /// None if the kernel may not be asked.
     clock: Option<Health>,
 }
@@ -269,6 +277,9 @@ impl Snapshot {
             let number = ConstCounter::new(*count);
             number.encode(reloads.encode_family(&[("outcome", reload.name())])?)?;
         }
+        let help = "Lines of the log that nobody took";
+        let lost = to.encode_descriptor("log_lines_lost", help, None, MetricType::Counter)?;
+        ConstCounter::new(self.lost_lines).encode(lost)?;
         let mut gauge = |name, help, unit: Option<&Unit>, value: f64| -> fmt::Result {
             let gauge = to.encode_descriptor(name, help, unit, MetricType::Gauge)?;
             ConstGauge::new(value).encode(gauge)

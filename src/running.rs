@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinError, JoinSet};
+use tokio::time::timeout;
 use tokio_util::sync::DropGuard;
 use tokio_util::task::TaskTracker;
 
@@ -17,14 +18,19 @@ use crate::config::{self, Config, Endpoint};
 use crate::connection::Shutdown;
 use crate::listener::{DatagramSocket, Duty, Family, Listener};
 use crate::metrics::Monitor;
+use crate::readers::Readers;
 use crate::reload::{Change, Difference, Held, Mismatch, Origin, difference};
 use crate::served::Served;
-use crate::services::Service;
+use crate::services::{Service, Settings};
 use crate::sockets::{self, BindError, Inherited, Socket};
 use crate::workers::Workers;
 
 /// How often it is seen whether the connections of a service that is gone have ended.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// How long the files of a configuration, or what one service serves, may take to be read: longer
+/// than any that a file system still reads.
+pub const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Why the daemon cannot become what a configuration says.
 #[derive(Debug, thiserror::Error)]
@@ -64,7 +70,7 @@ pub enum Error {
     Inherited(Vec<Mismatch>),
     /// A fault of the program.
     #[error("a service could not be started")]
-    Lost(#[source] Option<JoinError>),
+    Lost,
 }
 
 /// Connections that end together.
@@ -102,6 +108,8 @@ pub struct Running {
     scopes: Scopes,
     /// What monitoring is told.
     pub monitor: Arc<Monitor>,
+    /// What is to be served is read by these first.
+    pub readers: Readers,
 }
 
 #[derive(Debug, Clone)]
@@ -191,6 +199,7 @@ impl Running {
             tasks: JoinSet::new(),
             scopes: Scopes::default(),
             monitor: Arc::default(),
+            readers: Readers::default(),
         })
     }
 
@@ -202,6 +211,11 @@ impl Running {
     /// Every service.
     pub fn services(&self) -> impl Iterator<Item = &Arc<Served>> {
         self.services.iter().map(|service| &service.served)
+    }
+
+    /// What they serve.
+    pub fn settings(&self) -> Vec<Settings> {
+        self.services.iter().map(|service| service.config.settings.clone()).collect()
     }
 
     /// On how many addresses they listen.
@@ -275,7 +289,7 @@ impl Running {
         change: Change,
         prepared: &mut Prepared,
     ) -> Result<(), Error> {
-        let running = |index| self.services.get(index).ok_or(Error::Lost(None));
+        let running = |index| self.services.get(index).ok_or(Error::Lost);
         let summary = &mut prepared.summary;
         let (before, work) = match change {
             Change::Keep(index) => {
@@ -423,15 +437,20 @@ impl Running {
         monitoring.connections.close();
         // What does not go in time goes with the process.
         let all = async { (serving.connections.wait().await, monitoring.connections.wait().await) };
-        let _ = tokio::time::timeout(time, all).await;
+        let _ = timeout(time, all).await;
     }
 
     /// Starts what is to be served. Files are read, which can take its time.
     async fn start(&self, config: &config::Service) -> Result<Service, Error> {
         let (name, settings) = (Arc::clone(&config.name), config.settings.clone());
         let monitor = Arc::clone(&self.monitor);
-        let starting = tokio::task::spawn_blocking(|| Service::start(name, settings, monitor));
-        let started = starting.await.map_err(|error| Error::Lost(Some(error)))?;
+        let start = || Service::start(name, settings, monitor);
+        let started = match timeout(PATIENCE, self.readers.run(&config.name, start)).await {
+            Ok(started) => started.flatten(),
+            Err(_) => {
+                Err(io::Error::new(io::ErrorKind::TimedOut, "its file system does not answer"))
+            }
+        };
         started.map_err(|source| Error::Open { service: Arc::clone(&config.name), source })
     }
 }
@@ -446,7 +465,7 @@ async fn drain(served: Arc<Served>, grace: Duration) {
             tokio::time::sleep(LOOK_EVERY).await;
         }
     };
-    if tokio::time::timeout(grace, gone).await.is_err() {
+    if timeout(grace, gone).await.is_err() {
         abort.cancel();
     }
 }

@@ -11,6 +11,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::io::Errno;
 use rustix::net::SocketType;
 use rustix::net::sockopt::{set_socket_reuseport, socket_acceptconn, socket_type};
 use socket2::{Domain, Protocol, Type};
@@ -43,7 +44,13 @@ pub struct BindError {
 impl fmt::Display for BindError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "cannot listen on {}", self.endpoint)?;
+        let no_family = self.source.raw_os_error() == Some(Errno::AFNOSUPPORT.raw_os_error());
         let remedy = match (self.source.kind(), &self.endpoint) {
+            (_, Endpoint::Tcp(address) | Endpoint::Udp(address))
+                if no_family && address.is_ipv6() =>
+            {
+                "this machine has no IPv6"
+            }
             (io::ErrorKind::AddrInUse, Endpoint::Tcp(address) | Endpoint::Udp(address))
                 if address.ip() == Ipv4Addr::UNSPECIFIED =>
             {

@@ -10,11 +10,11 @@ use std::time::Duration;
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-/// How many threads may read files at one time, of all loops together. More only wait for each
-/// other, or for a file system that hangs.
-const MAX_READERS: usize = 256;
+/// How many threads may do what keeps a thread waiting, for all loops together: for mirrors and
+/// clients, which write files and look up names. Services have their own ([`crate::readers`]).
+const MAX_WAITING: usize = 256;
 
-/// How long a reader that hangs in the file system may delay the end of a loop.
+/// How long one that hangs in the file system may delay the end of a loop.
 pub const END_TIME: Duration = Duration::from_millis(100);
 
 /// A runtime that is one event loop.
@@ -24,7 +24,7 @@ pub const END_TIME: Duration = Duration::from_millis(100);
 pub fn event_loop() -> io::Result<Runtime> {
     Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads((MAX_READERS / cores()).max(8))
+        .max_blocking_threads((MAX_WAITING / cores()).max(8))
         .build()
 }
 

@@ -117,6 +117,8 @@ pub struct Context<'a> {
     pub folder: &'a Path,
     /// The folders that mirrors fill, and create if they are not there.
     pub mirrored: &'a [PathBuf],
+    /// What is served already.
+    pub running: &'a [Settings],
 }
 
 impl Context<'_> {
@@ -136,6 +138,9 @@ pub struct Sources {
     pub time: Vec<String>,
     /// Where to hand out which file, from `--file`.
     pub files: Vec<(String, String)>,
+    /// What is served already: a path of it whose file system does not answer is taken for what it
+    /// was.
+    pub running: Vec<Settings>,
 }
 
 /// Services with the places that said where they listen.
@@ -175,13 +180,14 @@ impl Config {
         let mut named = 0;
         // First, as services may hand out what they bring.
         let mut mirrors = Vec::new();
-        let context = Context { folder: &folder, mirrored: &[] };
+        let running = &sources.running;
+        let context = Context { folder: &folder, mirrored: &[], running };
         for (name, table) in root.tables("mirror") {
             named += 1;
             mirrors.extend(read_mirror(name, table, &context, &mirrors).ok());
         }
         let mirrored: Vec<_> = mirrors.iter().map(|mirror| mirror.folder().to_owned()).collect();
-        let context = Context { folder: &folder, mirrored: &mirrored };
+        let context = Context { folder: &folder, mirrored: &mirrored, running };
         for kind in KINDS {
             for (name, table) in root.tables(kind.name) {
                 named += 1;
@@ -200,7 +206,7 @@ impl Config {
         let arguments = Arguments::new(sources);
         for (number, argument) in arguments.0.iter().enumerate() {
             named += 1;
-            found.extend(argument.read(number, &limits_or_default).ok());
+            found.extend(argument.read(number, &limits_or_default, running).ok());
         }
         note_conflicts(&found);
 
@@ -254,7 +260,7 @@ pub fn load_part<T>(
     }
     let read = read(
         &mut Table::root(&source, root.get_ref()),
-        &Context { folder: &folder, mirrored: &[] },
+        &Context { folder: &folder, mirrored: &[], running: &[] },
     );
     match (read, source.into_faults()) {
         (Ok(read), faults) if faults.is_empty() => Ok(read),
@@ -514,11 +520,12 @@ impl Argument<'_> {
         &self,
         number: usize,
         limits: &Limits,
+        running: &[Settings],
     ) -> Result<(Service, Vec<Located<'_, Listen>>), Noted> {
         let name = format!("argument-{}", number + 1);
         let table = Table::named(&self.source, format!("{}.{name}", self.kind.name), &self.entries);
         // Relative to where the command was typed.
-        let context = Context { folder: Path::new(""), mirrored: &[] };
+        let context = Context { folder: Path::new(""), mirrored: &[], running };
         read_named(self.kind, &name, table, &context, limits)
     }
 }

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::connection::{Broken, Connection, Stream};
 use crate::document;
 use crate::files::{OpenFile, Stamp};
+use crate::readers::{Readers, if_slow};
 
 use super::ready_made::ReadyMade;
 use super::stream;
@@ -54,6 +55,7 @@ pub struct FileService {
     name: Arc<str>,
     settings: Settings,
     versions: Mutex<Versions>,
+    readers: Readers,
     trouble: Trouble,
 }
 
@@ -132,7 +134,13 @@ impl FileService {
             io::Error::new(error.kind(), problem)
         })?;
         let versions = Versions { current: Arc::new(current), older: VecDeque::new() };
-        Ok(Self { name, settings, versions: Mutex::new(versions), trouble: Trouble::default() })
+        Ok(Self {
+            name,
+            settings,
+            versions: Mutex::new(versions),
+            readers: Readers::default(),
+            trouble: Trouble::default(),
+        })
     }
 
     fn versions(&self) -> MutexGuard<'_, Versions> {
@@ -175,7 +183,8 @@ impl FileService {
             Content::Open(file) => file,
         };
         connection.send_part(document::opening(&self.settings.filename).as_bytes()).await?;
-        stream::send_encoded(file, None, connection).await?;
+        let readers = (&self.readers, &*self.settings.filename);
+        stream::send_encoded(file, readers, None, connection).await?;
         connection.send_part(document::closing(self.settings.newline).as_bytes()).await
     }
 
@@ -188,23 +197,35 @@ impl FileService {
         loop {
             looks.tick().await;
             let file = Arc::clone(self);
-            let look = tokio::task::spawn_blocking(move || {
-                file.look(&mut rewrite);
-                rewrite
+            // No file has an empty name.
+            let look = self.readers.run("", move || {
+                let newer = file.newer_version(&mut rewrite);
+                (newer, rewrite)
             });
-            // It does not panic, and if it did, the next look would begin anew.
-            rewrite = look.await.unwrap_or_default();
+            let looked = if_slow(look, || self.complain("its file system does not answer"));
+            rewrite = match looked.await {
+                Ok((newer, rewrite)) => {
+                    self.take(newer, rewrite.is_some());
+                    rewrite
+                }
+                // The next look begins anew.
+                Err(error) => {
+                    self.complain(&error.to_string());
+                    None
+                }
+            };
         }
     }
 
-    fn look(&self, rewrite: &mut Rewrite) {
+    /// Serves what a look has found.
+    fn take(&self, found: io::Result<Option<Version>>, is_being_rewritten: bool) {
         let service = &*self.name;
         let path = self.settings.path.to_string_lossy();
         let path = path.escape_debug();
-        match self.newer_version(rewrite) {
+        match found {
             Ok(newer) => {
                 // What is being rewritten has not been read yet.
-                if rewrite.is_none() && self.trouble.end() {
+                if !is_being_rewritten && self.trouble.end() {
                     tracing::info!(service, %path, "{service}: {path} is back");
                 }
                 if let Some(version) = newer {
@@ -213,16 +234,20 @@ impl FileService {
                     self.publish(version);
                 }
             }
-            Err(error) => {
-                let cause = error.to_string();
-                if self.trouble.begin(&format!("{path} cannot be read: {cause}")) {
-                    let message = format_args!(
-                        "{service}: {path} cannot be read ({cause}); \
-                         its last version goes on being served"
-                    );
-                    tracing::warn!(service, %path, cause, "{message}");
-                }
-            }
+            Err(error) => self.complain(&error.to_string()),
+        }
+    }
+
+    /// Says once why the file cannot be read.
+    fn complain(&self, cause: &str) {
+        let service = &*self.name;
+        let path = self.settings.path.to_string_lossy();
+        let path = path.escape_debug();
+        if self.trouble.begin(&format!("{path} cannot be read: {cause}")) {
+            let message = format_args!(
+                "{service}: {path} cannot be read ({cause}); its last version goes on being served"
+            );
+            tracing::warn!(service, %path, cause, "{message}");
         }
     }
 

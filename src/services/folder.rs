@@ -22,6 +22,7 @@ use tokio_util::codec::{AnyDelimiterCodec, Decoder};
 use crate::connection::{Broken, Connection, Stream};
 use crate::document;
 use crate::files::{Entry, Folder, MAX_NAME, OpenFile, Stamp};
+use crate::readers::{Readers, if_slow};
 
 use super::stream;
 use super::trouble::Trouble;
@@ -73,6 +74,7 @@ pub struct FolderService {
     in_memory: Arc<AtomicU64>,
     list: Mutex<Option<(Instant, Arc<str>)>>,
     complained: std::sync::Mutex<Option<Instant>>,
+    readers: Readers,
     trouble: Trouble,
 }
 
@@ -125,6 +127,7 @@ impl FolderService {
             in_memory: Arc::default(),
             list: Mutex::default(),
             complained: std::sync::Mutex::default(),
+            readers: Readers::default(),
             trouble: Trouble::default(),
         }
     }
@@ -141,14 +144,17 @@ impl FolderService {
         loop {
             looks.tick().await;
             let folder = Arc::clone(self);
-            // It does not panic, and if it did, the next look would begin anew.
-            let _ = tokio::task::spawn_blocking(move || folder.look()).await;
+            // No file has an empty name.
+            let look = self.readers.run("", move || folder.settings.folder.look());
+            let hangs = || self.note(Err(io::Error::other("its file system does not answer")));
+            self.note(if_slow(look, hangs).await.flatten());
         }
     }
 
-    fn look(&self) {
+    /// Says it once when the folder cannot be read any more, or again.
+    fn note(&self, looked: io::Result<()>) {
         let service = &*self.name;
-        match self.settings.folder.look() {
+        match looked {
             Ok(()) if self.trouble.end() => {
                 tracing::info!(service, "{service}: the folder is back");
             }
@@ -228,8 +234,8 @@ impl FolderService {
     }
 
     async fn find(self: &Arc<Self>, name: &str) -> io::Result<Found> {
-        let (service, name) = (Arc::clone(self), name.to_owned());
-        tokio::task::spawn_blocking(move || service.find_now(name)).await?
+        let (service, wanted) = (Arc::clone(self), name.to_owned());
+        self.readers.run(name, move || service.find_now(wanted)).await?
     }
 
     /// Opens the file and, if it may be kept, makes its document or takes the one that is kept.
@@ -270,7 +276,7 @@ impl FolderService {
         let opening = document::file_opening(name, stamp.size, stamp.modified());
         connection.send_part(opening.as_bytes()).await?;
         let unknown = digest.is_none().then(Sha256::new);
-        let made = stream::send_encoded(file, unknown, connection).await?;
+        let made = stream::send_encoded(file, (&self.readers, name), unknown, connection).await?;
         let digest = match (digest, made) {
             (Some(known), _) => known,
             (None, made) => {
@@ -292,12 +298,11 @@ impl FolderService {
         }
         let service = Arc::clone(self);
         let max = usize::try_from(self.settings.max_files.get()).unwrap_or(usize::MAX);
-        let made = tokio::task::spawn_blocking(move || {
+        let made = self.readers.run("", move || {
             let entries = service.settings.folder.list(max)?;
             Ok::<_, io::Error>(entries.map(|entries| list_line(&entries)))
         });
-        let made = made.await.map_err(io::Error::other).and_then(|made| made);
-        match made {
+        match made.await.flatten() {
             Ok(Some(line)) if line.len() <= MAX_LIST => {
                 let line = Arc::from(line);
                 *last = Some((Instant::now(), Arc::clone(&line)));

@@ -14,7 +14,9 @@ mod trouble;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Duration;
 
 use jiff::Timestamp;
 
@@ -105,21 +107,60 @@ enum Opened {
     Folder(Folder),
 }
 
-/// Looks whether what is at `path` can be handed out.
+/// How long a path may be looked at in vain: a file system may first have to be mounted. One that is
+/// served already need not.
+const PATIENCE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(2));
+
+/// Looks whether what is at `path` can be handed out; if its file system does not answer, and it is
+/// handed out already, it goes on being what it was.
 fn open_path(path: &Path, context: &Context<'_>) -> Result<Opened, String> {
-    let cannot = |error: io::Error| format!("cannot be opened: {error}");
+    let running = context.running.iter().find_map(|settings| Opened::of(settings, path));
+    let patience = if running.is_none() { PATIENCE.0 } else { PATIENCE.1 };
+    let (path, will_be_created) = (path.to_owned(), context.will_be_created(path));
+    let (tell, told) = mpsc::channel();
+    let looking = thread::Builder::new().name("look".to_owned());
+    let looking = looking.spawn(move || {
+        // Who has lost patience does not want to know.
+        let _ = tell.send(look_at(&path, will_be_created));
+    });
+    looking.map_err(|error| cannot(&error))?;
+    told.recv_timeout(patience).unwrap_or_else(|_| {
+        running.ok_or_else(|| "cannot be opened: its file system does not answer".to_owned())
+    })
+}
+
+impl Opened {
+    /// What these settings have opened, if it is at `path`.
+    fn of(settings: &Settings, path: &Path) -> Option<Self> {
+        match settings {
+            Settings::File(file) if file.path == path => {
+                Some(Self::File { path: file.path.clone(), filename: file.filename.clone() })
+            }
+            Settings::Folder(folder) if folder.folder == Folder::expected(path) => {
+                Some(Self::Folder(folder.folder.clone()))
+            }
+            _ => None,
+        }
+    }
+}
+
+fn cannot(error: &io::Error) -> String {
+    format!("cannot be opened: {error}")
+}
+
+fn look_at(path: &Path, will_be_created: bool) -> Result<Opened, String> {
     let metadata = match fs::metadata(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound && context.will_be_created(path) => {
+        Err(error) if error.kind() == ErrorKind::NotFound && will_be_created => {
             return Ok(Opened::Folder(Folder::expected(path)));
         }
-        metadata => metadata.map_err(cannot)?,
+        metadata => metadata.map_err(|error| cannot(&error))?,
     };
     if metadata.is_dir() {
-        return Folder::open(path).map(Opened::Folder).map_err(cannot);
+        return Folder::open(path).map(Opened::Folder).map_err(|error| cannot(&error));
     }
     let filename = path.file_name().and_then(|name| name.to_str());
     let filename = filename.ok_or("expected a path that ends with a file's name")?.to_owned();
-    OpenFile::open(path).map_err(cannot)?;
+    OpenFile::open(path).map_err(|error| cannot(&error))?;
     Ok(Opened::File { path: path.to_owned(), filename })
 }
 

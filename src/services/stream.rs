@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use crate::connection::{Broken, Connection, Stream};
 use crate::document;
 use crate::files::OpenFile;
+use crate::readers::Readers;
 
 /// How much of a file is read, encoded and sent at one time; each connection holds one such
 /// piece, encoded.
@@ -55,13 +56,14 @@ impl Sending {
     }
 }
 
-/// Sends the content of `file` in base64. If `digest` is given, it is fed what is sent, and comes
-/// back.
+/// Sends the content of `file` in base64; what has to be waited for is read by `readers` under
+/// `name`. If `digest` is given, it is fed what is sent, and comes back.
 ///
 /// # Errors
 /// If the client went away, or the file cannot be read to its end as it was when it was opened.
 pub async fn send_encoded<S: Stream>(
     file: &Arc<OpenFile>,
+    (readers, name): (&Readers, &str),
     digest: Option<Sha256>,
     connection: &mut Connection<S>,
 ) -> Result<Option<Sha256>, Broken> {
@@ -73,13 +75,12 @@ pub async fn send_encoded<S: Stream>(
         if !at_hand.map_err(Broken::Service)? {
             // A file can keep a reader waiting, and must not keep the other connections waiting.
             let file = Arc::clone(file);
-            let reading = tokio::task::spawn_blocking(move || {
+            let reading = readers.run(name, move || {
                 let read =
                     sending.next(size, |piece, offset| file.read_at(piece, offset).map(|()| true));
                 (sending, read)
             });
-            let (returned, read) =
-                reading.await.map_err(|error| Broken::Service(io::Error::other(error)))?;
+            let (returned, read) = reading.await.map_err(Broken::Service)?;
             sending = returned;
             read.map_err(Broken::Service)?;
         }

@@ -4,43 +4,22 @@
 //! written down here.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::net::SocketAddr;
-use std::path::Path;
-use std::process::Command;
 
-use rustix::process::{Pid, Signal, kill_process};
-
-use crate::common::{Daemon, eventually, read_all, sample, wait_for_exit};
+use crate::common::{Daemon, eventually, read_all, sample};
+use crate::strace::Strace;
 
 /// How many connections are counted.
 const CONNECTIONS: usize = 100;
 
 /// The system calls of the daemon while clients ask one after the other, by name, for each client.
 fn calls(daemon: &Daemon, address: SocketAddr, length: usize) -> BTreeMap<String, f64> {
-    let trace = daemon.path("trace");
-    let pid = daemon.child.id().to_string();
-    let mut strace = Command::new("strace")
-        .args(["-f", "-qq", "-e", "signal=none", "-o"])
-        .arg(&trace)
-        .args(["-p", &pid])
-        .spawn()
-        .unwrap();
-    let tasks = format!("/proc/{pid}/task");
-    let traced = |task: fs::DirEntry| {
-        let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
-        !status.contains("TracerPid:\t0\n")
-    };
-    eventually("strace to be attached to every thread", || {
-        fs::read_dir(&tasks).unwrap().all(|task| traced(task.unwrap()))
-    });
+    let strace = Strace::attach(daemon, [] as [&str; 0]);
     for _ in 0..CONNECTIONS {
         assert_eq!(read_all(address).len(), length);
     }
-    eventually("the end of every connection", || count(&trace, "close") >= CONNECTIONS);
-    kill_process(Pid::from_child(&strace), Signal::INT).unwrap();
-    wait_for_exit(&mut strace);
-    let text = fs::read_to_string(&trace).unwrap();
+    eventually("the end of every connection", || count(&strace.seen(), "close") >= CONNECTIONS);
+    let text = strace.detach();
     let mut calls = BTreeMap::new();
     for name in text.lines().filter_map(name_of_call) {
         *calls.entry(name.to_owned()).or_insert(0) += 1;
@@ -54,8 +33,7 @@ fn name_of_call(line: &str) -> Option<&str> {
     name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_').then_some(name)
 }
 
-fn count(trace: &Path, name: &str) -> usize {
-    let text = fs::read_to_string(trace).unwrap_or_default();
+fn count(text: &str, name: &str) -> usize {
     text.lines().filter(|line| name_of_call(line) == Some(name)).count()
 }
 

@@ -3,7 +3,6 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,6 +11,7 @@ use socket2::SockRef;
 use crate::common::{
     DEADLINE, Daemon, connect, decode, eventually, read_all, sample, send_and_half_close,
 };
+use crate::strace::Strace;
 
 fn picture_daemon(size: usize, limits: &str) -> (Daemon, Vec<u8>) {
     let picture = sample(2, size);
@@ -127,19 +127,8 @@ fn a_killed_daemon_leaves_no_part_that_looks_like_the_whole() {
 fn a_connection_that_cannot_be_watched_is_reset_and_the_log_says_why() {
     let (daemon, _) = picture_daemon(20_000_000, "");
     // From now on, for a while, the kernel has no room for what is to be watched.
-    let mut strace = Command::new("strace")
-        .args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=epoll_ctl"])
-        .args(["-e", "inject=epoll_ctl:error=ENOSPC:when=1..4", "-p"])
-        .arg(daemon.child.id().to_string())
-        .spawn()
-        .unwrap();
-    let status = format!("/proc/{}/status", daemon.child.id());
-    eventually("strace to be attached", || {
-        std::fs::read_to_string(&status)
-            .unwrap()
-            .lines()
-            .any(|line| line.strip_prefix("TracerPid:").is_some_and(|pid| pid.trim() != "0"))
-    });
+    let strace =
+        Strace::attach(&daemon, ["--trace=epoll_ctl", "--inject=epoll_ctl:error=ENOSPC:when=1..4"]);
     let mut whole = 0;
     eventually("service as before", || {
         let mut reply = Vec::new();
@@ -156,8 +145,7 @@ fn a_connection_that_cannot_be_watched_is_reset_and_the_log_says_why() {
     let line = daemon.wait_for_message("the client cannot be waited for");
     assert_eq!(line["outcome"], "failed");
     assert!(line["cause"].as_str().unwrap().contains("max_user_watches"), "{line}");
-    strace.kill().unwrap();
-    strace.wait().unwrap();
+    strace.detach();
 }
 
 #[test]

@@ -6,14 +6,17 @@ mod activation;
 #[cfg(all(feature = "alert", feature = "mirror"))]
 mod alerts;
 mod ask;
+mod bare;
 mod check;
 mod clients;
+mod clock_jumps;
 mod common;
 mod cost;
 mod delivery;
 mod documents;
 #[cfg(feature = "mirror")]
 mod download;
+mod faults;
 mod fetch;
 mod file;
 mod folder;
@@ -21,6 +24,7 @@ mod folder;
 mod gateway;
 mod limits;
 mod logs;
+mod lost_logs;
 #[cfg(all(feature = "alert", feature = "mirror"))]
 mod mail;
 mod manual;
@@ -29,6 +33,7 @@ mod metrics;
 mod mirror;
 #[cfg(all(feature = "alert", feature = "mirror"))]
 mod monitoring;
+mod mounts;
 #[cfg(not(feature = "alert"))]
 mod no_alert;
 #[cfg(not(feature = "mirror"))]
@@ -43,6 +48,8 @@ mod shutdown;
 #[cfg(all(feature = "alert", feature = "mirror"))]
 mod sms;
 mod soak;
+mod strace;
+mod stuck;
 mod supply;
 mod systemd;
 mod time;

@@ -1,0 +1,311 @@
+//! Every system call of the serving path fails once, and the daemon serves as before; what was hit
+//! ends in a reset, or whole, but never in an end that looks clean.
+
+use std::fs;
+use std::io::{ErrorKind, Read, Write};
+use std::net::UdpSocket;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::Value;
+
+use crate::common::{DEADLINE, Daemon, connect, decode, eventually, sample, says};
+use crate::strace::Strace;
+
+/// The calls, each with the errors that a kernel can give it. Not among them: memory for the program
+/// itself (`mmap`), without which no program goes on.
+const FAULTS: [(&str, &[&str]); 28] = [
+    (
+        "accept4",
+        &["EMFILE", "ENFILE", "ENOMEM", "ENOBUFS", "EINTR", "ECONNABORTED", "EPERM", "EPROTO"],
+    ),
+    ("bind", &["EACCES", "EADDRINUSE", "ENOMEM"]),
+    ("close", &["EINTR", "EIO", "ENOSPC"]),
+    ("epoll_ctl", &["ENOMEM", "ENOSPC"]),
+    ("epoll_wait", &["EINTR"]),
+    ("fcntl", &["EPERM", "ENOMEM"]),
+    ("getdents64", &["EACCES", "EIO", "ENOMEM"]),
+    ("getsockname", &["ENOBUFS"]),
+    ("getsockopt", &["ENOMEM", "ENOBUFS"]),
+    ("ioctl", &["EINVAL"]),
+    ("listen", &["EADDRINUSE"]),
+    ("memfd_create", &["EMFILE", "ENFILE", "ENOMEM"]),
+    ("openat", &["EMFILE", "ENFILE", "ENOMEM", "EINTR", "EIO", "EACCES"]),
+    ("openat2", &["EMFILE", "ENFILE", "ENOMEM", "EINTR", "EIO", "EACCES", "EAGAIN"]),
+    ("pipe2", &["EMFILE", "ENFILE"]),
+    ("ppoll", &["EINTR", "ENOMEM"]),
+    ("pread64", &["EINTR", "EIO", "ENOMEM"]),
+    ("preadv2", &["EINTR", "EIO", "EOPNOTSUPP"]),
+    ("recvfrom", &["ENOMEM", "ECONNRESET"]),
+    ("recvmmsg", &["EINTR", "ENOMEM", "ENOBUFS", "ECONNREFUSED"]),
+    ("sendfile", &["EINTR", "EIO", "ENOMEM"]),
+    ("sendmsg", &["EINTR", "ENOMEM", "ENOBUFS", "EPERM", "EIO"]),
+    ("sendto", &["EINTR", "ENOMEM", "ENOBUFS", "ECONNRESET", "EPIPE"]),
+    ("setsockopt", &["ENOMEM", "ENOBUFS"]),
+    ("shutdown", &["ENOTCONN"]),
+    ("socket", &["EMFILE", "ENFILE", "ENOMEM", "ENOBUFS", "EACCES"]),
+    ("splice", &["EINTR", "EIO", "ENOMEM"]),
+    ("statx", &["EACCES", "EIO", "ENOMEM", "EINTR"]),
+];
+
+/// So many calls of one name that a daemon makes for the clients of one fault are no spinning.
+const MANY_CALLS: usize = 20_000;
+
+/// Files by how they are served: from memory by copying, by pages, by `sendfile`; and from the disk.
+const FILES: [(&str, usize); 4] =
+    [("small", 10_000), ("picture", 150_000), ("large", 400_000), ("streamed", 1_200_000)];
+
+fn config(more: &str) -> String {
+    let mut config = String::from(
+        "[time.clock]\nlisten = [\"127.0.0.1:0\", \"udp:127.0.0.1:0\", \"unix:clock.sock\"]\n\
+         [file.folder]\nlisten = [\"127.0.0.1:0\"]\npath = \"folder\"\ncache-limit = \"1MiB\"\n\
+         [metrics]\nlisten = [\"127.0.0.1:0\"]\n",
+    );
+    for (name, _) in FILES {
+        let cache_limit = if name == "streamed" { "cache-limit = \"1MiB\"" } else { "" };
+        config += &format!(
+            "[file.{name}]\nlisten = [\"127.0.0.1:0\"]\npath = \"folder/{name}\"\n{cache_limit}\n"
+        );
+    }
+    config + more
+}
+
+/// What a client got.
+#[derive(Debug, PartialEq)]
+enum Got {
+    /// Everything.
+    Whole,
+    /// It can tell that something is amiss.
+    Fault,
+}
+
+/// A daemon with every way of serving, and what is right.
+struct Everything {
+    daemon: Daemon,
+    /// How many times it was asked for everything.
+    rounds: u32,
+}
+
+impl Everything {
+    fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("folder")).unwrap();
+        for (name, size) in FILES {
+            fs::write(folder.path().join("folder").join(name), sample(1, size)).unwrap();
+        }
+        Self { daemon: Daemon::start_in(folder, &config(""), |_| {}), rounds: 0 }
+    }
+
+    /// Asks every service by every way in; says who has got what.
+    fn ask_all(&mut self) -> Vec<(&'static str, Got)> {
+        self.rounds += 1;
+        let mut got = vec![
+            (
+                "time",
+                read(self.daemon.tcp("time.clock")).map_or(Got::Fault, |reply| is_time(&reply)),
+            ),
+            ("datagram", self.datagram()),
+            ("unix", self.unix()),
+            ("folder", self.folder()),
+            ("metrics", self.metrics()),
+        ];
+        for (name, size) in FILES {
+            let document = read(self.daemon.tcp(&format!("file.{name}")));
+            let is_whole = |document: Vec<u8>| {
+                assert!(decode(&document) == (name.to_owned(), sample(1, size)), "{name}");
+                Got::Whole
+            };
+            got.push((name, document.map_or(Got::Fault, is_whole)));
+        }
+        got
+    }
+
+    /// With one service more, whose file is read anew, or without it.
+    fn reload(&self) -> Got {
+        let more = "[file.more]\nlisten = [\"127.0.0.1:0\"]\npath = \"folder/picture\"\n";
+        let line = self.daemon.reload(&config(if self.rounds % 2 == 1 { more } else { "" }));
+        if says(&line, "reloaded: ") { Got::Whole } else { Got::Fault }
+    }
+
+    fn datagram(&self) -> Got {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.connect(self.daemon.udp("time.clock")).unwrap();
+        // The longest pause after a fault is one second.
+        socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        socket.send(b"?").unwrap();
+        let mut reply = [0; 64];
+        socket.recv(&mut reply).map_or(Got::Fault, |length| is_time(&reply[..length]))
+    }
+
+    /// Such a socket knows no reset: what is cut lacks its end.
+    fn unix(&self) -> Got {
+        let mut stream = UnixStream::connect(self.daemon.path("clock.sock")).unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        let mut reply = Vec::new();
+        match stream.read_to_end(&mut reply) {
+            Ok(_) if !reply.is_empty() => is_time(&reply),
+            Ok(_) => Got::Fault,
+            Err(error) => fault(&error),
+        }
+    }
+
+    /// A conversation about files that are kept, are too large for that, and are new.
+    fn folder(&self) -> Got {
+        let fresh = format!("fresh-{}", self.rounds);
+        fs::write(self.daemon.path("folder").join(&fresh), &fresh).unwrap();
+        let mut stream = connect(self.daemon.tcp("file.folder"));
+        let mut replies = String::new();
+        let asked = format!("small\n{fresh}\nstreamed\n\n");
+        if let Err(error) = stream.write_all(asked.as_bytes()) {
+            return fault(&error);
+        }
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        if let Err(error) = stream.read_to_string(&mut replies) {
+            return fault(&error);
+        }
+        fs::remove_file(self.daemon.path("folder").join(&fresh)).unwrap();
+        let replies: Vec<Value> =
+            replies.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(replies.len(), 4, "{replies:?}");
+        if replies.iter().any(|reply| reply["error"].is_string()) {
+            return Got::Fault;
+        }
+        for (reply, content) in
+            replies.iter().zip([sample(1, 10_000), fresh.into_bytes(), sample(1, 1_200_000)])
+        {
+            assert!(STANDARD.decode(reply["filedata"].as_str().unwrap()).unwrap() == content);
+        }
+        assert!(replies[3]["files"].as_array().unwrap().len() > FILES.len());
+        Got::Whole
+    }
+
+    fn metrics(&self) -> Got {
+        let mut stream = connect(self.daemon.tcp("metrics"));
+        if let Err(error) = stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n") {
+            return fault(&error);
+        }
+        let mut reply = String::new();
+        match stream.read_to_string(&mut reply) {
+            Ok(_) => {
+                assert!(reply.ends_with("# EOF\n"), "{reply}");
+                Got::Whole
+            }
+            Err(error) => fault(&error),
+        }
+    }
+}
+
+/// Everything that is sent, or nothing if the client can tell that it is not everything.
+fn read(address: std::net::SocketAddr) -> Option<Vec<u8>> {
+    let mut reply = Vec::new();
+    match connect(address).read_to_end(&mut reply) {
+        Ok(_) => Some(reply),
+        Err(error) => {
+            fault(&error);
+            None
+        }
+    }
+}
+
+fn is_time(reply: &[u8]) -> Got {
+    assert!(reply.len() == 27 && reply.ends_with(b"\n"), "{reply:?}");
+    Got::Whole
+}
+
+/// The only fault that a client may see.
+fn fault(error: &std::io::Error) -> Got {
+    assert!(matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe), "{error}");
+    Got::Fault
+}
+
+/// Makes every thread's next such call fail until one has, and asks all the while; then asks again,
+/// when everybody must have everything.
+fn fail_once(everything: &mut Everything, call: &str, error: &str, of_paths: &[&str]) {
+    let trace = [format!("--trace={call}"), format!("--inject={call}:error={error}:when=1")];
+    let paths = of_paths.iter().flat_map(|path| ["-P".to_owned(), (*path).to_owned()]);
+    let strace = Strace::attach(&everything.daemon, trace.into_iter().chain(paths));
+    // So the runtime passes on signals, through two sockets that cannot fail.
+    let passes_signals = ["recvfrom", "sendto"].contains(&call);
+    let start = Instant::now();
+    while !strace.seen().contains("(INJECTED)") {
+        assert!(start.elapsed() < DEADLINE, "nobody was hit by {error} of {call}");
+        if !passes_signals {
+            everything.reload();
+        }
+        everything.ask_all();
+    }
+    let seen = strace.detach();
+    assert!(seen.lines().count() < MANY_CALLS, "{call} {error}");
+    let mut got = everything.ask_all();
+    got.push(("reload", everything.reload()));
+    got.retain(|(_, got)| *got != Got::Whole);
+    assert!(got.is_empty(), "after {error} of {call}: {got:?}");
+}
+
+#[test]
+fn whatever_call_fails_once_the_next_clients_are_served() {
+    let mut everything = Everything::start();
+    for (call, errors) in FAULTS {
+        for error in errors {
+            fail_once(&mut everything, call, error, &[]);
+        }
+    }
+    // What is written to memory; other writes wake the event loops, and cannot fail.
+    for error in ["EINTR", "EIO", "ENOSPC"] {
+        fail_once(&mut everything, "write", error, &["/memfd:document"]);
+    }
+    // The configuration; others read what wakes the loops.
+    let configuration = everything.daemon.path("handout.toml");
+    for error in ["EINTR", "EIO"] {
+        fail_once(&mut everything, "read", error, &[configuration.to_str().unwrap()]);
+    }
+    assert!(everything.daemon.stop().success());
+}
+
+#[test]
+fn a_fault_that_lasts_makes_nobody_spin_and_who_waits_is_served_after_it() {
+    let everything = Everything::start();
+    let daemon = &everything.daemon;
+    for (call, error) in [("accept4", "EMFILE"), ("recvmmsg", "ENOMEM")] {
+        let inject = format!("--inject={call}:error={error}");
+        let strace = Strace::attach(daemon, [format!("--trace={call}"), inject]);
+        let mut stream = connect(daemon.tcp("time.clock"));
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.connect(daemon.udp("time.clock")).unwrap();
+        socket.set_read_timeout(Some(DEADLINE)).unwrap();
+        socket.send(b"?").unwrap();
+        // Long enough for many thousand calls.
+        let start = Instant::now();
+        eventually("some attempts in a second", || {
+            start.elapsed() > Duration::from_secs(1) && strace.seen().contains("(INJECTED)")
+        });
+        let attempts = strace.detach().matches("(INJECTED)").count();
+        assert!(attempts < 50, "{call}: {attempts}");
+        let mut reply = Vec::new();
+        stream.read_to_end(&mut reply).unwrap();
+        is_time(&reply);
+        let mut reply = [0; 64];
+        let length = socket.recv(&mut reply).unwrap();
+        is_time(&reply[..length]);
+    }
+}
+
+#[test]
+fn without_new_threads_clients_are_served_and_a_reload_says_what_is_missing() {
+    let mut everything = Everything::start();
+    let strace = Strace::attach(
+        &everything.daemon,
+        ["--trace=clone,clone3", "--inject=clone,clone3:error=EAGAIN"],
+    );
+    for _ in 0..3 {
+        assert_eq!(everything.reload(), Got::Fault);
+        let got = everything.ask_all();
+        assert!(got.iter().all(|(_, got)| *got == Got::Whole), "{got:?}");
+    }
+    assert!(strace.detach().contains("(INJECTED)"));
+    everything.daemon.wait_for_message("cannot be opened: Resource temporarily unavailable");
+    assert_eq!(everything.reload(), Got::Whole);
+    assert!(everything.daemon.stop().success());
+}

@@ -1,0 +1,192 @@
+//! File systems that hang, as a network file system does without its server: whoever reads them waits
+//! for ever, and nobody else does.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+use crate::common::{Daemon, connect, decode, eventually, http_get, read_all, sample, says};
+use crate::mounts::with_own_mounts;
+use crate::strace::Strace;
+
+/// A FUSE file system that never answers, until it is dropped.
+struct Stuck<'a> {
+    place: &'a Path,
+    /// Nobody reads the questions that come here.
+    _server: File,
+}
+
+impl<'a> Stuck<'a> {
+    fn over(place: &'a Path) -> Self {
+        let server = File::options().read(true).write(true).open("/dev/fuse").unwrap();
+        let data = format!("fd={},rootmode=40000,user_id=0,group_id=0", server.as_raw_fd());
+        let data = std::ffi::CString::new(data).unwrap();
+        mount("stuck", place, "fuse", MountFlags::empty(), &*data).unwrap();
+        Self { place, _server: server }
+    }
+}
+
+impl Drop for Stuck<'_> {
+    fn drop(&mut self) {
+        unmount(self.place, UnmountFlags::DETACH).unwrap();
+    }
+}
+
+const CONFIG: &str = "[daemon]\ngrace = \"1s\"\n\
+    [time.clock]\nlisten = [\"127.0.0.1:0\"]\n\
+    [file.picture]\nlisten = [\"127.0.0.1:0\"]\npath = \"picture.jpg\"\n\
+    [file.files]\nlisten = [\"127.0.0.1:0\"]\npath = \"files\"\n\
+    [file.stuck]\nlisten = [\"127.0.0.1:0\"]\npath = \"stuck\"\n\
+    [file.one]\nlisten = [\"127.0.0.1:0\"]\npath = \"stuck/file\"\n\
+    [metrics]\nlisten = [\"127.0.0.1:0\"]\n";
+
+fn daemon() -> Daemon {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["files/part", "stuck"] {
+        fs::create_dir_all(folder.path().join(name)).unwrap();
+    }
+    for name in ["picture.jpg", "files/file", "files/part/file", "stuck/file"] {
+        fs::write(folder.path().join(name), sample(4, 1000)).unwrap();
+    }
+    Daemon::start_in(folder, CONFIG, |_| {})
+}
+
+fn ask(daemon: &Daemon, service: &str, lines: &str) -> TcpStream {
+    let mut stream = connect(daemon.tcp(service));
+    stream.write_all(lines.as_bytes()).unwrap();
+    stream
+}
+
+/// Whether a file of the folder is served.
+fn assert_served(daemon: &Daemon, service: &str) {
+    let mut reply = String::new();
+    BufReader::new(ask(daemon, service, "file\n")).read_line(&mut reply).unwrap();
+    assert!(reply.contains("\"sha256\""), "{reply}");
+}
+
+fn assert_that_others_are_served(daemon: &Daemon) {
+    assert_eq!(read_all(daemon.tcp("time.clock")).len(), 27);
+    assert_served(daemon, "file.files");
+    assert!(decode(&read_all(daemon.tcp("file.picture"))).1 == sample(4, 1000));
+    // From memory.
+    assert!(decode(&read_all(daemon.tcp("file.one"))).1 == sample(4, 1000));
+}
+
+#[test]
+fn a_file_system_that_hangs_keeps_only_its_own_clients_waiting() {
+    with_own_mounts(|| {
+        let mut daemon = daemon();
+        let place = daemon.path("stuck");
+        let stuck = Stuck::over(&place);
+        // Far more than there are threads, for one name and for many.
+        let waiting: Vec<_> = (0..600)
+            .map(|number| ask(&daemon, "file.stuck", &format!("file-{}\n", number % 300)))
+            .collect();
+        daemon.wait_for_message("file.stuck: the folder cannot be read: its file system does not");
+        daemon.wait_for_message("file.one: ");
+        assert_that_others_are_served(&daemon);
+        assert!(http_get(daemon.tcp("metrics"), "/healthz").1.contains("does not answer"));
+        // A file that is replaced is seen, too.
+        crate::common::replace(&daemon.path("picture.jpg"), &sample(5, 1000));
+        eventually("the new version", || {
+            decode(&read_all(daemon.tcp("file.picture"))).1 == sample(5, 1000)
+        });
+        // Each of the two has its threads.
+        let threads = fs::read_dir(format!("/proc/{}/task", daemon.child.id())).unwrap().count();
+        assert!(threads < 100, "{threads}");
+
+        // What it hands out is configured otherwise, and the rest goes on.
+        let line = daemon.reload(&CONFIG.replace("[time.clock]", "[time.clock]\nnewline = false"));
+        assert!(says(&line, "reloaded: ") && line["changed"] == 1, "{line}");
+        assert_eq!(read_all(daemon.tcp("time.clock")).len(), 26);
+
+        // When its server is back, so is the folder.
+        drop(stuck);
+        for mut stream in waiting {
+            let mut reply = [0; 9];
+            stream.read_exact(&mut reply).unwrap();
+            assert_eq!(&reply, b"{\"error\":");
+        }
+        daemon.wait_for_message("file.stuck: the folder is back");
+        assert_served(&daemon, "file.stuck");
+        assert!(daemon.stop().success());
+    });
+}
+
+#[test]
+fn a_part_of_a_folder_that_hangs_leaves_the_other_files_alone() {
+    with_own_mounts(|| {
+        let daemon = daemon();
+        let place = daemon.path("files/part");
+        let _stuck = Stuck::over(&place);
+        let _waiting: Vec<_> =
+            (0..500).map(|_| ask(&daemon, "file.files", "part/file\n")).collect();
+        for _ in 0..20 {
+            assert_that_others_are_served(&daemon);
+        }
+    });
+}
+
+#[test]
+fn readers_that_hang_do_not_hold_up_the_stop() {
+    with_own_mounts(|| {
+        let mut daemon = daemon();
+        let place = daemon.path("stuck");
+        let _stuck = Stuck::over(&place);
+        let _waiting: Vec<_> =
+            (0..50).map(|number| ask(&daemon, "file.stuck", &format!("{number}\n"))).collect();
+        assert_that_others_are_served(&daemon);
+        let start = Instant::now();
+        assert!(daemon.stop().success());
+        // The grace, and what a busy machine adds to it.
+        assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+        let line = daemon.wait_for_message("stopped: ");
+        assert!(line["reset"].as_u64().unwrap() > 0, "{line}");
+    });
+}
+
+#[test]
+fn a_file_that_hangs_while_it_is_sent_keeps_only_its_own_clients_waiting() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("files")).unwrap();
+    fs::write(folder.path().join("files/file"), sample(4, 1000)).unwrap();
+    fs::write(folder.path().join("large"), sample(6, 1_500_000)).unwrap();
+    let daemon = Daemon::start_in(
+        folder,
+        "[time.clock]\nlisten = [\"127.0.0.1:0\"]\n\
+         [file.files]\nlisten = [\"127.0.0.1:0\"]\npath = \"files\"\ncache-limit = \"1KiB\"\n\
+         [file.large]\nlisten = [\"127.0.0.1:0\"]\npath = \"large\"\ncache-limit = \"1MiB\"\n",
+        |_| {},
+    );
+    // The kernel has nothing in memory, and the disk takes its time, if it ever answers.
+    let large = daemon.path("large");
+    let strace = Strace::attach(
+        &daemon,
+        [
+            "--trace=preadv2,pread64",
+            "--inject=preadv2:error=EAGAIN",
+            "--inject=pread64:delay_enter=60s",
+            "-P",
+            large.to_str().unwrap(),
+        ],
+    );
+    let waiting: Vec<_> = (0..100).map(|_| connect(daemon.tcp("file.large"))).collect();
+    eventually("every thread that it may have to wait", || {
+        strace.seen().matches("pread64").count() >= 8
+    });
+    for _ in 0..20 {
+        assert_eq!(read_all(daemon.tcp("time.clock")).len(), 27);
+        assert_served(&daemon, "file.files");
+    }
+    strace.detach();
+    for mut stream in waiting {
+        let mut document = Vec::new();
+        stream.read_to_end(&mut document).unwrap();
+        assert!(decode(&document).1 == sample(6, 1_500_000));
+    }
+}
