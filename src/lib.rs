@@ -16,6 +16,7 @@
 //! | [`listener`] | the only accept loop, the only datagram loop |
 //! | [`accepted`] | the socket of a connection, which is registered only when it has to wait |
 //! | [`connection`] | deliver every byte or reset; deadlines; the log line of a connection |
+//! | [`proxy_protocol`] | whom a balancer says that it speaks for |
 //! | [`linger`] | connections that have been answered, until their end |
 //! | [`limits`] | what a service may take; the rates of datagrams |
 //! | [`served`] | a running service with what its listeners share |
@@ -66,6 +67,7 @@ pub mod metrics;
 pub mod mirrors;
 #[cfg(any(feature = "alert", feature = "mirror"))]
 pub mod outbound;
+pub mod proxy_protocol;
 pub mod reload;
 pub mod running;
 pub mod secret;

@@ -234,31 +234,62 @@ fn begin(
     answered: &UnboundedSender<Answered>,
 ) {
     let served = Arc::clone(&duty.served);
+    let from_balancer = served.is_balancer(&peer);
     let guard = match peer {
-        Peer::Unix(_) => None,
-        Peer::Internet(address) => match served.admit(address.ip()) {
-            Some(guard) => Some(guard),
+        Peer::Internet(address) if !from_balancer => match served.admit(address.ip()) {
+            Ok(guard) => Some(guard),
             // Reset, as every connection that is dropped without being finished.
-            None => return,
+            Err(reason) => return served.counts().refusals.add(reason),
         },
+        Peer::Internet(_) | Peer::Unix(_) => None,
     };
     let held = Held { place, guard, under_way: duty.connections.token() };
     let answered = answered.clone();
     // From here on it counts.
     let connection = Connection::new(socket, peer, Arc::clone(&served.terms));
-    first_turn(Box::pin(async move {
-        let service = &served.service;
-        let answer = async |connection: &mut Connection<_>| service.answer(connection).await;
-        let Some(connection) = connection.answer(answer).await else { return };
-        let one = Answered { connection, held };
-        if served.is_crowded() || one.held.guard.as_ref().is_some_and(ClientGuard::is_crowded) {
-            // Others wait for its place, which is to be free as soon as the client has gone.
-            one.finish().await;
-        } else {
-            // Its end is seen to as long as there are connections.
-            let _ = answered.send(one);
+    if from_balancer {
+        first_turn(Box::pin(answer_behind_balancer(connection, held, served, answered)));
+    } else {
+        first_turn(Box::pin(answer(connection, held, served, answered)));
+    }
+}
+
+/// The same for a connection of a balancer, which first says whom it is for.
+async fn answer_behind_balancer(
+    connection: Connection<AcceptedSocket>,
+    mut held: Held,
+    served: Arc<Served>,
+    answered: UnboundedSender<Answered>,
+) {
+    let introduced = connection.introduce(AcceptedSocket::read_header).await;
+    let Some(connection) = introduced else { return };
+    if let Peer::Internet(client) = connection.peer() {
+        match served.admit(client.ip()) {
+            Ok(guard) => held.guard = Some(guard),
+            Err(reason) => return connection.refuse(reason),
         }
-    }));
+    }
+    answer(connection, held, served, answered).await;
+}
+
+/// Answers a connection, and sees to its end or leaves that to others.
+async fn answer(
+    connection: Connection<AcceptedSocket>,
+    held: Held,
+    served: Arc<Served>,
+    answered: UnboundedSender<Answered>,
+) {
+    let service = &served.service;
+    let answer = async |connection: &mut Connection<_>| service.answer(connection).await;
+    let Some(connection) = connection.answer(answer).await else { return };
+    let one = Answered { connection, held };
+    if served.is_crowded() || one.held.guard.as_ref().is_some_and(ClientGuard::is_crowded) {
+        // Others wait for its place, which is to be free as soon as the client has gone.
+        one.finish().await;
+    } else {
+        // Its end is seen to as long as there are connections.
+        let _ = answered.send(one);
+    }
 }
 
 /// Lets a connection go as far as it can without waiting. What is left then is a task of its own,

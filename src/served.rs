@@ -7,9 +7,9 @@ use std::time::Instant;
 
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
-use crate::connection::{Shutdown, Terms};
+use crate::connection::{Peer, Shutdown, Terms};
 use crate::counts::{Counts, Datagram, Refusal};
-use crate::limits::{ClientGuard, Clients, DatagramRate, Limits};
+use crate::limits::{ClientGuard, Clients, DatagramRate, Limits, is_among};
 use crate::services::Service;
 
 /// A running service, as the configuration has it. When a reload changes it, a successor takes its
@@ -131,17 +131,24 @@ impl Served {
         Arc::clone(&self.permits).try_acquire_owned().ok()
     }
 
-    /// Whether a client with this address is served, which is counted if not.
-    pub fn admit(&self, address: IpAddr) -> Option<ClientGuard> {
+    /// Whether somebody is a balancer, which does not connect for itself.
+    pub fn is_balancer(&self, peer: &Peer) -> bool {
+        match peer {
+            Peer::Internet(address) => is_among(&self.limits.balancers, address.ip()),
+            Peer::Unix(_) => false,
+        }
+    }
+
+    /// Lets a client with this address in.
+    ///
+    /// # Errors
+    /// Why it is not served.
+    pub fn admit(&self, address: IpAddr) -> Result<ClientGuard, Refusal> {
         if !self.limits.access.permits(address) {
-            self.counts().refusals.add(Refusal::Access);
-            return None;
+            return Err(Refusal::Access);
         }
         let guard = self.clients.enter(address, self.limits.max_per_client);
-        if guard.is_none() {
-            self.counts().refusals.add(Refusal::MaxPerClient);
-        }
-        guard
+        guard.ok_or(Refusal::MaxPerClient)
     }
 
     /// Whether a datagram from this address is answered at `now`.

@@ -35,6 +35,7 @@ mod no_mirror;
 mod package;
 #[cfg(all(feature = "alert", feature = "mirror"))]
 mod postbox;
+mod proxy_protocol;
 mod reload;
 mod servers;
 mod shutdown;
