@@ -34,7 +34,7 @@ use crate::limits::ClientGuard;
 use crate::linger::{Answered, Held, see_to_the_end};
 use crate::served::Served;
 use crate::services::time::TimeService;
-use crate::sockets::{BACKLOG, SocketFile};
+use crate::sockets::{BACKLOG, SocketFile, turn_away};
 
 /// The longest datagram, or several of one sender that the kernel hands over as one. Only what is
 /// used of the buffers takes memory.
@@ -42,6 +42,9 @@ const DATAGRAM: usize = 64 << 10;
 
 /// The first and the longest pause after an error that would only repeat itself.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+
+/// How long it takes somebody near, such as a balancer, to end the handshake that was begun.
+const HANDSHAKE: Duration = Duration::from_millis(5);
 
 /// What a socket is there for at the moment.
 #[derive(Debug, Clone)]
@@ -87,7 +90,10 @@ pub struct Listener {
 #[derive(Debug)]
 pub enum Family {
     /// TCP over IPv4 or IPv6.
-    Tcp,
+    Tcp {
+        /// The service manager has it as well, and keeps it open.
+        inherited: bool,
+    },
     /// Unix stream sockets; a file of ours goes with the listener.
     Unix(Option<SocketFile>),
 }
@@ -135,6 +141,10 @@ impl Listener {
         tokio::spawn(see_to_the_end(arriving));
         let last = orders.clone();
         follow(orders, |duty| self.accept_for(duty, &answered)).await;
+        // The close resets whom the kernel connects between the last look at the queue and then.
+        if matches!(self.family, Family::Tcp { inherited: false }) && turn_away(&*self).is_ok() {
+            tokio::time::sleep(HANDSHAKE).await;
+        }
         let duty = last.borrow().clone();
         // No more than a queue's length, as others may go on coming.
         for _ in 0..BACKLOG {
@@ -215,7 +225,7 @@ impl Listener {
                 let user = socket_peercred(&socket).ok().map(|peer| peer.uid.as_raw());
                 (Kind::Unix, Peer::Unix(user))
             }
-            Family::Tcp => {
+            Family::Tcp { .. } => {
                 let address = address.and_then(|address| SocketAddr::try_from(address).ok());
                 let address = address.ok_or(Errno::CONNABORTED)?;
                 let address = SocketAddr::new(address.ip().to_canonical(), address.port());

@@ -109,6 +109,30 @@ fn a_conversation_that_waits_for_a_request_holds_nothing_up() {
 }
 
 #[test]
+fn who_connects_while_it_stops_is_served_or_refused_and_not_reset() {
+    for _ in 0..15 {
+        let mut daemon = Daemon::start("[time.clock]\nlisten = [\"127.0.0.1:0\"]");
+        let address = daemon.tcp("time.clock");
+        let client = || {
+            let mut served = 0;
+            while let Ok(mut stream) = TcpStream::connect(address) {
+                let mut reply = String::new();
+                stream.read_to_string(&mut reply).unwrap();
+                assert_eq!(reply.len(), 27);
+                served += 1;
+            }
+            served
+        };
+        std::thread::scope(|scope| {
+            let clients: Vec<_> = (0..8).map(|_| scope.spawn(client)).collect();
+            daemon.wait_for_connections(50);
+            assert_eq!(code(daemon.stop()), Some(0));
+            assert!(clients.into_iter().map(|client| client.join().unwrap()).sum::<u32>() >= 50);
+        });
+    }
+}
+
+#[test]
 fn every_address_is_free_at_once_afterwards() {
     let (mut daemon, _) = daemon("200ms");
     let (_stream, _) = begun(&daemon);
