@@ -90,10 +90,14 @@ impl Daemon {
 
     /// The same in a folder that is there already.
     pub fn start_in(folder: TempDir, config: &str, prepare: impl FnOnce(&mut Command)) -> Self {
-        let path = folder.path().join("handout.toml");
-        configure(&path, config);
+        configure(&folder.path().join("handout.toml"), config);
+        Self::run(folder, prepare)
+    }
+
+    /// The same with the configuration that is there.
+    pub fn run(folder: TempDir, prepare: impl FnOnce(&mut Command)) -> Self {
         let mut command = program();
-        command.args(["serve", "--config"]).arg(path);
+        command.args(["serve", "--config"]).arg(folder.path().join("handout.toml"));
         command.env("TZ", "UTC").stderr(Stdio::piped());
         prepare(&mut command);
         let mut child = command.spawn().unwrap();
@@ -119,12 +123,14 @@ impl Daemon {
     /// Orders a reload of this configuration and waits for what comes of it: the line that says so.
     pub fn reload(&self, config: &str) -> Value {
         let ended = |line: &Value| says(line, "reloaded: ") || says(line, "reload failed");
-        let before = self.lines().iter().filter(|line| ended(line)).count();
+        // Not as `lines` has them, as there may be very many.
+        let all = || self.log.lines.lock().unwrap();
+        let before = all().0.iter().filter(|line| ended(line)).count();
         configure(&self.path("handout.toml"), config);
         self.signal(Signal::HUP);
         let mut line = None;
         eventually("the end of the reload", || {
-            line = self.lines().into_iter().filter(ended).nth(before);
+            line = all().0.iter().filter(|line| ended(line)).nth(before).cloned();
             line.is_some()
         });
         line.unwrap()

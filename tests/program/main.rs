@@ -37,6 +37,7 @@ mod package;
 mod postbox;
 mod proxy_protocol;
 mod reload;
+mod scale_out;
 mod servers;
 mod shutdown;
 #[cfg(all(feature = "alert", feature = "mirror"))]
