@@ -41,19 +41,24 @@ pub fn run(command: &mut Command) -> Output {
 /// Makes the kernel refuse these system calls to the program, as a filter does: with `error`, such
 /// as `ENOSYS`. Each refusal is a line in the file `refusals`.
 pub fn refuse(command: &mut Command, calls: &str, error: &str, refusals: &Path) {
-    let mut refused = Command::new("strace");
+    inject(command, calls, &format!("error={error}"), refusals);
+}
+
+/// Makes the kernel do this to the program's system calls, in the words of strace(1).
+pub fn inject(command: &mut Command, calls: &str, what: &str, trace: &Path) {
+    let mut injected = Command::new("strace");
     // The process is the program's, and strace another.
-    refused.args(["-D", "-f", "-qq", "-o"]).arg(refusals);
-    refused.arg(format!("--inject={calls}:error={error}")).arg(format!("--trace={calls}"));
-    refused.arg(command.get_program()).args(command.get_args());
+    injected.args(["-D", "-f", "-qq", "-o"]).arg(trace);
+    injected.arg(format!("--inject={calls}:{what}")).arg(format!("--trace={calls}"));
+    injected.arg(command.get_program()).args(command.get_args());
     for (name, value) in command.get_envs() {
         match value {
-            Some(value) => refused.env(name, value),
-            None => refused.env_remove(name),
+            Some(value) => injected.env(name, value),
+            None => injected.env_remove(name),
         };
     }
-    refused.stdin(Stdio::null()).stderr(Stdio::piped());
-    *command = refused;
+    injected.stdin(Stdio::null()).stderr(Stdio::piped());
+    *command = injected;
 }
 
 /// A running daemon, which is killed at the latest when it is dropped.
