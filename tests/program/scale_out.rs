@@ -100,9 +100,13 @@ impl Balancer {
         Self { process, clock, picture, said, _folder: folder }
     }
 
-    /// Waits until it has said this so many times.
-    fn wait_for(&self, words: &str, times: usize) {
-        eventually(words, || self.said.lock().unwrap().matches(words).count() >= times);
+    /// Waits until it has said that this replica, for each of its services, is `UP` or
+    /// `DOWN`.
+    fn wait_for(&self, replica: &str, state: &str) {
+        for service in ["clock", "picture"] {
+            let words = format!("{service}/{replica} is {state}");
+            eventually(&words, || self.said.lock().unwrap().contains(&words));
+        }
     }
 }
 
@@ -230,13 +234,13 @@ fn replicas_that_are_drained_and_come_back_one_after_the_other_cost_no_client() 
     let load = Load::begin(&balancer, &document);
     let mut slow = [begun(&balancer), begun(&balancer)];
     let mut came_back = Vec::new();
-    for (number, mut replica, address) in [(1, one, "127.0.0.11"), (2, two, "127.0.0.12")] {
+    for (name, mut replica, address) in [("one", one, "127.0.0.11"), ("two", two, "127.0.0.12")] {
         eventually("clients of it", || served(&replica) > 20);
         replica.signal(Signal::TERM);
         replica.wait_for_message("stopping: ");
         // While it drains, it says so; and then it is not there.
-        balancer.wait_for("is DOWN", 2 * number);
-        if number == 1 {
+        balancer.wait_for(name, "DOWN");
+        if name == "one" {
             for (stream, document) in &mut slow {
                 stream.read_to_end(document).unwrap();
             }
@@ -244,7 +248,7 @@ fn replicas_that_are_drained_and_come_back_one_after_the_other_cost_no_client() 
         assert!(replica.wait().success());
         assert_eq!(replica.wait_for_message("stopped: ")["reset"], 0);
         let again = self::replica(address, ports(&replica));
-        balancer.wait_for("is UP", 2 * number);
+        balancer.wait_for(name, "UP");
         eventually("clients of the one that came back", || served(&again) > 20);
         came_back.push(again);
     }
@@ -271,7 +275,7 @@ fn a_replica_that_is_killed_costs_those_whom_it_was_serving() {
     // Until here, clients may have come into its queues.
     let gone = Instant::now();
     let before = served(&replicas[1]);
-    balancer.wait_for("is DOWN", 2);
+    balancer.wait_for("one", "DOWN");
     eventually("clients of the other", || served(&replicas[1]) > before + 100);
 
     let asked = load.end();
@@ -290,7 +294,7 @@ fn a_replica_that_is_not_well_gets_nobody_until_it_is() {
     let balancer = Balancer::start([&replicas[0], &replicas[1]]);
     let picture = replicas[0].path("picture.jpg");
     fs::rename(&picture, picture.with_extension("away")).unwrap();
-    balancer.wait_for("is DOWN", 2);
+    balancer.wait_for("one", "DOWN");
     assert!(http_get(replicas[0].tcp("metrics"), "/healthz").0.contains("503"));
     let before = replicas.each_ref().map(served);
     for _ in 0..10 {
@@ -299,7 +303,7 @@ fn a_replica_that_is_not_well_gets_nobody_until_it_is() {
     eventually("all of them at the other", || served(&replicas[1]) == before[1] + 10);
     assert_eq!(served(&replicas[0]), before[0]);
     fs::rename(picture.with_extension("away"), &picture).unwrap();
-    balancer.wait_for("is UP", 2);
+    balancer.wait_for("one", "UP");
     eventually("its share", || {
         assert_eq!(read_all(balancer.clock).len(), 27);
         served(&replicas[0]) > before[0]
