@@ -3,13 +3,16 @@
 //! A reply that fits into the kernel's buffer is written at once, and the registration, which costs
 //! more than the writing, is spared.
 
+use std::future::poll_fn;
 use std::io::{self, ErrorKind};
 use std::mem::MaybeUninit;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use rustix::event::PollFlags;
+use rustix::io::Errno;
 use rustix::net::sockopt::socket_error;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 use tokio::io::{AsyncRead, Interest, ReadBuf};
@@ -18,6 +21,7 @@ use tokio::task::coop;
 use crate::connection::{Heard, Next, Stream};
 use crate::kernel::{self, Watched};
 use crate::memory_file::MemoryFile;
+use crate::proxy_protocol::{Beginning, MAX_HEADER};
 
 /// How much is received at one time.
 const RECEIVE_BUFFER: usize = 16 << 10;
@@ -83,6 +87,34 @@ impl AcceptedSocket {
         }
     }
 
+    /// Reads the header of a balancer, and nothing of what follows it: who the client is, if that
+    /// is somebody else.
+    ///
+    /// # Errors
+    /// If there is none, or the connection has ended.
+    pub async fn read_header(&mut self) -> io::Result<Option<SocketAddr>> {
+        let mut header = [0; MAX_HEADER];
+        let mut length = 0;
+        let mut read = |socket: BorrowedFd<'_>| loop {
+            let room = header.get_mut(length..).unwrap_or_default();
+            let (more, _) = recv(socket, room, RecvFlags::PEEK | RecvFlags::DONTWAIT)?;
+            let (taken, whole) =
+                match Beginning::of(header.get(..length + more).unwrap_or_default()) {
+                    // All of it belongs to the header. Taken, it leaves the end to be seen.
+                    Beginning::Incomplete if more > 0 => (more, None),
+                    Beginning::Header { client, length: whole } => (whole - length, Some(client)),
+                    Beginning::Incomplete | Beginning::Invalid => return Err(Errno::PROTO),
+                };
+            let room = header.get_mut(length..length + taken).unwrap_or_default();
+            recv(socket, room, RecvFlags::DONTWAIT)?;
+            length += taken;
+            if let Some(client) = whole {
+                return Ok(client);
+            }
+        };
+        poll_fn(|context| self.poll(context, Interest::READABLE, &mut read)).await
+    }
+
     /// Does what can be done at once, or registers the socket and waits.
     fn poll<R>(
         &mut self,
@@ -95,7 +127,7 @@ impl AcceptedSocket {
             // the others do; what the reactor tells of counts as such by itself.
             let turn = ready!(coop::poll_proceed(context));
             match act(socket.as_fd()) {
-                Err(rustix::io::Errno::WOULDBLOCK) => {}
+                Err(Errno::WOULDBLOCK) => {}
                 result => {
                     turn.made_progress();
                     return Poll::Ready(result.map_err(io::Error::from));
@@ -202,5 +234,38 @@ impl AsyncRead for AcceptedSocket {
             buffer.put_slice(filled);
             Ok(())
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::pin::pin;
+    use std::task::Waker;
+
+    fn connected() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let balancer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let accepted = listener.accept().unwrap().0;
+        accepted.set_nonblocking(true).unwrap();
+        (balancer, accepted)
+    }
+
+    #[test]
+    fn a_header_that_is_there_takes_no_reactor_and_what_follows_it_is_left() {
+        let (mut balancer, accepted) = connected();
+        balancer.write_all(b"PROXY TCP4 192.0.2.7 10.0.0.1 4321 6789\r\nhello.txt\n").unwrap();
+        let mut rest = accepted.try_clone().unwrap();
+        let mut socket = AcceptedSocket::new(accepted.into(), Kind::Tcp);
+        // Where no reactor runs, to wait would be a panic.
+        let mut context = Context::from_waker(Waker::noop());
+        let read = pin!(socket.read_header()).poll(&mut context);
+        let Poll::Ready(Ok(client)) = read else { panic!("{read:?}") };
+        assert_eq!(client, "192.0.2.7:4321".parse().ok());
+        let mut follows = [0; 20];
+        let length = rest.read(&mut follows).unwrap();
+        assert_eq!(&follows[..length], b"hello.txt\n");
     }
 }

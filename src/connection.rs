@@ -22,7 +22,7 @@ use tokio::task::coop::unconstrained;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::counts::{Counts, Ending, Label};
+use crate::counts::{Counts, Ending, Label, Refusal};
 use crate::memory_file::MemoryFile;
 
 /// How much of what a client sends is read and dropped; beyond it the client waits.
@@ -170,18 +170,21 @@ enum Outcome {
     Broken(Broken),
     MaxDuration,
     Shutdown,
+    Refused,
 }
 
 impl Outcome {
-    fn ending(&self) -> Ending {
-        match self {
+    /// What is logged and counted; nothing of who never was served.
+    fn ending(&self) -> Option<Ending> {
+        Some(match self {
             Outcome::Complete => Ending::Complete,
             Outcome::Broken(Broken::Client(_)) => Ending::Reset,
             Outcome::Broken(Broken::Idle) => Ending::IdleTimeout,
             Outcome::Broken(Broken::Service(_)) => Ending::Failed,
             Outcome::MaxDuration => Ending::MaxDuration,
             Outcome::Shutdown => Ending::Shutdown,
-        }
+            Outcome::Refused => return None,
+        })
     }
 }
 
@@ -280,6 +283,42 @@ impl<S: Stream> Connection<S> {
         };
         self.within_deadlines(answered).await;
         self.outcome.is_none().then_some(self)
+    }
+
+    /// Lets `introduce` find out from the stream who the client is, within the deadlines, if it is
+    /// not who has connected. Nothing remains, and it is a refusal, if that is not told.
+    pub async fn introduce<F>(mut self, introduce: F) -> Option<Self>
+    where
+        F: AsyncFnOnce(&mut S) -> io::Result<Option<SocketAddr>>,
+    {
+        let idle = self.terms.deadlines.idle;
+        let introduced = async |connection: &mut Self| {
+            let introducing = timeout(idle, introduce(&mut connection.stream));
+            let client = introducing.await.map_err(|_| Broken::Idle)?;
+            if let Some(client) = client.map_err(Broken::of_socket)? {
+                connection.peer = Peer::Internet(client);
+            }
+            Ok(())
+        };
+        self.within_deadlines(introduced).await;
+        match self.outcome {
+            None => return Some(self),
+            // It is this daemon that ends it.
+            Some(Outcome::Shutdown) => {}
+            Some(_) => self.refuse(Refusal::ProxyProtocol),
+        }
+        None
+    }
+
+    /// Resets it as one that never was served, for this reason.
+    pub fn refuse(mut self, reason: Refusal) {
+        self.terms.counts.refusals.add(reason);
+        self.outcome = Some(Outcome::Refused);
+    }
+
+    /// Who is at the other end.
+    pub fn peer(&self) -> Peer {
+        self.peer
     }
 
     /// Waits until the client has everything, within the deadlines.
@@ -579,9 +618,10 @@ impl<S: Stream> Drop for Connection<S> {
         let duration = self.started.elapsed();
         let ending = match &self.outcome {
             Some(outcome) => outcome.ending(),
-            None if std::thread::panicking() => Ending::Panic,
-            None => Ending::Shutdown,
+            None if std::thread::panicking() => Some(Ending::Panic),
+            None => Some(Ending::Shutdown),
         };
+        let Some(ending) = ending else { return self.terms.counts.take_back() };
         self.terms.counts.end(ending, duration);
 
         let duration = duration.as_secs_f64();

@@ -41,6 +41,8 @@ pub enum Refusal {
     Access,
     /// The client has as many connections as it may.
     MaxPerClient,
+    /// A balancer did not say whom it speaks for.
+    ProxyProtocol,
     /// The client gave up in the queue.
     Aborted,
 }
@@ -87,6 +89,7 @@ impl Label for Refusal {
     const NAMED: &'static [(Self, &'static str)] = &[
         (Self::Access, "access"),
         (Self::MaxPerClient, "max-per-client"),
+        (Self::ProxyProtocol, "proxy-protocol"),
         (Self::Aborted, "aborted"),
     ];
 }
@@ -210,6 +213,7 @@ struct Sums {
     dropped: u64,
     denied: u64,
     crowded: u64,
+    headless: u64,
     aborted: u64,
 }
 
@@ -217,6 +221,11 @@ impl Counts {
     /// A connection begins.
     pub fn begin(&self) {
         self.begun.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// One that began is not served, and is counted as a refusal.
+    pub fn take_back(&self) {
+        self.begun.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// A connection has ended.
@@ -250,6 +259,7 @@ impl Counts {
             dropped: dropped.map(|(_, number)| number).sum(),
             denied: self.refusals.get(Refusal::Access),
             crowded: self.refusals.get(Refusal::MaxPerClient),
+            headless: self.refusals.get(Refusal::ProxyProtocol),
             aborted: self.refusals.get(Refusal::Aborted),
         };
         let mut summed_up = self.summed_up.lock().unwrap_or_else(PoisonError::into_inner);
@@ -268,6 +278,13 @@ impl Counts {
                 "{service}: connections reset: {denied} not permitted, {crowded} over max-per-client"
             );
             tracing::info!(service, denied, crowded, "{message}");
+        }
+        let headless = now.headless - before.headless;
+        if headless > 0 {
+            let message = format_args!(
+                "{service}: {headless} connections reset: no PROXY header of a balancer"
+            );
+            tracing::info!(service, headless, "{message}");
         }
         let aborted = now.aborted - before.aborted;
         if aborted > 0 {

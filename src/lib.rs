@@ -16,6 +16,7 @@
 //! | [`listener`] | the only accept loop, the only datagram loop |
 //! | [`accepted`] | the socket of a connection, which is registered only when it has to wait |
 //! | [`connection`] | deliver every byte or reset; deadlines; the log line of a connection |
+//! | [`proxy_protocol`] | whom a balancer says that it speaks for |
 //! | [`linger`] | connections that have been answered, until their end |
 //! | [`limits`] | what a service may take; the rates of datagrams |
 //! | [`places`] | one for each connection that a service may have |
@@ -69,6 +70,7 @@ pub mod mirrors;
 #[cfg(any(feature = "alert", feature = "mirror"))]
 pub mod outbound;
 pub mod places;
+pub mod proxy_protocol;
 pub mod readers;
 pub mod reload;
 pub mod running;

@@ -25,6 +25,8 @@ pub struct Limits {
     pub max_per_client: NonZeroU32,
     /// Who may ask.
     pub access: Access,
+    /// The balancers, which say in a PROXY header whom they speak for, and must.
+    pub balancers: Vec<IpNet>,
     /// How long a connection may last.
     pub deadlines: Deadlines,
     /// Datagrams answered per second.
@@ -50,6 +52,7 @@ impl Default for Limits {
             max_connections: const { number(4096) },
             max_per_client: const { number(1024) },
             access: Access::default(),
+            balancers: Vec::new(),
             deadlines: Deadlines { idle: Duration::from_secs(30), total: Duration::from_hours(1) },
             datagrams: DatagramLimits {
                 total: const { number(10_000) },
@@ -83,10 +86,15 @@ pub struct Access {
 impl Access {
     /// Whether a client with this address may ask.
     pub fn permits(&self, address: IpAddr) -> bool {
-        let address = address.to_canonical();
-        let among = |networks: &[IpNet]| networks.iter().any(|network| network.contains(&address));
+        let among = |networks| is_among(networks, address);
         !among(&self.deny) && (self.allow.is_empty() || among(&self.allow))
     }
+}
+
+/// Whether an address is in one of the networks.
+pub fn is_among(networks: &[IpNet], address: IpAddr) -> bool {
+    let address = address.to_canonical();
+    networks.iter().any(|network| network.contains(&address))
 }
 
 /// Reads a network such as `10.0.0.0/8` or `2001:db8::/32`, or an address alone.

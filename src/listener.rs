@@ -35,7 +35,7 @@ use crate::linger::{Answered, Held, see_to_the_end};
 use crate::places::Place;
 use crate::served::Served;
 use crate::services::time::TimeService;
-use crate::sockets::{BACKLOG, SocketFile};
+use crate::sockets::{BACKLOG, SocketFile, turn_away};
 
 /// The longest datagram, or several of one sender that the kernel hands over as one. Only what is
 /// used of the buffers takes memory.
@@ -43,6 +43,9 @@ const DATAGRAM: usize = 64 << 10;
 
 /// The first and the longest pause after an error that would only repeat itself.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+
+/// How long it takes somebody near, such as a balancer, to end the handshake that was begun.
+const HANDSHAKE: Duration = Duration::from_millis(5);
 
 /// What a socket is there for at the moment.
 #[derive(Debug, Clone)]
@@ -88,7 +91,10 @@ pub struct Listener {
 #[derive(Debug)]
 pub enum Family {
     /// TCP over IPv4 or IPv6.
-    Tcp,
+    Tcp {
+        /// The service manager has it as well, and keeps it open.
+        inherited: bool,
+    },
     /// Unix stream sockets; a file of ours goes with the listener.
     Unix(Option<SocketFile>),
 }
@@ -136,6 +142,10 @@ impl Listener {
         tokio::spawn(see_to_the_end(arriving));
         let last = orders.clone();
         follow(orders, |duty| self.accept_for(duty, &answered)).await;
+        // The close resets whom the kernel connects between the last look at the queue and then.
+        if matches!(self.family, Family::Tcp { inherited: false }) && turn_away(&*self).is_ok() {
+            tokio::time::sleep(HANDSHAKE).await;
+        }
         let duty = last.borrow().clone();
         // No more than a queue's length, as others may go on coming.
         for _ in 0..BACKLOG {
@@ -216,7 +226,7 @@ impl Listener {
                 let user = socket_peercred(&socket).ok().map(|peer| peer.uid.as_raw());
                 (Kind::Unix, Peer::Unix(user))
             }
-            Family::Tcp => {
+            Family::Tcp { .. } => {
                 let address = address.and_then(|address| SocketAddr::try_from(address).ok());
                 let address = address.ok_or(Errno::CONNABORTED)?;
                 let address = SocketAddr::new(address.ip().to_canonical(), address.port());
@@ -235,31 +245,62 @@ fn begin(
     answered: &UnboundedSender<Answered>,
 ) {
     let served = Arc::clone(&duty.served);
+    let from_balancer = served.is_balancer(&peer);
     let guard = match peer {
-        Peer::Unix(_) => None,
-        Peer::Internet(address) => match served.admit(address.ip()) {
-            Some(guard) => Some(guard),
+        Peer::Internet(address) if !from_balancer => match served.admit(address.ip()) {
+            Ok(guard) => Some(guard),
             // Reset, as every connection that is dropped without being finished.
-            None => return,
+            Err(reason) => return served.counts().refusals.add(reason),
         },
+        Peer::Internet(_) | Peer::Unix(_) => None,
     };
     let held = Held { place, guard, under_way: duty.connections.token() };
     let answered = answered.clone();
     // From here on it counts.
     let connection = Connection::new(socket, peer, Arc::clone(&served.terms));
-    first_turn(Box::pin(async move {
-        let service = &served.service;
-        let answer = async |connection: &mut Connection<_>| service.answer(connection).await;
-        let Some(connection) = connection.answer(answer).await else { return };
-        let one = Answered { connection, held };
-        if served.is_crowded() || one.held.guard.as_ref().is_some_and(ClientGuard::is_crowded) {
-            // Others wait for its place, which is to be free as soon as the client has gone.
-            one.finish().await;
-        } else {
-            // Its end is seen to as long as there are connections.
-            let _ = answered.send(one);
+    if from_balancer {
+        first_turn(Box::pin(answer_behind_balancer(connection, held, served, answered)));
+    } else {
+        first_turn(Box::pin(answer(connection, held, served, answered)));
+    }
+}
+
+/// The same for a connection of a balancer, which first says whom it is for.
+async fn answer_behind_balancer(
+    connection: Connection<AcceptedSocket>,
+    mut held: Held,
+    served: Arc<Served>,
+    answered: UnboundedSender<Answered>,
+) {
+    let introduced = connection.introduce(AcceptedSocket::read_header).await;
+    let Some(connection) = introduced else { return };
+    if let Peer::Internet(client) = connection.peer() {
+        match served.admit(client.ip()) {
+            Ok(guard) => held.guard = Some(guard),
+            Err(reason) => return connection.refuse(reason),
         }
-    }));
+    }
+    answer(connection, held, served, answered).await;
+}
+
+/// Answers a connection, and sees to its end or leaves that to others.
+async fn answer(
+    connection: Connection<AcceptedSocket>,
+    held: Held,
+    served: Arc<Served>,
+    answered: UnboundedSender<Answered>,
+) {
+    let service = &served.service;
+    let answer = async |connection: &mut Connection<_>| service.answer(connection).await;
+    let Some(connection) = connection.answer(answer).await else { return };
+    let one = Answered { connection, held };
+    if served.is_crowded() || one.held.guard.as_ref().is_some_and(ClientGuard::is_crowded) {
+        // Others wait for its place, which is to be free as soon as the client has gone.
+        one.finish().await;
+    } else {
+        // Its end is seen to as long as there are connections.
+        let _ = answered.send(one);
+    }
 }
 
 /// Lets a connection go as far as it can without waiting. What is left then is a task of its own,

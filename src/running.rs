@@ -521,11 +521,11 @@ fn listen<'a>(
 
 impl Registered {
     /// Registers a socket with the event loop that is entered.
-    fn new(socket: Socket) -> io::Result<Self> {
+    fn new(socket: Socket, inherited: bool) -> io::Result<Self> {
         let listener =
             |socket, family| Listener::new(socket, family).map(|one| Self::Listener(Arc::new(one)));
         match socket {
-            Socket::Tcp(socket) => listener(socket, Family::Tcp),
+            Socket::Tcp(socket) => listener(socket, Family::Tcp { inherited }),
             Socket::Unix(socket, file) => listener(socket, Family::Unix(file)),
             Socket::Udp(socket) => {
                 DatagramSocket::new(socket).map(|one| Self::Datagrams(Arc::new(one)))
@@ -544,7 +544,7 @@ impl OpenSocket {
     ) -> Result<Self, Error> {
         let register = |(socket, handle): (Socket, &Handle)| {
             let _entered = handle.enter();
-            Ok((handle.clone(), Registered::new(socket)?))
+            Ok((handle.clone(), Registered::new(socket, held.inherited.is_some())?))
         };
         match sockets.into_iter().zip(loops).map(register).collect() {
             Ok(sockets) => Ok(Self { held, endpoint, sockets, tasks: None }),

@@ -6,9 +6,9 @@ use std::time::Instant;
 
 use tokio::sync::AcquireError;
 
-use crate::connection::{Shutdown, Terms};
+use crate::connection::{Peer, Shutdown, Terms};
 use crate::counts::{Counts, Datagram, Refusal};
-use crate::limits::{ClientGuard, Clients, DatagramRate, Limits};
+use crate::limits::{ClientGuard, Clients, DatagramRate, Limits, is_among};
 use crate::places::{Place, Places};
 use crate::services::Service;
 
@@ -118,17 +118,24 @@ impl Served {
         self.places.try_take()
     }
 
-    /// Whether a client with this address is served, which is counted if not.
-    pub fn admit(&self, address: IpAddr) -> Option<ClientGuard> {
+    /// Whether somebody is a balancer, which does not connect for itself.
+    pub fn is_balancer(&self, peer: &Peer) -> bool {
+        match peer {
+            Peer::Internet(address) => is_among(&self.limits.balancers, address.ip()),
+            Peer::Unix(_) => false,
+        }
+    }
+
+    /// Lets a client with this address in.
+    ///
+    /// # Errors
+    /// Why it is not served.
+    pub fn admit(&self, address: IpAddr) -> Result<ClientGuard, Refusal> {
         if !self.limits.access.permits(address) {
-            self.counts().refusals.add(Refusal::Access);
-            return None;
+            return Err(Refusal::Access);
         }
         let guard = self.clients.enter(address, self.limits.max_per_client);
-        if guard.is_none() {
-            self.counts().refusals.add(Refusal::MaxPerClient);
-        }
-        guard
+        guard.ok_or(Refusal::MaxPerClient)
     }
 
     /// Whether a datagram from this address is answered at `now`.
@@ -246,7 +253,7 @@ mod tests {
                         if let Some(place) = idle.pop().or_else(|| served.free_place()) {
                             let guard = served.admit(address(client));
                             let may = client != DENIED && has < each as usize;
-                            prop_assert_eq!(guard.is_some(), may);
+                            prop_assert_eq!(guard.is_ok(), may);
                             let one = |guard| Connected { client, _place: place, _guard: guard };
                             connected.extend(guard.map(one));
                         } else {
@@ -304,7 +311,7 @@ mod tests {
             let again: Vec<_> = std::iter::from_fn(|| served.free_place()).collect();
             prop_assert_eq!(again.len(), places as usize);
             for client in 0..DENIED {
-                let guards: Vec<_> = std::iter::from_fn(|| served.admit(address(client))).collect();
+                let guards: Vec<_> = std::iter::from_fn(|| served.admit(address(client)).ok()).collect();
                 prop_assert_eq!(guards.len(), each as usize);
             }
         }
@@ -330,7 +337,7 @@ mod tests {
                         let Some(place) = waited.or_else(|| served.free_place()) else { continue };
                         assert!(in_all.fetch_add(1, Ordering::SeqCst) < MOST[0]);
                         let client = thread % 3;
-                        if let Some(guard) = served.admit(address(client)) {
+                        if let Ok(guard) = served.admit(address(client)) {
                             let count = &of_client[usize::from(client)];
                             assert!(count.fetch_add(1, Ordering::SeqCst) < MOST[1]);
                             std::thread::yield_now();
@@ -355,6 +362,6 @@ mod tests {
         let served = now();
         let again: Vec<_> = std::iter::from_fn(|| served.free_place()).collect();
         assert_eq!(again.len(), 4);
-        assert!((0..3).all(|client| served.admit(address(client)).is_some()));
+        assert!((0..3).all(|client| served.admit(address(client)).is_ok()));
     }
 }

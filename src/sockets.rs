@@ -14,7 +14,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::net::SocketType;
 use rustix::net::sockopt::{set_socket_reuseport, socket_acceptconn, socket_type};
-use socket2::{Domain, Protocol, Type};
+use socket2::{Domain, Protocol, SockFilter, Type};
 
 use crate::config::Endpoint;
 use crate::kernel;
@@ -222,6 +222,32 @@ pub fn share_port(socket: impl AsFd, shared: bool) -> io::Result<()> {
     Ok(set_socket_reuseport(socket, shared)?)
 }
 
+/// Lets nobody begin to connect to a TCP socket that listens, so that it can be closed without a
+/// reset for whom the kernel has just connected. Who has begun gets through; who comes now hears
+/// nothing and asks again a second later, as if the packet were lost, and then finds the socket closed.
+///
+/// # Errors
+/// None is expected of a TCP socket.
+pub fn turn_away(listening: impl AsFd) -> io::Result<()> {
+    // The words of classic BPF (linux/filter.h).
+    const LOAD_BYTE: u16 = 0x30;
+    const AND: u16 = 0x54;
+    const JUMP_IF_EQUAL: u16 = 0x15;
+    const RETURN: u16 = 0x06;
+    // Of the TCP header (RFC 9293, 3.1).
+    const FLAGS_AT: u32 = 13;
+    const SYN: u32 = 0x02;
+    const ACK: u32 = 0x10;
+    let program = [
+        SockFilter::new(LOAD_BYTE, 0, 0, FLAGS_AT),
+        SockFilter::new(AND, 0, 0, SYN | ACK),
+        SockFilter::new(JUMP_IF_EQUAL, 0, 1, SYN),
+        SockFilter::new(RETURN, 0, 0, 0),
+        SockFilter::new(RETURN, 0, 0, u32::MAX),
+    ];
+    socket2::SockRef::from(&listening).attach_filter(&program)
+}
+
 fn bind_tcp(address: SocketAddr, shared: bool) -> io::Result<socket2::Socket> {
     let socket = internet_socket(address, Type::STREAM, Protocol::TCP)?;
     // So that a restart does not wait for the connections of before.
@@ -320,5 +346,41 @@ impl Drop for SocketFile {
             // If it cannot be removed, the next start replaces it.
             let _ = fs::remove_file(&self.path);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    fn is_decided(socket: &socket2::Socket, within: Duration) -> bool {
+        let within = Timespec::try_from(within).unwrap();
+        poll(&mut [PollFd::new(socket, PollFlags::OUT)], Some(&within)).unwrap() > 0
+    }
+
+    #[test]
+    fn who_has_begun_to_connect_gets_through_and_who_comes_later_is_refused() {
+        let listening = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listening.local_addr().unwrap();
+        let mut before = TcpStream::connect(address).unwrap();
+        turn_away(&listening).unwrap();
+        let after = socket2::Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        after.set_nonblocking(true).unwrap();
+        assert!(after.connect(&address.into()).is_err());
+        assert!(!is_decided(&after, Duration::from_millis(100)));
+
+        let mut accepted = listening.accept().unwrap().0;
+        before.write_all(b"request").unwrap();
+        accepted.read_exact(&mut [0; 7]).unwrap();
+        accepted.write_all(b"reply").unwrap();
+        before.read_exact(&mut [0; 5]).unwrap();
+
+        drop(listening);
+        assert!(is_decided(&after, Duration::from_mins(1)));
+        let error = after.take_error().unwrap().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
     }
 }

@@ -353,6 +353,7 @@ fn read_limits(table: &mut Table<'_>, base: &Limits) -> Result<Limits, Noted> {
     Ok(Limits {
         max_connections: max_connections?,
         max_per_client: max_per_client?,
+        balancers: base.balancers.clone(),
         access: Access {
             allow: allow?.map_or_else(|| base.access.allow.clone(), values_of),
             deny: deny?.map_or_else(|| base.access.deny.clone(), values_of),
@@ -434,13 +435,15 @@ fn read_service<'a>(
         _ => Ok(listen.iter().flat_map(Located::each).collect::<Vec<_>>()),
     });
     let limits = read_limits(&mut table, limits);
+    // Not for every service at once: those who look after its health by its metrics send no header.
+    let balancers = table.texts("proxy-protocol", network);
     let settings = (kind.read)(&mut table, context);
     table.finish();
     let listen = listen?;
     let service = Service {
         name,
         listen: listen.iter().map(|listen| listen.value.clone()).collect(),
-        limits: limits?,
+        limits: Limits { balancers: balancers?.map_or_else(Vec::new, values_of), ..limits? },
         settings: settings?,
     };
     Ok((service, listen))

@@ -162,6 +162,31 @@ fn networks_that_are_none_are_told_one_by_one() {
 }
 
 #[test]
+fn balancers_are_networks_of_a_service_and_not_of_all() {
+    let faults =
+        faults(&format!("{CLOCK}proxy-protocol = [\"10.0.0.0/8\", \"lb\", \"10.1.0.0/8\", 7]"));
+    assert_starts(&faults[0], "3: time.clock.proxy-protocol[1]: \"lb\": expected a network");
+    assert_starts(
+        &faults[1],
+        "3: time.clock.proxy-protocol[2]: \"10.1.0.0/8\": expected a network w",
+    );
+    assert_starts(
+        &faults[2],
+        "3: time.clock.proxy-protocol[3]: expected a string, found an integer",
+    );
+    assert_eq!(faults.len(), 3);
+    let text = fault(&format!("{CLOCK}proxy-protocol = true"));
+    assert_starts(
+        &text,
+        "3: time.clock.proxy-protocol: expected an array of strings, found a boolean",
+    );
+    let text = fault(&format!("[limits]\nproxy-protocol = []\n{CLOCK}"));
+    assert_starts(&text, "2: limits.proxy-protocol: unknown key; expected one of max-connections");
+    let text = fault(&format!("{CLOCK}proxy_protocol = []"));
+    assert_starts(&text, "3: time.clock.proxy_protocol: unknown key; expected one of listen");
+}
+
+#[test]
 fn bad_patterns_are_told() {
     for pattern in ["%", "%!", "%9999999A", "50% of %"] {
         let text = fault(&format!("{CLOCK}format = \"{pattern}\""));

@@ -13,6 +13,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use socket2::{Domain, Socket, Type};
 use tempfile::TempDir;
 
 /// How long anything may take before a test calls it a failure; far more than it needs, as the
@@ -40,19 +41,24 @@ pub fn run(command: &mut Command) -> Output {
 /// Makes the kernel refuse these system calls to the program, as a filter does: with `error`, such
 /// as `ENOSYS`. Each refusal is a line in the file `refusals`.
 pub fn refuse(command: &mut Command, calls: &str, error: &str, refusals: &Path) {
-    let mut refused = Command::new("strace");
+    inject(command, calls, &format!("error={error}"), refusals);
+}
+
+/// Makes the kernel do this to the program's system calls, in the words of strace(1).
+pub fn inject(command: &mut Command, calls: &str, what: &str, trace: &Path) {
+    let mut injected = Command::new("strace");
     // The process is the program's, and strace another.
-    refused.args(["-D", "-f", "-qq", "-o"]).arg(refusals);
-    refused.arg(format!("--inject={calls}:error={error}")).arg(format!("--trace={calls}"));
-    refused.arg(command.get_program()).args(command.get_args());
+    injected.args(["-D", "-f", "-qq", "-o"]).arg(trace);
+    injected.arg(format!("--inject={calls}:{what}")).arg(format!("--trace={calls}"));
+    injected.arg(command.get_program()).args(command.get_args());
     for (name, value) in command.get_envs() {
         match value {
-            Some(value) => refused.env(name, value),
-            None => refused.env_remove(name),
+            Some(value) => injected.env(name, value),
+            None => injected.env_remove(name),
         };
     }
-    refused.stdin(Stdio::null()).stderr(Stdio::piped());
-    *command = refused;
+    injected.stdin(Stdio::null()).stderr(Stdio::piped());
+    *command = injected;
 }
 
 /// A running daemon, which is killed at the latest when it is dropped.
@@ -89,10 +95,14 @@ impl Daemon {
 
     /// The same in a folder that is there already.
     pub fn start_in(folder: TempDir, config: &str, prepare: impl FnOnce(&mut Command)) -> Self {
-        let path = folder.path().join("handout.toml");
-        configure(&path, config);
+        configure(&folder.path().join("handout.toml"), config);
+        Self::run(folder, prepare)
+    }
+
+    /// The same with the configuration that is there.
+    pub fn run(folder: TempDir, prepare: impl FnOnce(&mut Command)) -> Self {
         let mut command = program();
-        command.args(["serve", "--config"]).arg(path);
+        command.args(["serve", "--config"]).arg(folder.path().join("handout.toml"));
         command.env("TZ", "UTC").stderr(Stdio::piped());
         prepare(&mut command);
         let mut child = command.spawn().unwrap();
@@ -118,12 +128,14 @@ impl Daemon {
     /// Orders a reload of this configuration and waits for what comes of it: the line that says so.
     pub fn reload(&self, config: &str) -> Value {
         let ended = |line: &Value| says(line, "reloaded: ") || says(line, "reload failed");
-        let before = self.lines().iter().filter(|line| ended(line)).count();
+        // Not as `lines` has them, as there may be very many.
+        let all = || self.log.lines.lock().unwrap();
+        let before = all().0.iter().filter(|line| ended(line)).count();
         configure(&self.path("handout.toml"), config);
         self.signal(Signal::HUP);
         let mut line = None;
         eventually("the end of the reload", || {
-            line = self.lines().into_iter().filter(ended).nth(before);
+            line = all().0.iter().filter(|line| ended(line)).nth(before).cloned();
             line.is_some()
         });
         line.unwrap()
@@ -267,6 +279,18 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 
 pub fn connect(address: SocketAddr) -> TcpStream {
     let stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    stream.set_write_timeout(Some(DEADLINE)).unwrap();
+    stream
+}
+
+/// Connects as somebody with an address of their own; all of 127.0.0.0/8 is this machine.
+pub fn connect_from(source: &str, address: SocketAddr) -> TcpStream {
+    let source = SocketAddr::new(source.parse().unwrap(), 0);
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).unwrap();
+    socket.bind(&source.into()).unwrap();
+    socket.connect(&address.into()).unwrap();
+    let stream = TcpStream::from(socket);
     stream.set_read_timeout(Some(DEADLINE)).unwrap();
     stream.set_write_timeout(Some(DEADLINE)).unwrap();
     stream

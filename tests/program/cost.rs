@@ -4,9 +4,10 @@
 //! written down here.
 
 use std::collections::BTreeMap;
+use std::io::{Read, Write};
 use std::net::SocketAddr;
 
-use crate::common::{Daemon, eventually, read_all, sample};
+use crate::common::{Daemon, connect, eventually, read_all, sample};
 use crate::strace::Strace;
 
 /// How many connections are counted.
@@ -14,9 +15,14 @@ const CONNECTIONS: usize = 100;
 
 /// The system calls of the daemon while clients ask one after the other, by name, for each client.
 fn calls(daemon: &Daemon, address: SocketAddr, length: usize) -> BTreeMap<String, f64> {
+    calls_of(daemon, || assert_eq!(read_all(address).len(), length))
+}
+
+/// The same of clients that do this.
+fn calls_of(daemon: &Daemon, ask: impl Fn()) -> BTreeMap<String, f64> {
     let strace = Strace::attach(daemon, [] as [&str; 0]);
     for _ in 0..CONNECTIONS {
-        assert_eq!(read_all(address).len(), length);
+        ask();
     }
     eventually("the end of every connection", || count(&strace.seen(), "close") >= CONNECTIONS);
     let text = strace.detach();
@@ -97,4 +103,21 @@ fn a_line_in_the_log_costs_no_more_than_its_write() {
     let daemon = Daemon::start("[time.clock]\nlisten = [\"127.0.0.1:0\"]\n");
     let calls = calls(&daemon, daemon.tcp("time.clock"), 27);
     at_most(&calls, &[&OF_EACH[..], &[("sendto", 1.1)]].concat(), 0.2);
+}
+
+#[test]
+fn the_header_of_a_balancer_costs_two_reads() {
+    let daemon = Daemon::start(
+        "[time.clock]\nlisten = [\"127.0.0.1:0\"]\nproxy-protocol = [\"127.0.0.1\"]\n",
+    );
+    let address = daemon.tcp("time.clock");
+    let calls = calls_of(&daemon, || {
+        let mut stream = connect(address);
+        stream.write_all(b"PROXY TCP4 192.0.2.7 127.0.0.1 4321 6789\r\n").unwrap();
+        assert_eq!(stream.read_to_end(&mut Vec::new()).unwrap(), 27);
+    });
+    // One that comes after its connection was accepted is looked for in vain, and waited for.
+    let waited_for = [("sendto", 1.1), ("recvfrom", 4.2), ("epoll_ctl", 2.2)];
+    let of_each = OF_EACH.into_iter().filter(|(call, _)| !["recvfrom", "epoll_ctl"].contains(call));
+    at_most(&calls, &of_each.chain(waited_for).collect::<Vec<_>>(), 0.2);
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, prlimit};
 
-use crate::common::{Daemon, connect, eventually, read_all, sample, says};
+use crate::common::{Daemon, connect, connect_from, eventually, read_all, sample, says};
 
 #[test]
 fn clients_over_the_limit_wait_in_the_queue_and_are_served_as_places_free_up() {
@@ -104,10 +104,7 @@ fn a_client_with_too_many_connections_is_reset_and_others_are_served() {
     let _second = begin().unwrap();
     assert_eq!(begin().unwrap_err().kind(), ErrorKind::ConnectionReset);
     // Somebody else.
-    let other = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
-    other.bind(&SocketAddr::from(([127, 0, 0, 2], 0)).into()).unwrap();
-    other.connect(&address.into()).unwrap();
-    TcpStream::from(other).read_exact(&mut [0; 100]).unwrap();
+    connect_from("127.0.0.2", address).read_exact(&mut [0; 100]).unwrap();
     // Its place is free again when a connection has gone.
     drop(first);
     eventually("a free place", || begin().is_ok());

@@ -42,7 +42,9 @@ mod package;
 #[cfg(all(feature = "alert", feature = "mirror"))]
 mod postbox;
 mod promises;
+mod proxy_protocol;
 mod reload;
+mod scale_out;
 mod servers;
 mod shutdown;
 #[cfg(all(feature = "alert", feature = "mirror"))]

@@ -3,10 +3,11 @@
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::ExitStatus;
+use std::thread;
 
 use rustix::process::Signal;
 
-use crate::common::{Daemon, connect, decode, eventually, sample};
+use crate::common::{Daemon, connect, decode, eventually, inject, sample};
 
 fn daemon(grace: &str) -> (Daemon, Vec<u8>) {
     let content = sample(6, 20_000_000);
@@ -106,6 +107,37 @@ fn a_conversation_that_waits_for_a_request_holds_nothing_up() {
     replies.read_to_end(&mut rest).unwrap();
     assert_eq!(rest, b"");
     assert_eq!(daemon.wait_for_message("stopped: ")["reset"], 0);
+}
+
+#[test]
+fn who_connects_while_it_stops_is_served_or_refused_and_not_reset() {
+    // Each time, most likely somebody would be.
+    for _ in 0..3 {
+        let trace = tempfile::NamedTempFile::new().unwrap();
+        let config = "[time.clock]\nlisten = [\"127.0.0.1:0\"]";
+        let mut daemon = Daemon::start_with(config, &[], |command| {
+            // So that many come between the last look at a queue and its end.
+            inject(command, "close", "delay_enter=20000", trace.path());
+        });
+        let address = daemon.tcp("time.clock");
+        let client = || {
+            let mut served = 0;
+            while let Ok(mut stream) = TcpStream::connect(address) {
+                let mut reply = String::new();
+                stream.read_to_string(&mut reply).unwrap();
+                assert_eq!(reply.len(), 27);
+                served += 1;
+            }
+            served
+        };
+        thread::scope(|scope| {
+            let clients: Vec<_> = (0..8).map(|_| scope.spawn(client)).collect();
+            daemon.wait_for_connections(20);
+            assert_eq!(code(daemon.stop()), Some(0));
+            let served: u32 = clients.into_iter().map(|client| client.join().unwrap()).sum();
+            assert!(served >= 20, "{served}");
+        });
+    }
 }
 
 #[test]
