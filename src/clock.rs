@@ -321,8 +321,7 @@ impl ReplyShapes {
         // Four bytes have no shape.
         let with_shape = |(format, _): &(&Format, &TimeZone)| **format != Format::Time;
         for (format, zone) in named.chain([(own, zone)]).filter(with_shape) {
-            // The zone may be called differently in summer and in winter.
-            for instant in WINTER_AND_SUMMER.iter().flat_map(|at| Timestamp::from_second(*at)) {
+            for instant in SAMPLES.iter().flat_map(|(at, nanos)| Timestamp::new(*at, *nanos)) {
                 let mut sample = Vec::new();
                 if format.write(instant, zone, false, &mut sample).is_ok() {
                     shapes.push(shape(&sample).collect());
@@ -342,8 +341,17 @@ impl ReplyShapes {
     }
 }
 
-/// 1 January and 1 July 2026.
-const WINTER_AND_SUMMER: [i64; 2] = [1_767_225_600, 1_782_864_000];
+/// Instants at which formats say things of different shapes: a zone may be called differently in
+/// summer and in winter, and where the clock begins; a fraction may be left out if it is zero.
+/// 1 January 1970; 1 January and 1 July 2026, with a fraction and without.
+const SAMPLES: [(i64, i32); 6] = [
+    (0, 0),
+    (0, 123_456_789),
+    (1_767_225_600, 0),
+    (1_767_225_600, 123_456_789),
+    (1_782_864_000, 0),
+    (1_782_864_000, 123_456_789),
+];
 
 /// Replies whose shape depends on more than the format: on the zone, or on the kernel.
 const OTHER_REPLIES: [&[u8]; 6] = [
@@ -355,23 +363,27 @@ const OTHER_REPLIES: [&[u8]; 6] = [
     b"1970-01-01 00:00:00",
 ];
 
-/// A text with every number and every word reduced to one letter, and white space trimmed.
+/// A text with every number and every word reduced to one letter, and white space trimmed, also
+/// before numbers, which it may fill up.
 fn shape(text: &[u8]) -> impl Iterator<Item = u8> {
-    let mut last = None;
-    text.trim_ascii()
-        .iter()
-        .map(|byte| match byte {
+    let (mut last, mut space) = (None, false);
+    let classes = text.trim_ascii().iter().flat_map(move |byte| {
+        let class = match byte {
             b'0'..=b'9' => b'0',
             b'a'..=b'z' | b'A'..=b'Z' | 0x80.. => b'a',
             b'+' => b'-',
-            byte if byte.is_ascii_whitespace() => b' ',
+            byte if byte.is_ascii_whitespace() => {
+                space = true;
+                return [None, None];
+            }
             other => *other,
-        })
-        .filter(move |class| {
-            let repeated = last == Some(*class) && matches!(class, b'0' | b'a' | b' ');
-            last = Some(*class);
-            !repeated
-        })
+        };
+        let before = (std::mem::take(&mut space) && class != b'0').then_some(b' ');
+        let repeated = before.is_none() && last == Some(class) && matches!(class, b'0' | b'a');
+        last = Some(class);
+        [before, (!repeated).then_some(class)]
+    });
+    classes.flatten()
 }
 
 #[cfg(test)]
@@ -509,10 +521,12 @@ mod tests {
     #[test]
     fn what_any_format_says_resembles_a_reply_to_every_other() {
         let zones = ["UTC", "Asia/Shanghai", "America/St_Johns", "America/Sao_Paulo"];
-        let instants = [NOW, "2026-05-06T07:08:09Z", "2030-09-29T23:59:59.999999Z"];
-        let own = "%d.%m. um %H Uhr %Z %Q".parse::<Format>().unwrap();
+        let instants =
+            [NOW, "2026-05-06T07:08:09Z", "2030-09-29T23:59:59.999999Z", "1970-01-01T00:00:09Z"];
+        let own = ["%d.%m. um %H Uhr %Z %Q", "%A %e. %B,%k:%M", "%H:%M:%S%.f"];
+        let own = own.map(|pattern| pattern.parse::<Format>().unwrap());
         let named = Format::NAMED.map(|(_, format)| format);
-        for asked in named.iter().chain([&own]) {
+        for asked in named.iter().chain(&own) {
             for zone in zones.map(|zone| TimeZone::get(zone).unwrap()) {
                 let shapes = ReplyShapes::new(asked, &zone);
                 for instant in instants.map(at) {
