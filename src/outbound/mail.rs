@@ -148,46 +148,133 @@ impl Settings {
         Ok(Sent { ids: vec![id.to_owned()], refused: delivered? })
     }
 
-    async fn deliver(
+    /// The same over a connection that stands; returns for whom it was not taken.
+    ///
+    /// # Errors
+    /// If nobody got it, as far as is known.
+    pub async fn deliver(
         &self,
         connection: &mut Connection,
         to: &[Address],
         mail: &[u8],
         doing: &Doing,
     ) -> Result<Vec<(String, Failure)>, Failure> {
-        let connection = &mut connection.inner;
-        let fail = |error| Failure::from_smtp(&error, Failure::refused);
         let eight_bit = !mail.is_ascii();
         let mut parameters = Vec::new();
-        if eight_bit && connection.server_info().supports_feature(Extension::EightBitMime) {
+        let server = connection.inner.server_info();
+        if eight_bit && server.supports_feature(Extension::EightBitMime) {
             parameters.push(MailParameter::Body(MailBodyParameter::EightBitMime));
         }
         doing.set("waiting for the reply to MAIL");
         let from = Mail::new(Some(self.from.address.clone()), parameters);
-        connection.command(from).await.map_err(fail)?;
+        let answer = connection.inner.command(from).await;
+        answer.map_err(|error| connection.failure(&error, Failure::refused))?;
         doing.set("waiting for the reply to RCPT");
         let mut refused = Vec::new();
         for recipient in to {
-            let answer = connection.command(Rcpt::new(recipient.clone(), Vec::new())).await;
-            match answer {
-                Ok(_) => {}
-                Err(error) if error.status().is_some() => {
-                    refused.push((recipient.to_string(), fail(error)));
+            let answer = connection.inner.command(Rcpt::new(recipient.clone(), Vec::new())).await;
+            if let Err(error) = answer {
+                let failure = connection.failure(&error, Failure::refused);
+                if error.status().is_none() {
+                    return Err(failure);
                 }
-                Err(error) => return Err(fail(error)),
+                refused.push((recipient.to_string(), failure));
             }
         }
         if refused.len() == to.len() {
             return Err(Failure::of_all(&refused));
         }
         doing.set("waiting for the reply to DATA");
-        connection.command(Data).await.map_err(fail)?;
+        let answer = connection.inner.command(Data).await;
+        answer.map_err(|error| connection.failure(&error, Failure::refused))?;
         doing.set(
             "waiting until the mail is taken, which it may be, although the server does not say so",
         );
         // It ends the last line by itself.
         let mail = mail.strip_suffix(b"\r\n").unwrap_or(mail);
-        connection.message(mail).await.map_err(fail)?;
+        let answer = connection.inner.message(mail).await;
+        answer.map_err(|error| connection.failure(&error, Failure::refused))?;
         Ok(refused)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::outbound::smtp::{Bounded, greet};
+    use crate::secret::Secret;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpListener, TcpStream};
+
+    /// Logs in as `me` with the password `hush`, and sends a mail to a server that says these
+    /// things, one after the other.
+    async fn send(said: &'static [&'static str]) -> Result<Vec<(String, Failure)>, Failure> {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut heard = [0; 1024];
+            for reply in said {
+                stream.write_all(reply.as_bytes()).await.unwrap();
+                let _ = stream.read(&mut heard).await;
+            }
+        });
+        let folder = tempfile::tempdir().unwrap();
+        let password = folder.path().join("password");
+        std::fs::write(&password, "hush").unwrap();
+        let password = Secret::read(&password).unwrap();
+        let settings = Settings {
+            name: "mail.ops".into(),
+            place: Place {
+                server: "127.0.0.1".parse().unwrap(),
+                security: Security::Plaintext,
+                allow_plaintext: false,
+                ca_file: None,
+                login: None,
+            },
+            from: "a@example.org".parse().unwrap(),
+            to: Vec::new(),
+            timeout: Duration::ZERO,
+            max_attachment: 0,
+        };
+        let stream = Bounded::new(TcpStream::connect(address).await.unwrap(), address, b"");
+        let doing = Doing::default();
+        let mut connection = greet(Box::new(stream), Some(("me", &password)), &doing).await?;
+        let to = ["b@example.org", "c@example.org"].map(|to| to.parse().unwrap());
+        settings.deliver(&mut connection, &to, b"x\r\n", &doing).await
+    }
+
+    #[tokio::test]
+    async fn a_password_that_a_server_repeats_is_never_told() {
+        const LOGIN: &str = "250-mx\r\n250 AUTH PLAIN\r\n";
+        let failed: [&'static [&'static str]; 5] = [
+            &["220 mx\r\n", LOGIN, "535 hush\r\n", "221 bye\r\n"],
+            &["220 mx\r\n", LOGIN, "235 in\r\n", "550 hush\r\n"],
+            &["220 mx\r\n", LOGIN, "235 in\r\n", "250 ok\r\n", "550 hush\r\n", "450 hush\r\n"],
+            &[
+                "220 mx\r\n",
+                LOGIN,
+                "235 in\r\n",
+                "250 ok\r\n",
+                "250 ok\r\n",
+                "250 ok\r\n",
+                "hush\r\n",
+            ],
+            &[
+                "220 mx\r\n",
+                LOGIN,
+                "235 in\r\n",
+                "250 ok\r\n",
+                "250 ok\r\n",
+                "250 ok\r\n",
+                "354 go\r\n",
+                "552 aHVzaA==\r\n",
+            ],
+        ];
+        for said in failed {
+            let words = send(said).await.unwrap_err().words;
+            assert!(words.contains('…'), "{words}");
+            assert!(!words.contains("hush") && !words.contains("aHVzaA"), "{words}");
+        }
     }
 }

@@ -122,6 +122,8 @@ impl Doing {
 pub struct Connection {
     /// What lettre has made of it.
     pub inner: AsyncSmtpConnection,
+    /// Who has logged in, with the password, which the server may repeat.
+    login: Option<(String, Secret)>,
 }
 
 /// Connects and logs in, which has to be done within `time`, as the caller sees to.
@@ -168,20 +170,33 @@ pub async fn connect(place: &Place, time: Duration, doing: &Doing) -> Result<Con
             Box::new(Bounded::new(encrypt(stream, tls, doing).await?, peer, GREETED))
         }
     };
+    let login = login.as_ref().map(|(username, password)| (username.as_str(), password));
+    greet(stream, login, doing).await
+}
+
+/// Lets the server say who it is, and logs in as a user with a password, if there is one.
+///
+/// # Errors
+/// If the server speaks no SMTP, or does not know us.
+pub async fn greet(
+    stream: Box<dyn AsyncTokioStream>,
+    login: Option<(&str, &Secret)>,
+    doing: &Doing,
+) -> Result<Connection, Failure> {
     doing.set("waiting for the server's greeting");
     let hello = hello();
-    let mut inner = AsyncSmtpConnection::connect_with_transport(stream, &hello)
+    let inner = AsyncSmtpConnection::connect_with_transport(stream, &hello)
         .await
         .map_err(|error| Failure::from_smtp(&error, Failure::unusable))?;
-    if let Some((username, password)) = login {
+    let login = login.map(|(username, password)| (username.to_owned(), password.clone()));
+    let mut connection = Connection { inner, login };
+    if let Some((username, password)) = &connection.login {
         doing.set("logging in");
         let credentials = Credentials::new(username.clone(), password.reveal().to_owned());
-        let logged_in = inner.auth(DEFAULT_MECHANISMS, &credentials).await;
+        let logged_in = connection.inner.auth(DEFAULT_MECHANISMS, &credentials).await;
         if let Err(error) = logged_in {
-            let failure = Failure::from_smtp(&error, Failure::unusable);
-            Connection { inner }.leave().await;
-            let failure =
-                Failure { words: without(&failure.words, username, &password), ..failure };
+            let failure = connection.failure(&error, Failure::unusable);
+            connection.leave().await;
             let said = if error.is_client() {
                 "the server offers neither AUTH PLAIN nor AUTH LOGIN".to_owned()
             } else {
@@ -190,10 +205,21 @@ pub async fn connect(place: &Place, time: Duration, doing: &Doing) -> Result<Con
             return Err(Failure { words: said, ..failure });
         }
     }
-    Ok(Connection { inner })
+    Ok(connection)
 }
 
 impl Connection {
+    /// What a reply, or there being none, means, without the password.
+    pub fn failure(
+        &self,
+        error: &lettre::transport::smtp::Error,
+        definite: fn(String) -> Failure,
+    ) -> Failure {
+        let failure = Failure::from_smtp(error, definite);
+        let Some((username, password)) = &self.login else { return failure };
+        Failure { words: without(&failure.words, username, password), ..failure }
+    }
+
     /// Says goodbye. Whether that is heard does not matter.
     pub async fn leave(mut self) {
         let _ = tokio::time::timeout(GOODBYE, self.inner.abort()).await;
@@ -212,7 +238,7 @@ fn without(words: &str, username: &str, password: &Secret) -> String {
 impl Failure {
     /// What lettre says of a reply, or of there being none; what a definite refusal means is for
     /// the caller to say.
-    pub fn from_smtp(error: &lettre::transport::smtp::Error, definite: fn(String) -> Self) -> Self {
+    fn from_smtp(error: &lettre::transport::smtp::Error, definite: fn(String) -> Self) -> Self {
         let said = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
         match error.status() {
             Some(code) => {
@@ -314,7 +340,13 @@ async fn encrypt(
 }
 
 /// Asks for TLS, and returns the connection at the place where it begins.
-async fn start_tls(mut stream: TcpStream, doing: &Doing) -> Result<TcpStream, Failure> {
+///
+/// # Errors
+/// If the server does not agree, or says more than that.
+pub async fn start_tls<S: AsyncRead + AsyncWrite + Unpin>(
+    mut stream: S,
+    doing: &Doing,
+) -> Result<S, Failure> {
     let mut said = Vec::new();
     doing.set("waiting for the server's greeting");
     positive(reply(&mut stream, &mut said).await?, Failure::unusable)?;
@@ -342,7 +374,7 @@ async fn start_tls(mut stream: TcpStream, doing: &Doing) -> Result<TcpStream, Fa
     }
 }
 
-async fn say(stream: &mut TcpStream, line: &str) -> Result<(), Failure> {
+async fn say(stream: &mut (impl AsyncWrite + Unpin), line: &str) -> Result<(), Failure> {
     stream.write_all(line.as_bytes()).await.map_err(lost)
 }
 
@@ -359,7 +391,10 @@ fn positive(reply: Response, definite: fn(String) -> Failure) -> Result<Response
 }
 
 /// Reads a whole reply; what comes behind it stays in `said`.
-async fn reply(stream: &mut TcpStream, said: &mut Vec<u8>) -> Result<Response, Failure> {
+async fn reply(
+    stream: &mut (impl AsyncRead + Unpin),
+    said: &mut Vec<u8>,
+) -> Result<Response, Failure> {
     loop {
         if let Some(end) = end_of_reply(said) {
             let reply: Vec<u8> = said.drain(..end).collect();
@@ -390,7 +425,7 @@ fn end_of_reply(said: &[u8]) -> Option<usize> {
 }
 
 /// A stream whose other end may say only so much.
-struct Bounded<S> {
+pub struct Bounded<S> {
     inner: S,
     peer: SocketAddr,
     /// What is taken to have been said first.
@@ -399,7 +434,8 @@ struct Bounded<S> {
 }
 
 impl<S> Bounded<S> {
-    fn new(inner: S, peer: SocketAddr, first: &'static [u8]) -> Self {
+    /// One to `peer`, who is taken to have said `first` before anything else.
+    pub fn new(inner: S, peer: SocketAddr, first: &'static [u8]) -> Self {
         Self { inner, peer, first, left: MAX_SAID }
     }
 }
