@@ -247,7 +247,8 @@ mod tests {
     #[tokio::test]
     async fn a_password_that_a_server_repeats_is_never_told() {
         const LOGIN: &str = "250-mx\r\n250 AUTH PLAIN\r\n";
-        let failed: [&'static [&'static str]; 5] = [
+        let failed: [&'static [&'static str]; 6] = [
+            &["554 hush\r\n"],
             &["220 mx\r\n", LOGIN, "535 hush\r\n", "221 bye\r\n"],
             &["220 mx\r\n", LOGIN, "235 in\r\n", "550 hush\r\n"],
             &["220 mx\r\n", LOGIN, "235 in\r\n", "250 ok\r\n", "550 hush\r\n", "450 hush\r\n"],

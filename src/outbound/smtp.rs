@@ -142,6 +142,7 @@ pub async fn connect(place: &Place, time: Duration, doing: &Doing) -> Result<Con
         Ok((username, password))
     });
     let login = login.transpose()?;
+    let login = login.as_ref().map(|(username, password)| (username.as_str(), password));
     let tls = match security {
         Security::Plaintext => None,
         Security::Tls | Security::StartTls => Some(tls(ca_file.clone(), server).await?),
@@ -166,11 +167,10 @@ pub async fn connect(place: &Place, time: Duration, doing: &Doing) -> Result<Con
             Box::new(Bounded::new(encrypt(stream, tls, doing).await?, peer, b""))
         }
         (Security::StartTls, Some(tls)) => {
-            let stream = start_tls(stream, doing).await?;
+            let stream = start_tls(stream, doing).await.map_err(|failure| hide(failure, login))?;
             Box::new(Bounded::new(encrypt(stream, tls, doing).await?, peer, GREETED))
         }
     };
-    let login = login.as_ref().map(|(username, password)| (username.as_str(), password));
     greet(stream, login, doing).await
 }
 
@@ -187,7 +187,7 @@ pub async fn greet(
     let hello = hello();
     let inner = AsyncSmtpConnection::connect_with_transport(stream, &hello)
         .await
-        .map_err(|error| Failure::from_smtp(&error, Failure::unusable))?;
+        .map_err(|error| hide(Failure::from_smtp(&error, Failure::unusable), login))?;
     let login = login.map(|(username, password)| (username.to_owned(), password.clone()));
     let mut connection = Connection { inner, login };
     if let Some((username, password)) = &connection.login {
@@ -215,15 +215,20 @@ impl Connection {
         error: &lettre::transport::smtp::Error,
         definite: fn(String) -> Failure,
     ) -> Failure {
-        let failure = Failure::from_smtp(error, definite);
-        let Some((username, password)) = &self.login else { return failure };
-        Failure { words: without(&failure.words, username, password), ..failure }
+        let login = self.login.as_ref().map(|(username, password)| (username.as_str(), password));
+        hide(Failure::from_smtp(error, definite), login)
     }
 
     /// Says goodbye. Whether that is heard does not matter.
     pub async fn leave(mut self) {
         let _ = tokio::time::timeout(GOODBYE, self.inner.abort()).await;
     }
+}
+
+/// A failure without the password, which the server may know from an earlier connection.
+fn hide(failure: Failure, login: Option<(&str, &Secret)>) -> Failure {
+    let Some((username, password)) = login else { return failure };
+    Failure { words: without(&failure.words, username, password), ..failure }
 }
 
 /// What a server has said, without the password, which it may have repeated.
