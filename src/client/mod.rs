@@ -16,7 +16,7 @@ pub mod download;
 pub mod fetch;
 pub mod names;
 pub mod progress;
-mod reply;
+pub mod reply;
 mod save;
 #[cfg(feature = "alert")]
 pub mod send;

@@ -29,8 +29,7 @@ impl ReplyShapes {
         // Four bytes have no shape.
         let with_shape = |(format, _): &(&Format, &TimeZone)| **format != Format::Time;
         for (format, zone) in named.chain([(own, zone)]).filter(with_shape) {
-            // The zone may be called differently in summer and in winter.
-            for instant in WINTER_AND_SUMMER.iter().flat_map(|at| Timestamp::from_second(*at)) {
+            for instant in SAMPLES.iter().flat_map(|(at, nanos)| Timestamp::new(*at, *nanos)) {
                 let mut sample = Vec::new();
                 if format.write(instant, zone, false, &mut sample).is_ok() {
                     shapes.push(shape(&sample).collect());
@@ -62,8 +61,17 @@ fn rank(text: &[u8]) -> (usize, usize) {
     (text.iter().filter(|byte| byte.is_ascii_digit()).count(), text.len())
 }
 
-/// 1 January and 1 July 2026.
-const WINTER_AND_SUMMER: [i64; 2] = [1_767_225_600, 1_782_864_000];
+/// Instants at which formats say things of different shapes: a zone may be called differently in
+/// summer and in winter, and where a clock begins; a fraction may be left out if it is zero.
+/// 1 January 1970; 1 January and 1 July 2026, with a fraction and without.
+const SAMPLES: [(i64, i32); 6] = [
+    (0, 0),
+    (0, 123_456_789),
+    (1_767_225_600, 0),
+    (1_767_225_600, 123_456_789),
+    (1_782_864_000, 0),
+    (1_782_864_000, 123_456_789),
+];
 
 /// Replies whose shape depends on more than the format: on the zone, or on the kernel.
 const OTHER_REPLIES: [&[u8]; 9] = [
@@ -79,23 +87,27 @@ const OTHER_REPLIES: [&[u8]; 9] = [
     b"{\"time\":\"1970-01-01T00:00:00.0-00:44:30\",\"unix\":0.0,\"synchronized\":true,\"max-error-us\":null}",
 ];
 
-/// A text with every number and every word reduced to one letter, and white space trimmed.
+/// A text with every number and every word reduced to one letter, and white space trimmed, also
+/// before numbers, which it may fill up.
 fn shape(text: &[u8]) -> impl Iterator<Item = u8> {
-    let mut last = None;
-    text.trim_ascii()
-        .iter()
-        .map(|byte| match byte {
+    let (mut last, mut space) = (None, false);
+    let classes = text.trim_ascii().iter().flat_map(move |byte| {
+        let class = match byte {
             b'0'..=b'9' => b'0',
             b'a'..=b'z' | b'A'..=b'Z' | 0x80.. => b'a',
             b'+' => b'-',
-            byte if byte.is_ascii_whitespace() => b' ',
+            byte if byte.is_ascii_whitespace() => {
+                space = true;
+                return [None, None];
+            }
             other => *other,
-        })
-        .filter(move |class| {
-            let repeated = last == Some(*class) && matches!(class, b'0' | b'a' | b' ');
-            last = Some(*class);
-            !repeated
-        })
+        };
+        let before = (std::mem::take(&mut space) && class != b'0').then_some(b' ');
+        let repeated = before.is_none() && last == Some(class) && matches!(class, b'0' | b'a');
+        last = Some(class);
+        [before, (!repeated).then_some(class)]
+    });
+    classes.flatten()
 }
 
 #[cfg(test)]

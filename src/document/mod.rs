@@ -20,6 +20,8 @@ mod error;
 mod head;
 mod json;
 #[cfg(test)]
+mod oracle;
+#[cfg(test)]
 mod properties;
 mod reader;
 mod string;

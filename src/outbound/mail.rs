@@ -152,7 +152,11 @@ impl Settings {
         Ok(Sent { ids: vec![id.to_owned()], refused: delivered? })
     }
 
-    async fn deliver(
+    /// Sends a mail over a connection that stands; returns for whom it was not taken.
+    ///
+    /// # Errors
+    /// If nobody got it, as far as is known.
+    pub async fn deliver(
         &self,
         connection: &mut Connection,
         to: &[Address],

@@ -535,10 +535,18 @@ impl Settings {
         let secret = password.map(Secret::reveal).unwrap_or_default();
         let fields = self.fields(&to.0, text, Some(secret));
         let (status, reply) = self.post(client, &self.url, &fields, password).await?;
+        self.read_reply(status, &reply)
+    }
+
+    /// What the provider calls the text that it has taken, by its reply: an HTTP status and a body.
+    ///
+    /// # Errors
+    /// If it has not taken it, or says something else.
+    pub fn read_reply(&self, status: u16, reply: &[u8]) -> Result<String, Failure> {
         match &self.provider {
-            Provider::Ihuyi => ihuyi(status, &reply),
-            Provider::Twilio { .. } => twilio(status, &reply),
-            Provider::Form(form) => form.read(status, &reply),
+            Provider::Ihuyi => ihuyi(status, reply),
+            Provider::Twilio { .. } => twilio(status, reply),
+            Provider::Form(form) => form.read(status, reply),
         }
     }
 

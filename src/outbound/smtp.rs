@@ -145,21 +145,32 @@ pub async fn connect(place: &Place, time: Duration, doing: &Doing) -> Result<Con
             Some((username.as_str(), channel::password(password_file).await?))
         }
     };
-    let secrets = login.as_ref().map(|(user, password)| Secrets::of_login(user, password));
-    let secrets = secrets.unwrap_or_default();
-    match open(place, login, time, doing).await {
-        Ok((inner, said)) => Ok(Connection { inner, secrets, said }),
-        Err(failure) => Err(failure.told(&secrets)),
-    }
+    let login = login.as_ref().map(|(username, password)| (*username, password));
+    let stands = open(place, time, doing).await;
+    let Stands { stream, peer, first } = stands.map_err(|failure| failure.told(&secrets(login)))?;
+    greet(stream, peer, first, login, doing).await
 }
 
-/// The same; a failure still has in it whatever the server has said.
-async fn open(
-    place: &Place,
-    login: Option<(&str, Secret)>,
-    time: Duration,
-    doing: &Doing,
-) -> Result<(AsyncSmtpConnection, Said), Failure> {
+/// What a server is told of a login, and may repeat.
+fn secrets(login: Option<(&str, &Secret)>) -> Secrets {
+    login.map(|(username, password)| Secrets::of_login(username, password)).unwrap_or_default()
+}
+
+/// A stream to a server.
+trait Duplex: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Sync + Unpin> Duplex for S {}
+
+/// A connection that stands, encrypted as it has to be.
+struct Stands {
+    stream: Box<dyn Duplex>,
+    peer: SocketAddr,
+    /// What the server is taken to say first.
+    first: &'static [u8],
+}
+
+/// Connects and encrypts; a failure still has in it whatever the server has said.
+async fn open(place: &Place, time: Duration, doing: &Doing) -> Result<Stands, Failure> {
     let Place { server, security, allow_plaintext, ca_file, .. } = place;
     let tls = match security {
         Security::Plaintext => None,
@@ -171,8 +182,7 @@ async fn open(
     let peer = stream.peer_addr().map_err(lost)?;
     let nodelay = stream.set_nodelay(true);
     nodelay.map_err(lost)?;
-    let said = Said::default();
-    let stream: Box<dyn AsyncTokioStream> = match (security, tls) {
+    let (stream, first): (Box<dyn Duplex>, &[u8]) = match (security, tls) {
         (Security::Plaintext, _) | (_, None) => {
             if !allow_plaintext && !peer.ip().to_canonical().is_loopback() {
                 return Err(Failure::unusable(format!(
@@ -180,16 +190,43 @@ async fn open(
                      to only with allow-plaintext = true"
                 )));
             }
-            Box::new(Bounded::new(stream, peer, b"", &said))
+            (Box::new(stream), b"")
         }
-        (Security::Tls, Some(tls)) => {
-            Box::new(Bounded::new(encrypt(stream, tls, doing).await?, peer, b"", &said))
-        }
+        (Security::Tls, Some(tls)) => (Box::new(encrypt(stream, tls, doing).await?), b""),
         (Security::StartTls, Some(tls)) => {
             let stream = start_tls(stream, doing).await?;
-            Box::new(Bounded::new(encrypt(stream, tls, doing).await?, peer, GREETED, &said))
+            (Box::new(encrypt(stream, tls, doing).await?), GREETED)
         }
     };
+    Ok(Stands { stream, peer, first })
+}
+
+/// Lets the server at the other end of a stream say who it is, which is taken to have said `first`
+/// before, and logs in as a user with a password, if there is one.
+///
+/// # Errors
+/// If the server speaks no SMTP, or does not know us.
+pub async fn greet(
+    stream: impl AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static,
+    peer: SocketAddr,
+    first: &[u8],
+    login: Option<(&str, &Secret)>,
+    doing: &Doing,
+) -> Result<Connection, Failure> {
+    let (said, secrets) = (Said::default(), secrets(login));
+    let stream = Box::new(Bounded::new(stream, peer, first, &said));
+    match log_in(stream, login, doing).await {
+        Ok(inner) => Ok(Connection { inner, secrets, said }),
+        Err(failure) => Err(failure.told(&secrets)),
+    }
+}
+
+/// The same; a failure still has in it whatever the server has said.
+async fn log_in(
+    stream: Box<dyn AsyncTokioStream>,
+    login: Option<(&str, &Secret)>,
+    doing: &Doing,
+) -> Result<AsyncSmtpConnection, Failure> {
     doing.set("waiting for the server's greeting");
     let hello = hello();
     let mut inner = AsyncSmtpConnection::connect_with_transport(stream, &hello)
@@ -210,7 +247,7 @@ async fn open(
             return Err(Failure { words: said, ..failure });
         }
     }
-    Ok((inner, said))
+    Ok(inner)
 }
 
 impl Connection {
@@ -344,7 +381,14 @@ async fn encrypt(
 }
 
 /// Asks for TLS, and returns the connection at the place where it begins.
-async fn start_tls(mut stream: TcpStream, doing: &Doing) -> Result<TcpStream, Failure> {
+///
+/// # Errors
+/// If the server does not agree, or says more than that; in its own words, which are not yet
+/// [`told`](Failure::told).
+pub async fn start_tls<S: AsyncRead + AsyncWrite + Unpin>(
+    mut stream: S,
+    doing: &Doing,
+) -> Result<S, Failure> {
     let mut said = Vec::new();
     doing.set("waiting for the server's greeting");
     positive(reply(&mut stream, &mut said).await?, Failure::unusable)?;
@@ -372,7 +416,7 @@ async fn start_tls(mut stream: TcpStream, doing: &Doing) -> Result<TcpStream, Fa
     }
 }
 
-async fn say(stream: &mut TcpStream, line: &str) -> Result<(), Failure> {
+async fn say(stream: &mut (impl AsyncWrite + Unpin), line: &str) -> Result<(), Failure> {
     stream.write_all(line.as_bytes()).await.map_err(lost)
 }
 
@@ -389,7 +433,10 @@ fn positive(reply: Response, definite: fn(String) -> Failure) -> Result<Response
 }
 
 /// Reads a whole reply; what comes behind it stays in `said`.
-async fn reply(stream: &mut TcpStream, said: &mut Vec<u8>) -> Result<Response, Failure> {
+async fn reply(
+    stream: &mut (impl AsyncRead + Unpin),
+    said: &mut Vec<u8>,
+) -> Result<Response, Failure> {
     loop {
         if let Some(end) = end_of_reply(said) {
             let reply: Vec<u8> = said.drain(..end).collect();
@@ -419,14 +466,13 @@ fn end_of_reply(said: &[u8]) -> Option<usize> {
     None
 }
 
-/// A stream whose other end may say only so much, and what it says is UTF-8, as lettre wants it:
-/// what is none becomes U+FFFD, as the text of a reply is only for people.
+/// A stream whose other end may say only so much, and what it says is as lettre wants it.
 struct Bounded<S> {
     inner: S,
     peer: SocketAddr,
     /// What was said and has not been read.
     unread: Vec<u8>,
-    /// The beginning of a character whose rest has not come.
+    /// The beginning of a line whose end has not come.
     unfinished: Vec<u8>,
     said: Said,
     left: u64,
@@ -441,23 +487,30 @@ impl<S> Bounded<S> {
 
     fn take(&mut self, came: &[u8]) {
         self.unfinished.extend_from_slice(came);
-        let whole = self.unfinished.len() - unfinished(&self.unfinished);
-        let whole: Vec<u8> = self.unfinished.drain(..whole).collect();
-        let text = String::from_utf8_lossy(&whole);
+        while let Some(end) = memchr::memchr(b'\n', &self.unfinished) {
+            let line: Vec<u8> = self.unfinished.drain(..=end).collect();
+            self.take_line(&line);
+        }
+    }
+
+    fn take_line(&mut self, line: &[u8]) {
+        let line = readable(line);
         let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
         if said.len() < MAX_REPLY {
-            said.push_str(&text);
+            said.push_str(&line);
         }
-        self.unread.extend_from_slice(text.as_bytes());
+        self.unread.extend_from_slice(line.as_bytes());
     }
 }
 
-/// How many bytes at the end are the beginning of a character.
-fn unfinished(bytes: &[u8]) -> usize {
-    let end = bytes.utf8_chunks().last().map_or(&b""[..], |chunk| chunk.invalid());
-    match str::from_utf8(end) {
-        Err(error) if error.error_len().is_none() => end.len(),
-        _ => 0,
+/// A line of a reply as lettre reads it. What is not UTF-8 becomes U+FFFD, as the text of a reply is
+/// only for people. White space at its end goes: where there is a text, lettre takes it for granted
+/// that there is a word.
+fn readable(line: &[u8]) -> String {
+    let line = String::from_utf8_lossy(line);
+    match line.split_at_checked("250-".len()) {
+        Some((code, text)) if text.ends_with("\r\n") => format!("{code}{}\r\n", text.trim_end()),
+        _ => line.into_owned(),
     }
 }
 
@@ -486,7 +539,13 @@ impl<S: AsyncRead + Unpin> AsyncRead for Bounded<S> {
             ready!(Pin::new(&mut this.inner).poll_read(context, &mut piece))?;
             let came = piece.filled();
             if came.is_empty() {
-                return Poll::Ready(Ok(()));
+                // What has no end is none of lettre's business either, but it is to be told of.
+                let rest = std::mem::take(&mut this.unfinished);
+                if rest.is_empty() {
+                    return Poll::Ready(Ok(()));
+                }
+                this.take_line(&rest);
+                break;
             }
             match this.left.checked_sub(came.len() as u64) {
                 Some(left) => this.left = left,
@@ -557,7 +616,7 @@ mod tests {
     async fn what_is_said_is_utf_8_however_it_comes() {
         let peer = "127.0.0.1:25".parse().unwrap();
         let gbk = b"250 \xd3\xca\xbc\xfe\r\n250 \xe6\x82\xa8\xf0\x9f\x98\x80 \xe6\x82\r\n\xe6";
-        let whole = String::from_utf8_lossy(&gbk[..gbk.len() - 1]);
+        let whole = String::from_utf8_lossy(gbk);
         for size in 1..gbk.len() {
             let (mut server, stream) = tokio::io::duplex(size);
             let said = Said::default();
@@ -567,6 +626,20 @@ mod tests {
             stream.read_to_end(&mut read).await.unwrap();
             assert_eq!(String::from_utf8(read).unwrap(), format!("220 \r\n{whole}"), "{size}");
             assert_eq!(*said.lock().unwrap(), whole);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_line_of_white_space_among_what_is_offered_is_nothing() {
+        for line in ["250- \r\n", "250-\u{a0}\r\n", "250-\t \r\n", "250-\r\n", "250 \u{3000}\r\n"] {
+            let (server, stream) = tokio::io::duplex(1024);
+            let said = format!("220 hi\r\n250-me\r\n{line}250 8BITMIME\r\n");
+            let (mut heard, mut says) = tokio::io::split(server);
+            says.write_all(said.as_bytes()).await.unwrap();
+            tokio::spawn(async move { heard.read_to_end(&mut Vec::new()).await });
+            let peer = "127.0.0.1:25".parse().unwrap();
+            let greeted = greet(stream, peer, b"", None, &Doing::default()).await;
+            assert!(greeted.is_ok(), "{line:?}: {:?}", greeted.err());
         }
     }
 

@@ -1,0 +1,36 @@
+//! A configuration file: nothing in it panics, every fault names a line of it, in one line, and what
+//! is accepted is accepted again, and says the same.
+#![no_main]
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::LazyLock;
+
+use handout::config::{Config, Place, Sources};
+use handout_fuzz::{folder, is_one_line};
+use libfuzzer_sys::fuzz_target;
+
+/// The file; with what it may name beside it.
+static FILE: LazyLock<PathBuf> = LazyLock::new(|| {
+    fs::create_dir(folder().join("d")).unwrap();
+    fs::write(folder().join("f"), "a file, and a password").unwrap();
+    folder().join("handout.toml")
+});
+
+fuzz_target!(|text: &[u8]| {
+    fs::write(&*FILE, text).unwrap();
+    let sources = Sources { file: Some(FILE.clone()), ..Sources::default() };
+    let read = Config::load(&sources);
+    assert_eq!(read, Config::load(&sources));
+    let Err(faults) = read else { return };
+    assert!(!faults.0.is_empty());
+    let lines = 1 + text.iter().filter(|byte| **byte == b'\n').count();
+    for fault in &faults.0 {
+        match &fault.place {
+            Place::Line(_, line) => assert!((1..=lines).contains(line), "{fault}"),
+            Place::File(_) => assert!(fault.key.is_empty(), "{fault}"),
+            Place::Argument(_) => panic!("{fault}"),
+        }
+        assert!(is_one_line(&fault.to_string()), "{fault:?}");
+    }
+});

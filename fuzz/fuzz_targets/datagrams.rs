@@ -1,0 +1,72 @@
+//! Datagrams: what one service answers with is not answered by another, whatever their formats, zones
+//! and clocks; and no answer goes where more than one host, or a service, would get it.
+//!
+//! Input: the format in the first line, the zone in the second, the seconds since 1970 in the third;
+//! the datagram behind them, and before it the address that it claims to be from.
+#![no_main]
+
+use std::net::{IpAddr, SocketAddr};
+
+use handout::clock::{Format, find_zone};
+use handout::datagram::may_be_answered;
+use handout::services::time::{Settings, TimeService};
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+use libfuzzer_sys::fuzz_target;
+
+const NAMED: [&str; 6] = ["python", "rfc3339", "daytime", "nist", "unix", "json"];
+
+const YEAR: i64 = 31_556_952;
+
+/// Where it listens.
+const PORT: u16 = 6789;
+
+/// The time of a clock that a kernel would keep, from 1973 to 2232. Until 1972, the offset of one zone
+/// had seconds, and replies in it have a shape that nothing else has.
+fn clock(text: &str) -> Option<Timestamp> {
+    let (seconds, fraction) = text.split_once('.').unwrap_or((text, "0"));
+    let fraction: i32 = fraction.parse().ok()?;
+    let (seconds, micros) = (seconds.parse::<i64>().ok()?, fraction.rem_euclid(1_000_000));
+    Timestamp::new((3 * YEAR) + seconds.rem_euclid(259 * YEAR), micros * 1000).ok()
+}
+
+/// Whether an answer to this address could only reach one host's client.
+fn is_a_client(source: SocketAddr) -> bool {
+    let one_host = match source.ip().to_canonical() {
+        IpAddr::V4(v4) => !(v4.is_unspecified() || v4.is_multicast() || v4.is_broadcast()),
+        IpAddr::V6(v6) => !(v6.is_unspecified() || v6.is_multicast()),
+    };
+    one_host && source.port() >= 1024 && source.port() != PORT
+}
+
+fuzz_target!(|input: &[u8]| {
+    let mut lines = input.splitn(5, |byte| *byte == b'\n');
+    let mut line = || lines.next().and_then(|line| str::from_utf8(line).ok());
+    let (Some(format), Some(zone), Some(now), Some(source)) = (line(), line(), line(), line())
+    else {
+        return;
+    };
+    let datagram = lines.next().unwrap_or_default();
+    let (Ok(format), Ok(zone)) = (format.parse::<Format>(), find_zone(zone)) else { return };
+    let (Some(now), Ok(source)) = (clock(now), source.parse::<SocketAddr>()) else { return };
+
+    let settings = Settings { format: format.clone(), zone: zone.clone(), newline: true };
+    let service = TimeService::new(settings);
+    let answered = |source, datagram: &[u8]| {
+        may_be_answered(source, None, &[PORT], || service.resembles_reply(datagram))
+    };
+    assert!(!answered(source, datagram) || is_a_client(source), "{source}");
+
+    // The other has any named format, in any zone, or is set up as this one is.
+    let named = NAMED.map(|name| name.parse().unwrap());
+    let utc = TimeZone::UTC;
+    let others = named.iter().flat_map(|other| [(other, &zone), (other, &utc)]);
+    for (other, zone) in others.chain([(&format, &zone)]) {
+        let mut reply = Vec::new();
+        // What cannot be told is not sent.
+        if other.write(now, zone, true, &mut reply).is_ok() {
+            let said = reply.escape_ascii();
+            assert!(!answered(source, &reply), "{format} answers what {other} says: {said}");
+        }
+    }
+});

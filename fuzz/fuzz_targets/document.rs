@@ -1,0 +1,43 @@
+//! The document with a file, as the client reads it: what `serde_json` and `base64` accept is accepted
+//! and nothing else, with the same name and the same bytes, however it is cut.
+//!
+//! handout is stricter in what src/document/oracle.rs says: keys that mean something stand once and
+//! have their types and limits, objects and arrays are not deeper than 64, no file is larger than
+//! wanted. Input: how it is cut, in one byte, and what a server sends.
+#![no_main]
+
+use handout::document::{File, Head, ReadError, Reader, Refusal};
+use handout_fuzz::{is_one_line, pieces};
+use libfuzzer_sys::fuzz_target;
+
+#[allow(dead_code, reason = "the tests of the crate use all of it")]
+#[path = "../../src/document/oracle.rs"]
+mod oracle;
+
+use oracle::{LIMIT, Verdict, verdict};
+
+/// The head, the data, and how much was taken.
+type Reading = Result<(Head, Vec<u8>, usize), ReadError>;
+
+fn read<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Reading {
+    let mut reader = Reader::new(LIMIT);
+    let (mut data, mut taken) = (Vec::new(), 0);
+    for piece in pieces {
+        taken += reader.feed(piece, &mut data)?;
+    }
+    Ok((reader.finish()?, data, taken))
+}
+
+fuzz_target!(|input: &[u8]| {
+    let Some((how, input)) = input.split_first() else { return };
+    let reading = read([input]);
+    assert_eq!(reading, read(pieces(*how, input)));
+    match verdict(input) {
+        Verdict::Accept(head, data, taken) => assert_eq!(reading, Ok((head, data, taken))),
+        Verdict::Refuse => assert!(reading.is_err(), "{reading:?}"),
+        Verdict::HasForm(has_form) => assert!(has_form || reading.is_err(), "{reading:?}"),
+    }
+    if let Err(error) = reading {
+        assert!(is_one_line(&error.to_string()), "{error:?}");
+    }
+});

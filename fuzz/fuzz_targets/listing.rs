@@ -1,0 +1,93 @@
+//! The listing of a mirror: read as `serde_json` reads it, and whatever it says, a file has one plain
+//! name of its own and comes from a host that may be asked; what is printed of it is one line.
+//!
+//! Input: the pointers to the list, to the URL, to the name and to the digest in the first line, the
+//! last two perhaps missing; and the listing.
+#![no_main]
+
+use std::collections::HashSet;
+use std::path::{Component, Path};
+
+use handout::outbound::listing::{Error, Pointers, read};
+use handout::outbound::pointer::Pointer;
+use handout::outbound::reach::{Host, Reach};
+use handout_fuzz::is_one_line;
+use libfuzzer_sys::fuzz_target;
+use reqwest::Url;
+use serde::de::IgnoredAny;
+use serde_json::Value;
+
+const MAX: usize = 50;
+
+/// The pointers, which are the operator's, and repeated as they are.
+fn pointers(line: &[u8]) -> Option<Pointers> {
+    let line = str::from_utf8(line).ok().filter(|line| is_one_line(line))?;
+    let mut pointers = line.split(' ').map(str::parse::<Pointer>);
+    Some(Pointers {
+        list: pointers.next()?.ok()?,
+        url: pointers.next()?.ok()?,
+        filename: pointers.next().transpose().ok()?,
+        sha256: pointers.next().transpose().ok()?,
+    })
+}
+
+fuzz_target!(|input: &[u8]| {
+    let Some(end) = input.iter().position(|byte| *byte == b'\n') else { return };
+    let (line, json) = (&input[..end], &input[end + 1..]);
+    let Some(pointers) = pointers(line) else { return };
+    let base = Url::parse("https://api.example.org/v1/list").unwrap();
+    let hosts = [Host::parse("*.example.net").unwrap()];
+    let reach = Reach::new([&base], &hosts, false);
+
+    let document: Option<Value> = serde_json::from_slice(json).ok();
+    let list = document.as_ref().and_then(|document| pointers.list.find(document));
+    let list = list.and_then(Value::as_array);
+    let entries = match (read(json, &pointers, MAX, &base, &reach), list) {
+        (Ok(entries), _) => entries,
+        (Err(Error::Long(_)), list) => return assert!(list.is_none_or(|list| list.len() > MAX)),
+        (Err(error), list) => {
+            assert!(list.is_none(), "{error}");
+            return assert!(is_one_line(&error.to_string()), "{error:?}");
+        }
+    };
+    assert!(serde_json::from_slice::<IgnoredAny>(json).is_ok());
+    if let Some(list) = list {
+        assert_eq!(entries.len(), list.len());
+    }
+    // A number that is too large is none of `serde_json`'s values, and may stand where nobody looks.
+    assert!(document.is_none() || list.is_some());
+
+    let mut names = HashSet::new();
+    for (index, entry) in entries.iter().enumerate() {
+        match entry {
+            Ok(entry) => {
+                let path = Path::new(&entry.name).components().collect::<Vec<_>>();
+                assert_eq!(path, [Component::Normal(entry.name.as_ref())]);
+                assert!(!entry.name.starts_with('.') && is_one_line(&entry.name), "{entry:?}");
+                assert!(names.insert(&entry.name), "{entry:?}");
+                let host = entry.url.host_str().unwrap();
+                let may = host == "api.example.org" || host.ends_with(".example.net");
+                assert!(may || host.ends_with(".example.net.") || host == "api.example.org.");
+                assert!(matches!(entry.url.scheme(), "http" | "https"), "{entry:?}");
+                assert!(entry.url.username().is_empty() && entry.url.password().is_none());
+                if let Some(listed) = list.map(|list| &list[index]) {
+                    let text = |pointer: &Pointer| pointer.find(listed).and_then(Value::as_str);
+                    let mut url = base.join(text(&pointers.url).unwrap()).unwrap();
+                    url.set_fragment(None);
+                    assert_eq!(entry.url, url);
+                    if let Some(pointer) = &pointers.filename {
+                        assert_eq!(Some(entry.name.as_str()), text(pointer));
+                    }
+                    let digest =
+                        entry.sha256.map(|digest| digest.map(|b| format!("{b:02x}")).concat());
+                    let listed = pointers.sha256.as_ref().map(|pointer| text(pointer).unwrap());
+                    assert_eq!(digest, listed.map(str::to_ascii_lowercase));
+                }
+            }
+            Err(faulty) => {
+                assert!(is_one_line(&faulty.what), "{faulty:?}");
+                assert!(is_one_line(&faulty.fault.to_string()), "{faulty:?}");
+            }
+        }
+    }
+});

@@ -1,0 +1,80 @@
+//! What a provider of SMS says: it is taken for success only if it is one, as `serde_json` reads it;
+//! and what is told of it is a short line.
+//!
+//! Input: the provider and the HTTP status in a byte each, and the body.
+#![no_main]
+
+use std::fs;
+use std::sync::LazyLock;
+
+use handout::config::load_part;
+use handout::outbound::sms::Settings;
+use handout_fuzz::{folder, is_one_line};
+use libfuzzer_sys::fuzz_target;
+use serde_json::Value;
+
+const CHANNELS: &str = r#"
+[sms.a]
+provider = "ihuyi"
+account = "me"
+password-file = "password"
+to = ["13800000000"]
+
+[sms.b]
+provider = "twilio"
+account = "me"
+password-file = "password"
+from = "+15017122661"
+to = ["+13800000000"]
+
+[sms.c]
+provider = "form"
+url = "https://sms.example.org/"
+to = ["13800000000"]
+fields = { phone = "{to}", text = "{text}" }
+success = { pointer = "/r/0/status", equals = "1" }
+id = "/id"
+"#;
+
+const STATUS: [u16; 12] = [200, 201, 204, 299, 302, 400, 401, 404, 408, 429, 500, 503];
+
+/// What a server has said takes up to 500 characters, each of them up to ten if it is escaped.
+const LONGEST: usize = 5100;
+
+static PROVIDERS: LazyLock<Vec<Settings>> = LazyLock::new(|| {
+    let file = folder().join("handout.toml");
+    fs::write(folder().join("password"), "hush").unwrap();
+    fs::write(&file, CHANNELS).unwrap();
+    let read = load_part(&file, |root, context| {
+        let tables = root.tables("sms").into_iter();
+        tables.map(|(name, table)| Settings::read(name, table, context)).collect()
+    });
+    read.unwrap()
+});
+
+/// Whether a reply says that the text was taken.
+fn is_success(provider: usize, status: u16, reply: &[u8]) -> bool {
+    let Ok(json) = serde_json::from_slice::<Value>(reply) else { return false };
+    match provider {
+        0 => status < 300 && (json["code"] == 2 || json["code"] == "2"),
+        1 => matches!(status, 200 | 201) && !(json["sid"].is_null() || is_many(&json["sid"])),
+        _ => {
+            let found = json.pointer("/r/0/status");
+            status < 300 && found.is_some_and(|found| *found == 1 || *found == "1")
+        }
+    }
+}
+
+fn is_many(value: &Value) -> bool {
+    value.is_array() || value.is_object()
+}
+
+fuzz_target!(|input: &[u8]| {
+    let [provider, status, reply @ ..] = input else { return };
+    let provider = usize::from(*provider) % PROVIDERS.len();
+    let status = STATUS[usize::from(*status) % STATUS.len()];
+    let read = PROVIDERS[provider].read_reply(status, reply);
+    assert_eq!(read.is_ok(), is_success(provider, status, reply), "{read:?}");
+    let told = read.unwrap_or_else(|failure| failure.to_string());
+    assert!(is_one_line(&told) && told.chars().count() <= LONGEST, "{told:?}");
+});

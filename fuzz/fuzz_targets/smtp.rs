@@ -1,0 +1,103 @@
+//! What a mail server says, from the greeting to the end of a mail: nothing is sent in the clear
+//! before STARTTLS is agreed on, nothing that was said before it counts after it, and what is told is
+//! a short line without the password, however the server's words are cut.
+//!
+//! Input: how it is cut, what is done, in a byte each, and what the server says.
+#![no_main]
+
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::LazyLock;
+
+use handout::config::load_part;
+use handout::outbound::channel::Failure;
+use handout::outbound::mail::Settings;
+use handout::outbound::smtp::{Doing, greet, start_tls};
+use handout::secret::{Secret, Secrets};
+use handout_fuzz::{Memory, block_on, folder, is_one_line, pieces};
+use lettre::Address;
+use libfuzzer_sys::fuzz_target;
+
+const CHANNEL: &str = r#"
+[mail.a]
+server = "127.0.0.1"
+security = "none"
+from = "a@example.org"
+to = ["b@example.org"]
+"#;
+
+const MAIL: &[u8] = b"Subject: x\r\n\r\n\xc3\xa9\r\n.\r\n";
+
+/// What a server has said takes up to 500 characters, each of them up to ten if it is escaped.
+const LONGEST: usize = 5100;
+
+static SETTINGS: LazyLock<Settings> = LazyLock::new(|| {
+    let file = folder().join("handout.toml");
+    fs::write(&file, CHANNEL).unwrap();
+    let read = load_part(&file, |root, context| {
+        let (name, table) = root.tables("mail").remove(0);
+        Settings::read(name, table, context)
+    });
+    read.unwrap()
+});
+
+static PASSWORD: LazyLock<Secret> = LazyLock::new(|| {
+    let file = folder().join("password");
+    fs::write(&file, "hush").unwrap();
+    Secret::read(&file).unwrap()
+});
+
+/// Sends a mail over what stands; returns for whom it was not taken.
+async fn send(server: Memory, with_login: bool, to: usize) -> Result<Vec<Failure>, Failure> {
+    let peer = SocketAddr::from((Ipv4Addr::LOCALHOST, 25));
+    let login = with_login.then(|| ("me", &*PASSWORD));
+    let doing = Doing::default();
+    let mut connection = greet(server, peer, b"", login, &doing).await?;
+    let to: Vec<Address> =
+        (0..to).map(|number| format!("{number}@example.org").parse().unwrap()).collect();
+    let refused = SETTINGS.deliver(&mut connection, &to, MAIL, &doing).await?;
+    Ok(refused.into_iter().map(|(_, failure)| failure).collect())
+}
+
+/// Asks for STARTTLS.
+async fn encrypt(server: Memory, said: &[u8]) -> Result<(), Failure> {
+    let server = start_tls(server, &Doing::default()).await;
+    let server = server.map_err(|failure| failure.told(&Secrets::default()))?;
+    let heard = String::from_utf8(server.heard.clone()).unwrap();
+    let lines: Vec<_> = heard.split_inclusive("\r\n").collect();
+    assert!(matches!(lines[..], [hello, "STARTTLS\r\n"] if hello.starts_with("EHLO ")), "{heard}");
+    // It has heard all that was said so far, and that ends with the line that agrees.
+    let taken = &said[..said.len() - server.unsaid().len()];
+    let last = taken.strip_suffix(b"\n").unwrap().rsplit(|byte| *byte == b'\n').next().unwrap();
+    assert!(last.starts_with(b"220"), "{}", taken.escape_ascii());
+    Ok(())
+}
+
+fn check(failure: &Failure, count: usize, with_login: bool) {
+    let Failure { words, .. } = failure;
+    assert!(is_one_line(words) && words.chars().count() <= count * LONGEST, "{words:?}");
+    assert!(!(with_login && words.contains("hush")), "{words}");
+}
+
+fuzz_target!(|input: &[u8]| {
+    let [how, what, said @ ..] = input else { return };
+    if what & 1 != 0 {
+        let whole = block_on(encrypt(Memory::saying([said]), said));
+        let cut = block_on(encrypt(Memory::saying(pieces(*how, said)), said));
+        // Said at once, it is said too early.
+        assert!(cut.is_ok() || whole.is_err(), "{cut:?}");
+        whole.err().iter().chain(&cut.err()).for_each(|failure| check(failure, 1, false));
+        return;
+    }
+    let (with_login, to) = (what & 2 != 0, 1 + usize::from(what >> 2 & 1));
+    let sent = block_on(send(Memory::saying([said]), with_login, to));
+    let cut = block_on(send(Memory::saying(pieces(*how, said)), with_login, to));
+    assert_eq!(sent, cut);
+    match &sent {
+        Ok(refused) => {
+            assert!(refused.len() < to);
+            refused.iter().for_each(|failure| check(failure, 1, with_login));
+        }
+        Err(failure) => check(failure, to, with_login),
+    }
+});

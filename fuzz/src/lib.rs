@@ -1,0 +1,172 @@
+//! What the targets have in common: inputs in pieces, streams in memory, a folder for files, and what
+//! a text has to be that is printed.
+//!
+//! A target has an oracle wherever there is one: somebody else who knows what is right. That nothing
+//! panics is seen besides.
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::{Arc, LazyLock};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use handout::connection::{Connection, Deadlines, Next, Peer, Shutdown, Stream, Terms};
+use handout::memory_file::MemoryFile;
+use tempfile::TempDir;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// Where targets put files. Who starts the fuzzing sets `TMPDIR`, and removes it: a target has no end
+/// at which it could.
+static FOLDER: LazyLock<TempDir> = LazyLock::new(|| tempfile::tempdir().unwrap());
+
+/// A folder of this process alone.
+pub fn folder() -> &'static Path {
+    FOLDER.path()
+}
+
+/// Cuts an input into pieces of two sizes in turn, from 1 to 16 bytes, that `how` says.
+pub fn pieces(how: u8, mut input: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let sizes = [1 + usize::from(how & 15), 1 + usize::from(how >> 4)];
+    sizes.into_iter().cycle().map_while(move |size| {
+        let (piece, rest) = input.split_at(size.min(input.len()));
+        input = rest;
+        (!piece.is_empty()).then_some(piece)
+    })
+}
+
+/// Whether a text is one line, and nothing in it moves what is around it (UAX #9) on a terminal.
+pub fn is_one_line(text: &str) -> bool {
+    let moves = |c| matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    !text.contains(|c: char| c.is_control() || moves(c))
+}
+
+/// Runs what needs a runtime.
+pub fn block_on<T>(future: impl Future<Output = T>) -> T {
+    thread_local! {
+        static RUNTIME: tokio::runtime::Runtime =
+            tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    }
+    RUNTIME.with(|runtime| runtime.block_on(future))
+}
+
+/// A peer in memory: it says what it has to say in pieces, hears everything, and ends its side.
+#[derive(Debug)]
+pub struct Memory {
+    says: VecDeque<Vec<u8>>,
+    /// What it was told.
+    pub heard: Vec<u8>,
+}
+
+impl Memory {
+    /// A peer that says these pieces.
+    pub fn saying<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Self {
+        Self { says: pieces.into_iter().map(<[u8]>::to_vec).collect(), heard: Vec::new() }
+    }
+
+    /// What nobody has asked for yet.
+    pub fn unsaid(&self) -> Vec<u8> {
+        self.says.iter().flatten().copied().collect()
+    }
+}
+
+impl AsyncRead for Memory {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if let Some(mut piece) = self.says.pop_front() {
+            let later = piece.split_off(piece.len().min(buffer.remaining()));
+            buffer.put_slice(&piece);
+            if !later.is_empty() {
+                self.says.push_front(later);
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Memory {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.heard.extend_from_slice(bytes);
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Stream for Memory {
+    fn poll_write(
+        &mut self,
+        _: &mut Context<'_>,
+        bytes: &[u8],
+        _: Next,
+    ) -> Poll<io::Result<usize>> {
+        // Never all at once, if it can be helped.
+        let now = bytes.len().div_ceil(2);
+        self.heard.extend_from_slice(&bytes[..now]);
+        Poll::Ready(Ok(now))
+    }
+
+    fn poll_write_file(
+        &mut self,
+        _: &mut Context<'_>,
+        _: &MemoryFile,
+        _: u64,
+        _: usize,
+    ) -> Poll<io::Result<usize>> {
+        Poll::Ready(Err(ErrorKind::Unsupported.into()))
+    }
+
+    fn half_close(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn unacknowledged(&self) -> io::Result<u64> {
+        Ok(0)
+    }
+
+    fn try_discard(&mut self) -> io::Result<usize> {
+        Ok(self.says.pop_front().map_or(0, |piece| piece.len()))
+    }
+
+    fn close_cleanly(&self, _: bool) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What a client hears that says these pieces; the service must bring it to its end.
+pub fn answered<'a>(
+    pieces: impl IntoIterator<Item = &'a [u8]>,
+    answer: impl AsyncFnOnce(&mut Connection<Memory>) -> Result<(), handout::connection::Broken>,
+) -> Vec<u8> {
+    let hour = Duration::from_secs(3600);
+    let terms = Terms {
+        service: "fuzzed".into(),
+        deadlines: Deadlines { idle: hour, total: hour },
+        shutdown: Shutdown::default(),
+        counts: Arc::default(),
+        log_at_debug: true,
+    };
+    let peer = Peer::Internet(SocketAddr::from((Ipv4Addr::LOCALHOST, 40_000)));
+    block_on(async {
+        let connection = Connection::new(Memory::saying(pieces), peer, Arc::new(terms));
+        let connection = connection.answer(answer).await.expect("it was not brought to its end");
+        let heard = connection.stream().heard.clone();
+        connection.finish().await;
+        heard
+    })
+}
