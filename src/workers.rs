@@ -14,6 +14,11 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 /// other, or for a file system that hangs.
 const MAX_READERS: usize = 256;
 
+/// How long a reader without work waits for some. They take turns: with the runtime's own ten seconds,
+/// the looks at files, one a second for each service, would keep ten times as many as are needed for
+/// ever after one busy moment.
+const READERS_REST: Duration = Duration::from_millis(200);
+
 /// How long a reader that hangs in the file system may delay the end of a loop.
 pub const END_TIME: Duration = Duration::from_millis(100);
 
@@ -25,6 +30,7 @@ pub fn event_loop() -> io::Result<Runtime> {
     Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads((MAX_READERS / cores()).max(8))
+        .thread_keep_alive(READERS_REST)
         .build()
 }
 

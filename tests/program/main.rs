@@ -19,7 +19,9 @@ mod file;
 mod folder;
 #[cfg(feature = "mirror")]
 mod gateway;
+mod good;
 mod limits;
+mod load;
 mod logs;
 #[cfg(all(feature = "alert", feature = "mirror"))]
 mod mail;
