@@ -7,7 +7,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -99,11 +99,16 @@ pub enum Change {
     },
 }
 
+/// What is not well, and of what.
+type Lasting = BTreeSet<(Kind, Arc<str>)>;
+
 /// Where events are handed over. As long as there is nobody at the other end, they are not.
 #[derive(Debug, Clone, Default)]
 pub struct Reporter {
     sender: Arc<OnceLock<mpsc::Sender<Event>>>,
     lost: Arc<AtomicU64>,
+    /// What lasted when the daemon before this one ended.
+    resumed: Arc<Mutex<Lasting>>,
 }
 
 /// The other end of a [`Reporter`].
@@ -124,6 +129,15 @@ impl Reporter {
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
         taken
+    }
+
+    /// This lasted when the daemon before this one ended: it has begun, and may be over.
+    pub fn resume(&self, lasting: impl Iterator<Item = (Kind, Arc<str>)>) {
+        self.resumed.lock().unwrap_or_else(PoisonError::into_inner).extend(lasting);
+    }
+
+    fn take_resumed(&self) -> Lasting {
+        std::mem::take(&mut *self.resumed.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// How many events there was no place for.
@@ -200,7 +214,7 @@ pub struct Trouble {
 pub struct Watch {
     reporter: Reporter,
     /// What has begun, as far as it was told.
-    begun: BTreeSet<(Kind, Arc<str>)>,
+    begun: Lasting,
     /// Services all of whose places are taken, since when.
     full: HashMap<Arc<str>, Instant>,
     /// How many connections of a service have ended by a fault of the program, and when it was seen
@@ -224,10 +238,15 @@ impl Watch {
         reload: Option<&str>,
     ) {
         let now = Instant::now();
+        self.begun.append(&mut self.reporter.take_resumed());
         let mut troubles = self.of_services(services, now);
         troubles.extend(mirrors.iter().filter_map(|mirror| {
-            let subject = format!("mirror.{}", mirror.name).into();
-            Some(Trouble { kind: Kind::MirrorFailed, subject, what: mirror.trouble()? })
+            let key = (Kind::MirrorFailed, format!("mirror.{}", mirror.name).into());
+            // As long as nobody knows better, it is as it was before.
+            let unknown = !mirror.is_known() && self.begun.contains(&key);
+            let what = if unknown { Some(String::new()) } else { mirror.trouble() };
+            let (kind, subject) = key;
+            Some(Trouble { kind, subject, what: what? })
         }));
         let clock = clock.then(|| self.of_clock(now)).flatten();
         troubles.extend(clock.map(|what| Trouble {
@@ -445,6 +464,24 @@ mod tests {
         assert_eq!(taken(&mut events), [("a".to_owned(), true)]);
         watch.tell(Vec::new());
         assert_eq!(taken(&mut events), [("b".to_owned(), true)]);
+    }
+
+    #[test]
+    fn what_lasted_before_is_over_when_it_is_known_not_to_last() {
+        let reporter = Reporter::default();
+        let mut events = reporter.connect().unwrap();
+        let mut watch = Watch::new(reporter.clone());
+        let mirror = Arc::new(mirrors::Counts::new("m".into()));
+        let lasted = [(Kind::FileMissing, "file.a"), (Kind::MirrorFailed, "mirror.m")];
+        reporter.resume(lasted.into_iter().map(|(kind, subject)| (kind, subject.into())));
+        watch.look([].iter(), std::slice::from_ref(&mirror), false, None);
+        assert_eq!(taken(&mut events), [("file.a".to_owned(), true)]);
+        mirror.set_trouble(Some("404".to_owned()));
+        watch.look([].iter(), std::slice::from_ref(&mirror), false, None);
+        assert_eq!(taken(&mut events), []);
+        mirror.set_trouble(None);
+        watch.look([].iter(), std::slice::from_ref(&mirror), false, None);
+        assert_eq!(taken(&mut events), [("mirror.m".to_owned(), true)]);
     }
 
     #[test]

@@ -82,6 +82,41 @@ struct Flapping {
     told: bool,
 }
 
+/// What is kept of all that goes on, so that a restart changes nothing of what is told. That something
+/// comes and goes is not: after a restart it is told once how it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    #[serde(default)]
+    known: Vec<KeptIncident>,
+    #[serde(default)]
+    happened: Vec<KeptEvent>,
+}
+
+/// What has begun.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct KeptIncident {
+    /// By its name, as another version may have others.
+    kind: String,
+    subject: String,
+    what: String,
+    /// In seconds since 1970.
+    since: i64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    until: Option<i64>,
+    pending: bool,
+}
+
+/// What has happened, and waits to be told.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct KeptEvent {
+    kind: String,
+    subject: String,
+    at: i64,
+    what: String,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    files: Vec<PathBuf>,
+}
+
 #[derive(Debug)]
 struct Happened {
     kind: Kind,
@@ -126,6 +161,69 @@ impl Incidents {
         self.known.retain(|(kind, _), _| policy.on.contains(kind));
         self.happened.retain(|happened| policy.on.contains(&happened.kind));
         self.policy = policy;
+    }
+
+    /// What is to be kept.
+    pub fn kept(&self) -> Kept {
+        let known = self.known.iter().map(|((kind, subject), incident)| KeptIncident {
+            kind: kind.name().to_owned(),
+            subject: subject.to_string(),
+            what: incident.what.clone(),
+            since: incident.since.as_second(),
+            until: incident.until.map(Timestamp::as_second),
+            pending: incident.pending || incident.flapping.is_some(),
+        });
+        let happened = self.happened.iter().map(|happened| KeptEvent {
+            kind: happened.kind.name().to_owned(),
+            subject: happened.subject.to_string(),
+            at: happened.at.as_second(),
+            what: happened.what.clone(),
+            files: happened.files.clone(),
+        });
+        Kept {
+            known: known.filter(|known| known.until.is_none() || known.pending).collect(),
+            happened: happened.collect(),
+        }
+    }
+
+    /// Takes up what was kept, as far as it is told. What was told already is told again after
+    /// `repeat`, and all else soon.
+    pub fn take_up(&mut self, kept: Kept, now: Duration) {
+        let on = self.policy.on.clone();
+        let told = |name: &str| on.iter().copied().find(|kind| kind.name() == name);
+        let time = |second| Timestamp::from_second(second).unwrap_or_default();
+        for KeptIncident { kind, subject, what, since, until, pending } in kept.known {
+            let Some(kind) = told(&kind) else { continue };
+            let incident = Incident {
+                what,
+                since: time(since),
+                until: until.map(time),
+                pending,
+                told: (!pending).then(|| now.saturating_add(self.policy.repeat)),
+                begins: VecDeque::new(),
+                flapping: None,
+            };
+            self.known.insert((kind, subject.into()), incident);
+        }
+        for KeptEvent { kind, subject, at, what, files } in kept.happened {
+            let Some(kind) = told(&kind) else { continue };
+            self.happened.push(Happened {
+                kind,
+                subject: subject.into(),
+                at: time(at),
+                what,
+                files,
+            });
+        }
+        if !self.happened.is_empty() || self.known.values().any(|incident| incident.pending) {
+            self.group = Some(now.saturating_add(self.policy.wait));
+        }
+    }
+
+    /// What lasts.
+    pub fn lasting(&self) -> impl Iterator<Item = (Kind, Arc<str>)> {
+        let lasting = self.known.iter().filter(|(_, incident)| incident.until.is_none());
+        lasting.map(|((kind, subject), _)| (*kind, Arc::clone(subject)))
     }
 
     /// Something has happened.
@@ -444,6 +542,36 @@ mod tests {
     fn event(subject: &str, second: u64, change: Change) -> Event {
         let at = Timestamp::from_second(1_800_000_000 + i64::try_from(second).unwrap()).unwrap();
         Event { kind: Kind::FileMissing, subject: subject.into(), at, change }
+    }
+
+    #[test]
+    fn what_is_kept_is_told_as_if_nothing_had_been_in_between() {
+        let mut before = Told::new();
+        before.begin("told");
+        before.until(100);
+        before.begin("pending");
+        before.begin("over");
+        before.end("over");
+        before.begin("lasts");
+        let (what, files) = ("1 new".to_owned(), vec!["/a".into()]);
+        let happened = event("happened", 100, Change::Happened { what, files });
+        before.incidents.add(happened, at(100));
+        let kept = serde_json::to_vec(&before.incidents.kept()).unwrap();
+
+        let mut after = Told::new();
+        after.incidents.take_up(serde_json::from_slice(&kept).unwrap(), at(0));
+        let lasting: Vec<_> = after.incidents.lasting().map(|(_, subject)| subject).collect();
+        assert_eq!(
+            lasting.iter().map(|it| &**it).collect::<Vec<_>>(),
+            ["lasts", "pending", "told"]
+        );
+        after.end("pending");
+        after.until(WAIT);
+        before.end("pending");
+        before.until(100 + WAIT);
+        let (before, after) = (before.take(), after.take());
+        assert_eq!(before.last().unwrap().1, after[0].1);
+        assert_eq!(after.len(), 1);
     }
 
     /// What a report is about, without since when.

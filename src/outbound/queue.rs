@@ -2,6 +2,7 @@
 //!
 //! A message is in the file before it is sent for the first time, and leaves it when it was taken. So
 //! it is sent at least once; and twice only after a crash in between, with the same Message-ID then.
+//! What is still to become a message, and what lasts, is in the file with it.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File, OpenOptions};
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::incidents::Withheld;
+use super::incidents::{Kept, Withheld};
 
 /// The file's name; hidden, so that no file service has it.
 const FILE: &str = ".handout-alerts.json";
@@ -59,6 +60,9 @@ struct Contents {
     /// What was not told over a channel.
     #[serde(default)]
     withheld: BTreeMap<String, Withheld>,
+    /// What goes on.
+    #[serde(default)]
+    incidents: Kept,
 }
 
 /// The queue of all channels.
@@ -182,6 +186,17 @@ impl Queue {
         self.contents.messages = young;
         self.changed |= !old.is_empty();
         old.into()
+    }
+
+    /// What went on when this was written.
+    pub fn incidents(&self) -> &Kept {
+        &self.contents.incidents
+    }
+
+    /// This goes on now.
+    pub fn set_incidents(&mut self, incidents: Kept) {
+        self.changed |= self.contents.incidents != incidents;
+        self.contents.incidents = incidents;
     }
 
     /// When messages were made for a channel lately, in seconds since 1970.

@@ -192,6 +192,8 @@ impl Job {
 
     async fn run(mut self, mut events: Events, mut wanted: watch::Receiver<Wanted>) {
         self.open();
+        self.incidents.take_up(self.queue.incidents().clone(), self.now());
+        self.reporter.resume(self.incidents.lasting());
         let first = wanted.borrow_and_update().clone();
         self.adopt(first);
         let stop = self.stop.clone();
@@ -360,6 +362,7 @@ impl Job {
             }
         }
         // Before anything of it is sent.
+        self.queue.set_incidents(self.incidents.kept());
         self.save();
         for name in self.outlets.keys().cloned().collect::<Vec<_>>() {
             self.send_next(&name, now, end);

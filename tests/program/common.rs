@@ -215,6 +215,14 @@ impl Daemon {
     pub fn threads(&self) -> u64 {
         fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap().count() as u64
     }
+
+    /// Ends it at once, without a word, and returns its folder.
+    #[cfg(all(feature = "alert", feature = "mirror"))]
+    pub fn crash(&mut self) -> TempDir {
+        self.signal(Signal::KILL);
+        self.wait();
+        std::mem::replace(&mut self.folder, tempfile::tempdir().unwrap())
+    }
 }
 
 /// Writes the configuration, with a log that can be read unless it says how to log.
