@@ -10,6 +10,8 @@ mod check;
 mod clients;
 mod common;
 mod cost;
+#[cfg(all(feature = "alert", feature = "mirror"))]
+mod crash;
 mod delivery;
 mod documents;
 #[cfg(feature = "mirror")]
