@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -102,11 +102,16 @@ pub enum Change {
     },
 }
 
+/// What is not well, and of what.
+type Lasting = BTreeSet<(Kind, Arc<str>)>;
+
 /// Where events are handed over. As long as there is nobody at the other end, they are not.
 #[derive(Debug, Clone, Default)]
 pub struct Reporter {
     sender: Arc<OnceLock<mpsc::Sender<Event>>>,
     lost: Arc<AtomicU64>,
+    /// What lasted when the daemon before this one ended.
+    resumed: Arc<Mutex<Lasting>>,
 }
 
 /// The other end of a [`Reporter`].
@@ -127,6 +132,15 @@ impl Reporter {
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
         taken
+    }
+
+    /// This lasted when the daemon before this one ended: it has begun, and may be over.
+    pub fn resume(&self, lasting: impl Iterator<Item = (Kind, Arc<str>)>) {
+        self.resumed.lock().unwrap_or_else(PoisonError::into_inner).extend(lasting);
+    }
+
+    fn take_resumed(&self) -> Lasting {
+        std::mem::take(&mut *self.resumed.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// How many events there was no place for.
@@ -233,10 +247,17 @@ impl Watch {
         kinds: &BTreeSet<Kind>,
     ) {
         let now = Instant::now();
+        for key in self.reporter.take_resumed() {
+            // In which words it was told is known there.
+            self.begun.entry(key).or_default();
+        }
         let mut troubles = self.of_services(services, now);
         troubles.extend(mirrors.iter().filter_map(|mirror| {
-            let subject = format!("mirror.{}", mirror.name).into();
-            Some(Trouble { kind: Kind::MirrorFailed, subject, what: mirror.trouble()? })
+            let key = (Kind::MirrorFailed, format!("mirror.{}", mirror.name).into());
+            // As long as nobody knows better, it is as it was before.
+            let before = self.begun.get(&key).filter(|_| !mirror.is_known()).cloned();
+            let (kind, subject) = key;
+            Some(Trouble { kind, subject, what: before.or_else(|| mirror.trouble())? })
         }));
         let clock =
             kinds.contains(&Kind::ClockUnsynchronized).then(|| self.of_clock(now)).flatten();
@@ -322,7 +343,7 @@ impl Watch {
     /// Hands over what has begun and what has ended since the last time.
     fn tell(&mut self, troubles: Vec<Trouble>) {
         let at = Timestamp::now();
-        let mut over: BTreeSet<_> = self.begun.keys().cloned().collect();
+        let mut over: Lasting = self.begun.keys().cloned().collect();
         for Trouble { kind, subject, what } in troubles {
             let key = (kind, subject);
             over.remove(&key);
@@ -463,6 +484,27 @@ mod tests {
         assert_eq!(taken(&mut events), [("a".to_owned(), true)]);
         watch.tell(Vec::new());
         assert_eq!(taken(&mut events), [("b".to_owned(), true)]);
+    }
+
+    #[test]
+    fn what_lasted_before_is_over_when_it_is_known_not_to_last() {
+        let kinds = BTreeSet::from([Kind::FileMissing, Kind::MirrorFailed]);
+        let reporter = Reporter::default();
+        let mut events = reporter.connect().unwrap();
+        let mut watch = Watch::new(reporter.clone());
+        let mirror = Arc::new(mirrors::Counts::new("m".into()));
+        let lasted = [(Kind::FileMissing, "file.a"), (Kind::MirrorFailed, "mirror.m")];
+        reporter.resume(lasted.into_iter().map(|(kind, subject)| (kind, subject.into())));
+        let mut look = || {
+            watch.look([].iter(), std::slice::from_ref(&mirror), None, &kinds);
+            taken(&mut events)
+        };
+        assert_eq!(look(), [("file.a".to_owned(), true)]);
+        // It is still so, in these words.
+        mirror.set_trouble(Some("404".to_owned()));
+        assert_eq!(look(), [("mirror.m".to_owned(), false)]);
+        mirror.set_trouble(None);
+        assert_eq!(look(), [("mirror.m".to_owned(), true)]);
     }
 
     #[test]

@@ -68,8 +68,8 @@ pub struct Counts {
     last_success: AtomicU64,
     /// In microseconds, and one more; 0 if there was no run.
     last_duration: AtomicU64,
-    /// What went wrong in the last run.
-    trouble: Mutex<Option<String>>,
+    /// Whether a run has come to its end, and what went wrong in the last.
+    trouble: Mutex<(bool, Option<String>)>,
 }
 
 impl Counts {
@@ -109,12 +109,17 @@ impl Counts {
 
     /// What went wrong in the last run, if anything.
     pub fn trouble(&self) -> Option<String> {
-        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).1.clone()
+    }
+
+    /// Whether a run has come to its end, so that it is known how it is.
+    pub fn is_known(&self) -> bool {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).0
     }
 
     /// The last run went wrong in this way, or in none.
     pub fn set_trouble(&self, trouble: Option<String>) {
-        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = (true, trouble);
     }
 
     /// When everything was here the last time, in seconds since 1970.

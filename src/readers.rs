@@ -24,8 +24,9 @@ const MAX_THREADS: usize = 64;
 /// How many of them may read under one name.
 const MAX_FOR_ONE: usize = 8;
 
-/// How long a thread without work stays.
-const IDLE: Duration = Duration::from_secs(10);
+/// How long a thread without work stays. Those that wait take turns: with seconds, the looks at the
+/// file, one a second, would keep for ever what one busy moment has started.
+const IDLE: Duration = Duration::from_millis(200);
 
 /// A reading that takes longer may never end.
 const SLOW: Duration = Duration::from_secs(5);

@@ -1,19 +1,27 @@
 //! A file that appears only when it is whole, and takes no other's place unasked.
 //!
-//! It grows under a hidden name beside its place, is forced to the disk, and only then gets its
-//! name. Dropped before that, for whatever reason, it leaves nothing behind.
+//! It grows without a name on the disk of its place, is forced to it, and only then gets its name.
+//! Dropped before that, for whatever reason, it leaves nothing behind; nor does a process that is
+//! killed. Where the system has no files without names, it has a hidden one beside its place.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use tempfile::NamedTempFile;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, open};
+use tempfile::{NamedTempFile, TempPath};
+
+/// Where the system lets a process name what it has open.
+const OPEN_FILES: &str = "/proc/self/fd";
 
 /// A file that is not whole yet.
 #[derive(Debug)]
 pub struct Growing {
-    file: NamedTempFile,
+    file: File,
+    /// Its hidden name, if it cannot be without one.
+    hidden: Option<TempPath>,
 }
 
 /// What becomes of a file whose place is taken.
@@ -31,12 +39,19 @@ impl Growing {
     /// # Errors
     /// If nothing can be written there.
     pub fn begin(folder: &Path) -> io::Result<Self> {
-        let file = tempfile::Builder::new()
-            .prefix(".handout-")
-            // As any program creates files: less what the umask takes away.
-            .permissions(fs::Permissions::from_mode(0o666))
-            .tempfile_in(folder)?;
-        Ok(Self { file })
+        // As any program creates files: less what the umask takes away.
+        let mode = 0o666;
+        if Path::new(OPEN_FILES).is_dir() {
+            let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+            if let Ok(file) = open(folder, flags, Mode::from_raw_mode(mode)) {
+                return Ok(Self { file: file.into(), hidden: None });
+            }
+        }
+        // If nothing can be written there, this says so.
+        let named =
+            hidden_names().permissions(fs::Permissions::from_mode(mode)).tempfile_in(folder)?;
+        let (file, hidden) = named.into_parts();
+        Ok(Self { file, hidden: Some(hidden) })
     }
 
     /// Appends to it.
@@ -44,7 +59,7 @@ impl Growing {
     /// # Errors
     /// If the disk is full or fails.
     pub fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.file.as_file_mut().write_all(bytes)
+        self.file.write_all(bytes)
     }
 
     /// Gives it its name, which must be in the folder that it was begun in.
@@ -53,14 +68,35 @@ impl Growing {
     /// [`io::ErrorKind::AlreadyExists`] if the place is taken and must stay so, or whatever the
     /// disk says.
     pub fn finish(self, place: &Path, replace: Replace) -> io::Result<()> {
-        self.file.as_file().sync_all()?;
-        match replace {
-            Replace::Never => drop(self.file.persist_noclobber(place)?),
-            Replace::Always => drop(self.file.persist(place)?),
+        self.file.sync_all()?;
+        let folder = folder_of(place);
+        match (self.hidden, replace) {
+            (Some(hidden), Replace::Never) => hidden.persist_noclobber(place)?,
+            (Some(hidden), Replace::Always) => hidden.persist(place)?,
+            (None, Replace::Never) => name(&self.file, place)?,
+            // A name cannot be taken over before there is another.
+            (None, Replace::Always) => {
+                let named: NamedTempFile<()> =
+                    hidden_names().make_in(&folder, |path| name(&self.file, path))?;
+                named.into_temp_path().persist(place)?;
+            }
         }
         // The name is on the disk when its folder is.
-        fs::File::open(folder_of(place))?.sync_all()
+        File::open(folder)?.sync_all()
     }
+}
+
+/// How hidden names of ours are made.
+fn hidden_names() -> tempfile::Builder<'static, 'static> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".handout-");
+    builder
+}
+
+/// Gives an open file without a name one that is free.
+fn name(file: &File, path: &Path) -> io::Result<()> {
+    let open = format!("{OPEN_FILES}/{}", file.as_raw_fd());
+    Ok(linkat(CWD, open, CWD, path, AtFlags::SYMLINK_FOLLOW)?)
 }
 
 /// A folder for a file that is to be saved; what was created of it goes again unless it is kept.
@@ -146,6 +182,33 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         Growing::begin(folder.path()).unwrap().append(b"half").unwrap();
         assert!(names(folder.path()).is_empty());
+    }
+
+    #[test]
+    fn a_process_that_is_killed_leaves_nothing_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut growing = Growing::begin(folder.path()).unwrap();
+        growing.append(b"half").unwrap();
+        // As nothing is dropped then.
+        std::mem::forget(growing);
+        assert!(names(folder.path()).is_empty());
+    }
+
+    #[test]
+    fn where_every_file_has_a_name_it_is_a_hidden_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let named = || {
+            let named = hidden_names().tempfile_in(folder.path()).unwrap();
+            let (file, hidden) = named.into_parts();
+            let mut growing = Growing { file, hidden: Some(hidden) };
+            growing.append(b"alpha").unwrap();
+            growing
+        };
+        let place = folder.path().join("a");
+        named().finish(&place, Replace::Never).unwrap();
+        assert!(named().finish(&place, Replace::Never).is_err());
+        named().finish(&place, Replace::Always).unwrap();
+        assert_eq!(names(folder.path()), ["a"]);
     }
 
     #[test]

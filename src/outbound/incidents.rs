@@ -2,7 +2,7 @@
 //!
 //! Only arithmetic on times, which count from any beginning. What happens within `wait` is told in one
 //! message. What lasts is told again after `repeat`, and its end once. What comes and goes is told to
-//! do so, and then only when it stays one way. What was told and is not over is known after a restart.
+//! do so, and then only when it stays one way. A restart changes nothing of what is told.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Write as _;
@@ -71,20 +71,6 @@ struct Incident {
     begins: VecDeque<Duration>,
     /// It comes and goes.
     flapping: Option<Flapping>,
-    /// It is known from before a restart only, and is over then if it does not begin until then.
-    until_seen: Option<Duration>,
-}
-
-/// Something of which the end is still to be told, as it is kept for the next start.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Ongoing {
-    kind: String,
-    subject: String,
-    what: String,
-    /// In seconds since 1970.
-    since: i64,
-    /// When it is told again if it lasts, in seconds since 1970.
-    again: i64,
 }
 
 #[derive(Debug)]
@@ -94,6 +80,43 @@ struct Flapping {
     since: Timestamp,
     times: u64,
     told: bool,
+}
+
+/// What is kept of all that goes on, so that a restart changes nothing of what is told. That something
+/// comes and goes is not: after a restart it is told once how it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    #[serde(default)]
+    known: Vec<KeptIncident>,
+    #[serde(default)]
+    happened: Vec<KeptEvent>,
+}
+
+/// What has begun. Times are in seconds since 1970.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct KeptIncident {
+    /// By its name, as another version may have others.
+    kind: String,
+    subject: String,
+    what: String,
+    since: i64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    until: Option<i64>,
+    /// When it is told again if it lasts, if it was told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    again: Option<i64>,
+    pending: bool,
+}
+
+/// What has happened, and waits to be told.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct KeptEvent {
+    kind: String,
+    subject: String,
+    at: i64,
+    what: String,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    files: Vec<PathBuf>,
 }
 
 #[derive(Debug)]
@@ -185,9 +208,7 @@ impl Incidents {
             told: None,
             begins: VecDeque::new(),
             flapping: None,
-            until_seen: None,
         });
-        incident.until_seen = None;
         incident.what = what;
         if incident.until.is_none() {
             return false;
@@ -218,7 +239,6 @@ impl Incidents {
 
     fn end(&mut self, key: &(Kind, Arc<str>), at: Timestamp, now: Duration) -> bool {
         let Some(incident) = self.known.get_mut(key) else { return false };
-        incident.until_seen = None;
         if incident.until.is_some() {
             return false;
         }
@@ -239,56 +259,68 @@ impl Incidents {
             Some(_) => None,
             None => incident.told.filter(|_| incident.until.is_none() && !incident.pending),
         });
-        let not_seen = self.known.values().filter_map(|incident| incident.until_seen);
-        each.chain(not_seen).chain(self.group).min()
+        each.chain(self.group).min()
     }
 
-    /// What is to be known after a restart; `second` says when a time is, in seconds since 1970.
-    pub fn ongoing(&self, second: impl Fn(Duration) -> i64) -> Vec<Ongoing> {
-        let told = self.known.iter().filter_map(|((kind, subject), incident)| {
-            let comes_and_goes = incident.flapping.as_ref().filter(|flapping| flapping.told);
-            let again = incident.told.or(comes_and_goes.map(|flapping| flapping.changed))?;
-            Some(Ongoing {
-                kind: kind.name().to_owned(),
-                subject: subject.to_string(),
-                what: incident.what.clone(),
-                since: incident.since.as_second(),
-                again: second(again),
-            })
+    /// What is to be kept; `second` says when a time is, in seconds since 1970.
+    pub fn kept(&self, second: impl Fn(Duration) -> i64) -> Kept {
+        let known = self.known.iter().map(|((kind, subject), incident)| KeptIncident {
+            kind: kind.name().to_owned(),
+            subject: subject.to_string(),
+            what: incident.what.clone(),
+            since: incident.since.as_second(),
+            until: incident.until.map(Timestamp::as_second),
+            again: incident.told.map(&second),
+            pending: incident.pending || incident.flapping.is_some(),
         });
-        told.collect()
-    }
-
-    /// Takes up what was known before a restart. `second` is the time of day at `now`.
-    pub fn take_up(&mut self, before: Vec<Ongoing>, now: Duration, second: i64) {
-        let Policy { on, wait, repeat } = &self.policy;
-        for Ongoing { kind, subject, what, since, again } in before {
-            let kind = on.iter().find(|known| known.name() == kind);
-            let (Some(&kind), Ok(since)) = (kind, Timestamp::from_second(since)) else { continue };
-            // A clock that was set puts nothing off.
-            let again =
-                Duration::from_secs(u64::try_from(again.saturating_sub(second)).unwrap_or(0));
-            let incident = Incident {
-                what,
-                since,
-                until: None,
-                pending: false,
-                told: Some(now.saturating_add(again.min(*repeat))),
-                begins: VecDeque::new(),
-                flapping: None,
-                // Whether a channel works is seen when it sends something, whenever that is.
-                until_seen: (kind != Kind::ChannelFailed)
-                    .then(|| now.saturating_add(wait.saturating_mul(CALM_TIME))),
-            };
-            self.known.entry((kind, subject.into())).or_insert(incident);
+        let happened = self.happened.iter().map(|happened| KeptEvent {
+            kind: happened.kind.name().to_owned(),
+            subject: happened.subject.to_string(),
+            at: happened.at.as_second(),
+            what: happened.what.clone(),
+            files: happened.files.clone(),
+        });
+        Kept {
+            known: known.filter(|known| known.until.is_none() || known.pending).collect(),
+            happened: happened.collect(),
         }
     }
 
-    /// What is known from before a restart and would have been seen since, if it were not over.
-    pub fn vanished(&self, now: Duration) -> Vec<(Kind, Arc<str>)> {
-        let is_over = |incident: &Incident| incident.until_seen.is_some_and(|until| until <= now);
-        let over = self.known.iter().filter(|(_, incident)| is_over(incident));
-        over.map(|(key, _)| key.clone()).collect()
+    /// Takes up what was kept, as far as it is told. `second` is the time of day at `now`.
+    pub fn take_up(&mut self, kept: Kept, now: Duration, second: i64) {
+        let Policy { on, wait, repeat } = &self.policy;
+        let told = |name: &str| on.iter().copied().find(|kind| kind.name() == name);
+        let time = |second| Timestamp::from_second(second).unwrap_or_default();
+        for KeptIncident { kind, subject, what, since, until, again, pending } in kept.known {
+            let Some(kind) = told(&kind) else { continue };
+            // A clock that was set puts nothing off.
+            let left = |again: i64| u64::try_from(again.saturating_sub(second)).unwrap_or(0);
+            let due = |again| now.saturating_add(Duration::from_secs(left(again)).min(*repeat));
+            let incident = Incident {
+                what,
+                since: time(since),
+                until: until.map(time),
+                pending,
+                told: again.map(due),
+                begins: VecDeque::new(),
+                flapping: None,
+            };
+            self.known.insert((kind, subject.into()), incident);
+        }
+        for KeptEvent { kind, subject, at, what, files } in kept.happened {
+            let Some(kind) = told(&kind) else { continue };
+            let (subject, at) = (subject.into(), time(at));
+            self.happened.push(Happened { kind, subject, at, what, files });
+        }
+        if !self.happened.is_empty() || self.known.values().any(|incident| incident.pending) {
+            self.group = Some(now.saturating_add(*wait));
+        }
+    }
+
+    /// What lasts.
+    pub fn lasting(&self) -> impl Iterator<Item = (Kind, Arc<str>)> {
+        let lasting = self.known.iter().filter(|(_, incident)| incident.until.is_none());
+        lasting.map(|((kind, subject), _)| (*kind, Arc::clone(subject)))
     }
 
     /// What is to be told at `now`, if anything. At the `end`, also what would be told a little later.
@@ -550,9 +582,6 @@ mod tests {
         fn until(&mut self, second: u64) {
             while let Some(next) = self.incidents.next().filter(|next| *next <= at(second)) {
                 self.now = self.now.max(next.as_secs());
-                for (_, subject) in self.incidents.vanished(at(self.now)) {
-                    self.end(&subject);
-                }
                 if let Some(report) = self.incidents.due(at(self.now), false) {
                     self.messages.push((self.now, whats(&report)));
                 }
@@ -677,11 +706,39 @@ mod tests {
     /// As it is after a restart, `downtime` seconds later, with what was kept.
     fn restarted(told: &Told, downtime: u64) -> Told {
         let second = |at: Duration| i64::try_from(at.as_secs()).unwrap();
-        let kept = serde_json::to_string(&told.incidents.ongoing(second)).unwrap();
+        let kept = serde_json::to_string(&told.incidents.kept(second)).unwrap();
         let mut next = Told::new();
         let now = told.now + downtime;
         next.incidents.take_up(serde_json::from_str(&kept).unwrap(), at(0), second(at(now)));
         next
+    }
+
+    #[test]
+    fn what_is_kept_is_told_as_if_nothing_had_been_in_between() {
+        let mut before = Told::new();
+        before.begin("told");
+        before.until(100);
+        before.begin("pending");
+        before.begin("over");
+        before.end("over");
+        before.begin("lasts");
+        let (what, files) = ("1 new".to_owned(), vec!["/a".into()]);
+        let happened = event("happened", 100, Change::Happened { what, files });
+        before.incidents.add(happened, at(100));
+
+        let mut after = restarted(&before, 0);
+        let lasting: Vec<_> = after.incidents.lasting().map(|(_, subject)| subject).collect();
+        assert_eq!(
+            lasting.iter().map(|it| &**it).collect::<Vec<_>>(),
+            ["lasts", "pending", "told"]
+        );
+        after.end("pending");
+        after.until(WAIT);
+        before.end("pending");
+        before.until(100 + WAIT);
+        let (before, after) = (before.take(), after.take());
+        assert_eq!(before.last().unwrap().1, after[0].1);
+        assert_eq!(after.len(), 1);
     }
 
     #[test]
@@ -696,27 +753,7 @@ mod tests {
         next.end("a");
         next.until(5 * 3600);
         assert_eq!(next.take(), [one(3 * 3600 + WAIT, "over: file-missing: a")]);
-    }
-
-    #[test]
-    fn what_has_ended_before_a_restart_is_told_to_be_over() {
-        let mut told = Told::new();
-        told.begin("a");
-        told.until(100);
-        // It was not told yet that it is over.
-        told.end("a");
-        let calm = WAIT * u64::from(CALM_TIME);
-        let mut next = restarted(&told, 0);
-        next.until(2 * calm);
-        assert_eq!(next.take(), [one(calm + WAIT, "over: file-missing: a")]);
-        assert!(restarted(&next, 0).incidents.known.is_empty());
-    }
-
-    #[test]
-    fn what_was_not_told_yet_is_new_after_a_restart() {
-        let mut told = Told::new();
-        told.begin("a");
-        assert!(restarted(&told, 0).incidents.known.is_empty());
+        assert_eq!(next.incidents.kept(|_| 0), Kept::default());
     }
 
     #[test]
@@ -724,11 +761,9 @@ mod tests {
         let mut told = Told::new();
         told.begin("a");
         told.until(100);
-        told.now = 0;
+        let kept = told.incidents.kept(|_| i64::MAX);
         let mut next = Told::new();
-        let kept = told.incidents.ongoing(|_| i64::MAX);
         next.incidents.take_up(kept, at(0), 0);
-        next.begin("a");
         next.until(5 * 3600);
         assert_eq!(next.take(), [one(4 * 3600, "still: file-missing: a")]);
     }

@@ -2,6 +2,7 @@
 //!
 //! A message is in the file before it is sent for the first time, and leaves it when it was taken. So
 //! it is sent at least once; and twice only after a crash in between, with the same Message-ID then.
+//! What is still to become a message, and what lasts, is in the file with it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::{self, File, OpenOptions};
@@ -14,7 +15,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::incidents::{Ongoing, Withheld};
+use super::incidents::{Kept, Withheld};
 
 /// The file's name; hidden, so that no file service has it.
 const FILE: &str = ".handout-alerts.json";
@@ -80,9 +81,9 @@ struct Contents {
     /// What was not told over a channel.
     #[serde(default)]
     withheld: BTreeMap<String, Withheld>,
-    /// Of what the end is still to be told.
+    /// What goes on.
     #[serde(default)]
-    ongoing: Vec<Ongoing>,
+    incidents: Kept,
 }
 
 impl Contents {
@@ -272,17 +273,15 @@ impl Queue {
         self.contents.withheld.get(channel).cloned().unwrap_or_default()
     }
 
-    /// Of what the end is still to be told.
-    pub fn ongoing(&self) -> &[Ongoing] {
-        &self.contents.ongoing
+    /// What went on when this was written.
+    pub fn incidents(&self) -> &Kept {
+        &self.contents.incidents
     }
 
-    /// Changes of what the end is still to be told.
-    pub fn set_ongoing(&mut self, ongoing: Vec<Ongoing>) {
-        if self.contents.ongoing != ongoing {
-            self.contents.ongoing = ongoing;
-            self.changed = true;
-        }
+    /// This goes on now.
+    pub fn set_incidents(&mut self, incidents: Kept) {
+        self.changed |= self.contents.incidents != incidents;
+        self.contents.incidents = incidents;
     }
 
     /// Changes what was not told over a channel.

@@ -230,7 +230,10 @@ impl Job {
     async fn run(mut self, mut events: Events, mut wanted: watch::Receiver<Wanted>) {
         self.open();
         let (now, second) = (self.now(), self.second());
-        self.incidents.take_up(self.queue.ongoing().to_vec(), now, second);
+        self.incidents.take_up(self.queue.incidents().clone(), now, second);
+        // Whether a channel works is not seen by whoever looks at the rest.
+        let seen = self.incidents.lasting().filter(|(kind, _)| *kind != Kind::ChannelFailed);
+        self.reporter.resume(seen);
         let first = wanted.borrow_and_update().clone();
         self.adopt(first);
         let stop = self.stop.clone();
@@ -403,9 +406,6 @@ impl Job {
             self.tidied = now;
             self.tidy();
         }
-        for (kind, subject) in self.incidents.vanished(now) {
-            self.take(Event { kind, subject, at: Timestamp::now(), change: Change::Ended });
-        }
         let report = self.incidents.due(now, end).filter(|_| self.on);
         for name in self.alert.to.clone() {
             let Some(outlet) = self.outlets.get(&*name) else { continue };
@@ -422,7 +422,7 @@ impl Job {
         }
         let begun = self.begun.1;
         let second = |at| begun.checked_add(at).map_or(i64::MAX, unix);
-        self.queue.set_ongoing(self.incidents.ongoing(second));
+        self.queue.set_incidents(self.incidents.kept(second));
         // Before anything of it is sent.
         self.save();
         for name in self.outlets.keys().cloned().collect::<Vec<_>>() {

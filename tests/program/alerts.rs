@@ -95,13 +95,6 @@ fn waiting(folder: &Path) -> Vec<Value> {
     queue["messages"].as_array().cloned().unwrap_or_default()
 }
 
-/// Ends a daemon at once, without a word, and returns its folder.
-fn crash(daemon: &mut Daemon) -> TempDir {
-    daemon.signal(Signal::KILL);
-    daemon.wait();
-    std::mem::replace(&mut daemon.folder, tempfile::tempdir().unwrap())
-}
-
 #[test]
 fn a_file_that_is_removed_is_one_mail_and_one_more_when_it_is_back() {
     let postbox = Postbox::start("tls");
@@ -304,20 +297,77 @@ fn what_waits_survives_a_crash() {
     let mut daemon = start(&["a"], &channel, "wait = \"100ms\"");
     fs::remove_file(daemon.path("a")).unwrap();
     eventually("a failure", || count(&daemon, "failed") > 0);
-    let folder = crash(&mut daemon);
+    let folder = daemon.crash();
     let [message] = &waiting(folder.path())[..] else { panic!("not one") };
     let known = message["id"].as_str().unwrap().to_owned();
-    // Nothing of it is there any more when the daemon is.
+    // Nothing of it is there any more when the daemon is, which is told, too.
     fs::write(folder.path().join("a"), "again").unwrap();
     postbox.up();
     let again = config(&["a"], &channel, "state = \"state\"\nwait = \"100ms\"");
     let daemon = Daemon::start_in(folder, &again, |_| {});
-    let mail = postbox.wait_for(0);
+    let (mail, over) = (postbox.wait_for(0), postbox.wait_for(1));
     assert_eq!(id(&mail), known);
-    assert!(subject(&mail).starts_with("file-missing: file.a"), "{mail}");
-    let over = postbox.wait_for(1);
-    assert!(subject(&over).starts_with("over: file-missing: file.a"), "{over}");
+    let fault = subject(&mail);
+    assert!(fault.starts_with("file-missing: file.a, since "), "{mail}");
+    assert_eq!(subject(&over), format!("over: {fault}"));
     eventually("the count", || count(&daemon, "sent") == 2 && queued(&daemon) == 0);
+    assert_eq!(postbox.mails().len(), 2);
+}
+
+#[test]
+fn what_was_to_be_told_soon_is_told_after_a_crash() {
+    let postbox = Postbox::start("tls");
+    let web = Web::lists(|_| json!([{ "url": "a.txt" }]), |_| Reply::ok("alpha"));
+    let mirror = format!(
+        "[mirror.m]\nsource = \"{}\"\nlist = \"\"\nurl = \"/url\"\ninto = \"files\"\nevery = \"1h\"\n",
+        web.url("list.json")
+    );
+    let channel = postbox.channel("") + &mirror;
+    let mut daemon = start(&[], &channel, "wait = \"1h\"");
+    let kept = daemon.path("state").join(QUEUE);
+    eventually("the event on the disk", || {
+        fs::read_to_string(&kept).is_ok_and(|kept| kept.contains("a.txt"))
+    });
+    let folder = daemon.crash();
+    let again = config(&[], &channel, "state = \"state\"\nwait = \"100ms\"");
+    let daemon = Daemon::start_in(folder, &again, |_| {});
+    let mail = postbox.wait_for(0);
+    assert!(subject(&mail).starts_with("mirror-updated: mirror.m, at "), "{mail}");
+    assert_eq!(mail["attachments"][0]["filename"], "a.txt", "{mail}");
+    eventually("the count", || count(&daemon, "sent") == 1 && queued(&daemon) == 0);
+    assert_eq!(postbox.mails().len(), 1);
+}
+
+#[test]
+fn a_fault_that_lasts_across_a_restart_is_told_once_and_its_end_once() {
+    let postbox = Postbox::start("tls");
+    let broken = Arc::new(AtomicBool::new(true));
+    let is_broken = Arc::clone(&broken);
+    let web = Web::answers(move |_| match is_broken.load(Ordering::SeqCst) {
+        true => Reply::status(403),
+        false => Reply::json(&json!([])),
+    });
+    let mirror = format!(
+        "[mirror.m]\nsource = \"{}\"\nlist = \"\"\nurl = \"/url\"\ninto = \"files\"\nevery = \"1s\"\n\
+         retries = 0\n",
+        web.url("list.json")
+    );
+    let channel = postbox.channel("") + &mirror;
+    let mut daemon = start(&[], &channel, "wait = \"100ms\"");
+    let fault = subject(&postbox.wait_for(0));
+    assert!(fault.starts_with("mirror-failed: mirror.m, since "), "{fault}");
+    eventually("the count", || count(&daemon, "sent") == 1 && queued(&daemon) == 0);
+    eventually("the end of it on the disk", || waiting(daemon.folder.path()).is_empty());
+    let folder = daemon.crash();
+    let again = config(&[], &channel, "state = \"state\"\nwait = \"100ms\"");
+    let mut daemon = Daemon::start_in(folder, &again, |_| {});
+    daemon.wait_for_message(": failed: ");
+    assert!(daemon.stop().success());
+    let folder = std::mem::replace(&mut daemon.folder, tempfile::tempdir().unwrap());
+    broken.store(false, Ordering::SeqCst);
+    let daemon = Daemon::start_in(folder, &again, |_| {});
+    assert_eq!(subject(&postbox.wait_for(1)), format!("over: {fault}"));
+    eventually("the count", || count(&daemon, "sent") == 1 && queued(&daemon) == 0);
     assert_eq!(postbox.mails().len(), 2);
 }
 
@@ -329,7 +379,7 @@ fn after_a_crash_between_sending_and_noting_the_same_message_comes_again() {
     let mut daemon = start(&["a"], &channel, "wait = \"100ms\"");
     fs::remove_file(daemon.path("a")).unwrap();
     let first = postbox.wait_for(0);
-    let folder = crash(&mut daemon);
+    let folder = daemon.crash();
     postbox.withdraw("mute");
     fs::write(folder.path().join("a"), "again").unwrap();
     let again = config(&["a"], &channel, "state = \"state\"\nwait = \"100ms\"");
@@ -471,33 +521,6 @@ fn what_is_said_last_is_told_before_the_end() {
     assert!(text(&mail).contains("reload-failed: configuration"), "{mail}");
     assert!(text(&mail).contains("file-missing: file.a"), "{mail}");
     assert!(waiting(daemon.folder.path()).is_empty());
-}
-
-#[test]
-fn what_lasts_beyond_a_restart_is_told_once_and_its_end_once() {
-    let postbox = Postbox::start("none");
-    let alert = "state = \"state\"\nwait = \"200ms\"\n";
-    let mut daemon = start(&["a", "b"], &postbox.channel(""), "wait = \"200ms\"");
-    for name in ["a", "b"] {
-        fs::remove_file(daemon.path(name)).unwrap();
-        postbox.wait_for(if name == "a" { 0 } else { 1 });
-    }
-    // Both must be noted as sent, so that what comes after is about the restart alone.
-    eventually("the count", || count(&daemon, "sent") == 2 && queued(&daemon) == 0);
-    let folder = crash(&mut daemon);
-    // One comes back while nobody looks, and the other one later.
-    fs::write(folder.path().join("a"), "again").unwrap();
-    fs::write(folder.path().join("b"), "as if it were there").unwrap();
-    let config = config(&["a", "b"], &postbox.channel(""), alert);
-    let daemon = Daemon::start_in(folder, &config, |_| {});
-    fs::remove_file(daemon.path("b")).unwrap();
-    let over = postbox.wait_for(2);
-    assert!(subject(&over).starts_with("over: file-missing: file.a, since "), "{over}");
-    fs::write(daemon.path("b"), "again").unwrap();
-    let over = postbox.wait_for(3);
-    assert!(subject(&over).starts_with("over: file-missing: file.b, since "), "{over}");
-    eventually("the count", || count(&daemon, "sent") == 2 && queued(&daemon) == 0);
-    assert_eq!(postbox.mails().len(), 4);
 }
 
 #[test]

@@ -222,6 +222,19 @@ impl Daemon {
         let kib: u64 = resident.trim().trim_end_matches(" kB").parse().unwrap();
         (kib * 1024, fs::read_dir(proc.join("fd")).unwrap().count())
     }
+
+    /// How many threads it has.
+    pub fn threads(&self) -> u64 {
+        fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap().count() as u64
+    }
+
+    /// Ends it at once, without a word, and returns its folder.
+    #[cfg(all(feature = "alert", feature = "mirror"))]
+    pub fn crash(&mut self) -> TempDir {
+        self.signal(Signal::KILL);
+        self.wait();
+        std::mem::replace(&mut self.folder, tempfile::tempdir().unwrap())
+    }
 }
 
 /// Writes the configuration, with a log that can be read unless it says how to log.
@@ -341,6 +354,11 @@ pub fn sample(seed: u64, size: usize) -> Vec<u8> {
     }
     bytes.truncate(size);
     bytes
+}
+
+#[expect(clippy::cast_precision_loss, reason = "only to be read by people")]
+pub fn mebibytes(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
 }
 
 /// Replaces a file as careful programs do.

@@ -12,6 +12,8 @@ mod clients;
 mod clock_jumps;
 mod common;
 mod cost;
+#[cfg(all(feature = "alert", feature = "mirror"))]
+mod crash;
 mod delivery;
 mod documents;
 #[cfg(feature = "mirror")]
@@ -22,7 +24,9 @@ mod file;
 mod folder;
 #[cfg(feature = "mirror")]
 mod gateway;
+mod good;
 mod limits;
+mod load;
 mod logs;
 mod lost_logs;
 #[cfg(all(feature = "alert", feature = "mirror"))]

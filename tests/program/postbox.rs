@@ -150,12 +150,14 @@ impl Postbox {
 
     /// Every mail so far, in the order in which they came.
     pub fn mails(&self) -> Vec<Value> {
-        let mut mails = Vec::new();
-        while let Ok(mail) = fs::read(self.inside("mails").join(format!("{:04}.json", mails.len())))
-        {
-            mails.push(serde_json::from_slice(&mail).unwrap());
-        }
-        mails
+        self.mails_from(0)
+    }
+
+    /// Those of this number, from 0, and later ones.
+    pub fn mails_from(&self, first: usize) -> Vec<Value> {
+        let read = |number| fs::read(self.inside("mails").join(format!("{number:04}.json"))).ok();
+        let mails = (first..).map_while(read);
+        mails.map(|mail| serde_json::from_slice(&mail).unwrap()).collect()
     }
 
     /// A mail as it came, from 0.

@@ -10,22 +10,20 @@ use std::fmt::Write as _;
 use std::fs;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use rustix::process::Signal;
 use serde_json::Value;
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::SockRef;
 
-use crate::common::{Daemon, eventually, replace, sample};
-
-/// The longest that a good client waits for a connection or for the next byte.
-const PATIENCE: Duration = Duration::from_secs(10);
+use crate::common::{Daemon, eventually, mebibytes, replace, sample};
+use crate::good::{
+    GOOD, ask_time, check_time, connect_from, content, internet, pushed, read_document, unix,
+    version_of, wrong,
+};
 
 /// When the daemon must have ended every connection of a client that wants nothing but to stay:
 /// `max-duration`, and what a busy machine adds.
@@ -72,7 +70,6 @@ const REWRITTEN: usize = 2_000_000;
 /// Small enough to be kept by the folder service, and too large for it.
 const FOLDER_FILES: [(&str, usize); 2] = [("one.bin", 50_000), ("sub/two.bin", 1_000_000)];
 
-const GOOD: u8 = 1;
 const DENIED: u8 = 250;
 
 #[test]
@@ -364,7 +361,7 @@ impl Soak {
         let good: u64 = counts.good.values().map(|(served, _)| served).sum();
         let bad: u64 = counts.bad.values().sum();
         let (memory, descriptors) = daemon.usage();
-        let threads = threads(daemon);
+        let threads = daemon.threads();
         format!(
             "{:4} s: {good} good served, {} failed; {bad} bad connections and datagrams; {:.1} MiB, {descriptors} \
              descriptors, {threads} threads",
@@ -405,7 +402,7 @@ struct Memory(Vec<(Duration, u64, u64)>);
 
 impl Memory {
     fn note(&mut self, soak: &Soak, daemon: &Daemon) {
-        self.0.push((soak.start.elapsed(), daemon.usage().0, threads(daemon)));
+        self.0.push((soak.start.elapsed(), daemon.usage().0, daemon.threads()));
     }
 
     /// The same clients do the same all the time, so that whatever is needed at once was needed in
@@ -440,22 +437,6 @@ impl Memory {
 /// A piece of a file on its stack, and what the allocator keeps for it.
 const MEMORY_OF_A_THREAD: u64 = 80 << 10;
 
-fn threads(daemon: &Daemon) -> u64 {
-    fs::read_dir(format!("/proc/{}/task", daemon.child.id())).unwrap().count() as u64
-}
-
-#[expect(clippy::cast_precision_loss, reason = "only to be read by people")]
-fn mebibytes(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 20)
-}
-
-/// The content of a version of a file; no part of it is like that of another version.
-fn content(version: u64, size: usize) -> Vec<u8> {
-    let mut content = version.to_le_bytes().to_vec();
-    content.extend(sample(version, size - content.len()));
-    content
-}
-
 /// Writes each file as every careful program does.
 fn write_files(folder: &Path, version: u64) {
     for (name, size) in [("small.bin", SMALL), ("large.bin", LARGE), ("rewritten.bin", REWRITTEN)] {
@@ -489,74 +470,6 @@ fn replace_files(soak: &Soak, folder: &Path) -> u64 {
     version
 }
 
-fn wrong(what: impl Into<String>) -> io::Error {
-    io::Error::new(ErrorKind::InvalidData, what.into())
-}
-
-fn connect_from(last: u8, to: SocketAddr) -> io::Result<TcpStream> {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-    socket.bind(&SocketAddr::from(([127, 0, 0, last], 0)).into())?;
-    socket.connect_timeout(&to.into(), PATIENCE)?;
-    socket.set_read_timeout(Some(PATIENCE))?;
-    socket.set_write_timeout(Some(PATIENCE))?;
-    Ok(socket.into())
-}
-
-fn internet(to: SocketAddr) -> io::Result<Socket> {
-    connect_from(GOOD, to).map(Socket::from)
-}
-
-fn unix(path: &Path) -> io::Result<Socket> {
-    let stream = UnixStream::connect(path)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    Ok(stream.into())
-}
-
-/// Reads to the end, in turn without a word, after having typed something, and half-closed.
-fn read_all(mut stream: Socket, round: u64) -> io::Result<Vec<u8>> {
-    match round % 3 {
-        0 => {}
-        1 => stream.write_all(b"\r\n")?,
-        _ => stream.shutdown(Shutdown::Write)?,
-    }
-    let mut reply = Vec::new();
-    stream.read_to_end(&mut reply)?;
-    Ok(reply)
-}
-
-fn pushed(address: SocketAddr, name: &str, size: usize, round: u64) -> io::Result<u64> {
-    read_document(internet(address)?, name, size, round)
-}
-
-/// Reads a pushed document and tells its version.
-fn read_document(stream: Socket, name: &str, size: usize, round: u64) -> io::Result<u64> {
-    let document = read_all(stream, round)?;
-    let value: Value = serde_json::from_slice(&document)?;
-    if value["filename"] != name || value.as_object().is_none_or(|keys| keys.len() != 2) {
-        return Err(wrong(format!("not the document of {name}")));
-    }
-    version_of(&value, size)
-}
-
-/// The version of a file of which every byte is as it should be.
-fn version_of(document: &Value, size: usize) -> io::Result<u64> {
-    let data = STANDARD.decode(document["filedata"].as_str().unwrap_or_default());
-    let data = data.map_err(io::Error::other)?;
-    let version = data.first_chunk().map(|version| u64::from_le_bytes(*version));
-    let version = version.ok_or_else(|| wrong(format!("{} bytes", data.len())))?;
-    if data == content(version, size) {
-        Ok(version)
-    } else {
-        Err(wrong(format!("{} bytes, not those of version {version}", data.len())))
-    }
-}
-
-fn ask_time(stream: Socket, round: u64) -> io::Result<()> {
-    let before = SystemTime::now();
-    check_time(&read_all(stream, round)?, before)
-}
-
 /// A datagram may be lost; ten are not.
 fn ask_time_by_datagram(to: SocketAddr) -> io::Result<()> {
     for _ in 0..10 {
@@ -571,21 +484,6 @@ fn ask_time_by_datagram(to: SocketAddr) -> io::Result<()> {
         }
     }
     Err(ErrorKind::TimedOut.into())
-}
-
-/// The reply must tell a time between the question and now, to a second.
-fn check_time(reply: &[u8], before: SystemTime) -> io::Result<()> {
-    let seconds = |time: SystemTime| {
-        time.duration_since(SystemTime::UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
-    };
-    let value: Value = serde_json::from_slice(reply)?;
-    let told = value["unix"].as_f64().unwrap_or_default();
-    let possible = seconds(before) - 1.0..seconds(SystemTime::now()) + 1.0;
-    if possible.contains(&told) && reply.ends_with(b"}\n") {
-        Ok(())
-    } else {
-        Err(wrong(format!("{value} is not in {possible:?}")))
-    }
 }
 
 /// Asks for the list, for each file and for one that is not there, all at once.
@@ -704,7 +602,7 @@ impl Bad<'_> {
 }
 
 /// What no client of a folder service should say.
-fn garbage() -> [Vec<u8>; 8] {
+pub fn garbage() -> [Vec<u8>; 8] {
     [
         sample(1, 4000),
         sample(2, 100_000),
