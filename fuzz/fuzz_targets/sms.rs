@@ -8,7 +8,9 @@ use std::fs;
 use std::sync::LazyLock;
 
 use handout::config::load_part;
+use handout::outbound::channel::words;
 use handout::outbound::sms::Settings;
+use handout::secret::Secrets;
 use handout_fuzz::{folder, is_one_line};
 use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
@@ -75,6 +77,9 @@ fuzz_target!(|input: &[u8]| {
     let status = STATUS[usize::from(*status) % STATUS.len()];
     let read = PROVIDERS[provider].read_reply(status, reply);
     assert_eq!(read.is_ok(), is_success(provider, status, reply), "{read:?}");
-    let told = read.unwrap_or_else(|failure| failure.to_string());
+    let told = match read {
+        Ok(id) => words(&id),
+        Err(failure) => failure.told(&Secrets::default()).words,
+    };
     assert!(is_one_line(&told) && told.chars().count() <= LONGEST, "{told:?}");
 });

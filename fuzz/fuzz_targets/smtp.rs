@@ -84,8 +84,8 @@ fuzz_target!(|input: &[u8]| {
     if what & 1 != 0 {
         let whole = block_on(encrypt(Memory::saying([said]), said));
         let cut = block_on(encrypt(Memory::saying(pieces(*how, said)), said));
-        // Said at once, it is said too early.
-        assert!(cut.is_ok() || whole.is_err(), "{cut:?}");
+        // What is said too early is noticed as far as it has been read; the rest goes to TLS, which takes
+        // it for nothing. So what is agreed on may differ, and `encrypt` looks at each.
         whole.err().iter().chain(&cut.err()).for_each(|failure| check(failure, 1, false));
         return;
     }

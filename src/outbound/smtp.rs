@@ -504,12 +504,12 @@ impl<S> Bounded<S> {
 }
 
 /// A line of a reply as lettre reads it. What is not UTF-8 becomes U+FFFD, as the text of a reply is
-/// only for people. White space at its end goes: where there is a text, lettre takes it for granted
-/// that there is a word.
+/// only for people. White space at its end goes, and the end is CR LF: where there is a text, lettre
+/// takes it for granted that there is a word.
 fn readable(line: &[u8]) -> String {
     let line = String::from_utf8_lossy(line);
     match line.split_at_checked("250-".len()) {
-        Some((code, text)) if text.ends_with("\r\n") => format!("{code}{}\r\n", text.trim_end()),
+        Some((code, text)) if text.ends_with('\n') => format!("{code}{}\r\n", text.trim_end()),
         _ => line.into_owned(),
     }
 }
@@ -631,7 +631,14 @@ mod tests {
 
     #[tokio::test]
     async fn a_line_of_white_space_among_what_is_offered_is_nothing() {
-        for line in ["250- \r\n", "250-\u{a0}\r\n", "250-\t \r\n", "250-\r\n", "250 \u{3000}\r\n"] {
+        for line in [
+            "250- \n",
+            "250- \r\n",
+            "250-\u{a0}\r\n",
+            "250-\t \r\n",
+            "250-\r\n",
+            "250 \u{3000}\r\n",
+        ] {
             let (server, stream) = tokio::io::duplex(1024);
             let said = format!("220 hi\r\n250-me\r\n{line}250 8BITMIME\r\n");
             let (mut heard, mut says) = tokio::io::split(server);
