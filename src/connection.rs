@@ -45,6 +45,12 @@ const LINGER_SILENCE: Duration = Duration::from_secs(5);
 /// How long a client that has everything may go on sending.
 const LINGER_TOTAL: Duration = Duration::from_secs(30);
 
+/// How long a balancer may take for the header that says who the client is: it sends that at once.
+const HEADER_TIME: Duration = Duration::from_secs(5);
+
+/// The same when the daemon is to stop.
+const HEADER_TIME_AT_STOP: Duration = Duration::from_secs(1);
+
 /// The shortest and the longest wait between two looks at what the client has acknowledged.
 const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
@@ -291,10 +297,19 @@ impl<S: Stream> Connection<S> {
     where
         F: AsyncFnOnce(&mut S) -> io::Result<Option<SocketAddr>>,
     {
-        let idle = self.terms.deadlines.idle;
+        let time = HEADER_TIME.min(self.terms.deadlines.idle);
+        let drain = self.terms.shutdown.drain.clone();
         let introduced = async |connection: &mut Self| {
-            let introducing = timeout(idle, introduce(&mut connection.stream));
-            let client = introducing.await.map_err(|_| Broken::Idle)?;
+            let introducing = timeout(time, introduce(&mut connection.stream));
+            let at_stop = async {
+                drain.cancelled().await;
+                tokio::time::sleep(HEADER_TIME_AT_STOP).await;
+            };
+            let client = tokio::select! {
+                biased;
+                client = introducing => client.map_err(|_| Broken::Idle)?,
+                () = at_stop => return Err(Broken::Idle),
+            };
             if let Some(client) = client.map_err(Broken::of_socket)? {
                 connection.peer = Peer::Internet(client);
             }
@@ -308,6 +323,17 @@ impl<S: Stream> Connection<S> {
             Some(_) => self.refuse(Refusal::ProxyProtocol),
         }
         None
+    }
+
+    /// Waits for what the service has to read before it can go on, but no longer than a client may
+    /// take nothing: a file system that hangs keeps nobody's place.
+    ///
+    /// # Errors
+    /// If it takes so long.
+    pub async fn wait_for<T>(&self, reading: impl Future<Output = T>) -> Result<T, Broken> {
+        timeout(self.terms.deadlines.idle, reading).await.map_err(|_| {
+            Broken::Service(io::Error::other("the file system does not answer (idle-timeout)"))
+        })
     }
 
     /// Resets it as one that never was served, for this reason.

@@ -42,8 +42,10 @@ pub struct Ended(#[source] JoinError);
 enum ReloadError {
     #[error("{0}")]
     Configuration(Faults),
-    #[error("the configuration cannot be read")]
+    #[error("the configuration, or what it names, cannot be read")]
     Lost(#[source] io::Error),
+    #[error("the configuration's file, or many of the paths in it, did not answer for a minute")]
+    Hangs,
     #[error("the log cannot be changed")]
     Log(#[source] io::Error),
     #[error(transparent)]
@@ -191,8 +193,8 @@ impl Daemon {
         let sources = Sources { running: self.running.settings(), ..self.sources.clone() };
         // Files are looked at and names looked up, which can take its time.
         let reading = self.running.readers.run("", move || Config::load_to_serve(&sources));
-        let reading = timeout(running::PATIENCE, reading).await;
-        let config = reading.map_err(io::Error::from).flatten().map_err(ReloadError::Lost)?;
+        let reading = timeout(running::PATIENCE, reading).await.map_err(|_| ReloadError::Hangs)?;
+        let config = reading.map_err(ReloadError::Lost)?;
         let config = config.map_err(ReloadError::Configuration)?;
         let log = self.log.prepare(&config.log).map_err(ReloadError::Log)?;
         let prepared = self.running.prepare(&config).await?;

@@ -212,6 +212,11 @@ fn check(arguments: cli::Check) -> ExitCode {
     let sources = Sources::from(arguments.config);
     let config = match Config::load(&sources) {
         Ok(config) => config,
+        // A daemon that serves it already goes on, and is not to be kept from a reload.
+        Err(faults) if faults.may_pass() => {
+            complain(&faults.to_string());
+            return ExitCode::SUCCESS;
+        }
         Err(faults) => return refuse(&faults),
     };
     let lines = config.services.iter().map(|service| {
@@ -278,6 +283,8 @@ fn serve(sources: Sources) -> ExitCode {
     };
     let config = match Config::load_to_serve(&sources) {
         Ok(config) => config,
+        // It is worth to be started again.
+        Err(faults) if faults.may_pass() => return fail(&faults),
         Err(faults) => return refuse(&faults),
     };
     let served = || -> Result<(), Box<dyn Error>> {
@@ -286,8 +293,13 @@ fn serve(sources: Sources) -> ExitCode {
         let served = runtime.block_on(async {
             let orders = orders()?;
             tokio::spawn(reload_on_hangup(Arc::clone(&orders.reload))?);
-            let daemon = Daemon::start(sources, &config, inherited, Workers::start()?, log).await?;
-            Ok(daemon.run(orders).await?)
+            let starting = Daemon::start(sources, &config, inherited, Workers::start()?, log);
+            // A file may hang while it is read.
+            let stop = orders.stop.clone();
+            match stop.run_until_cancelled(starting).await {
+                None => Ok(()),
+                Some(daemon) => Ok(daemon?.run(orders).await?),
+            }
         });
         runtime.shutdown_timeout(workers::END_TIME);
         served

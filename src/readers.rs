@@ -10,7 +10,7 @@ use std::fmt;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -31,7 +31,24 @@ const IDLE: Duration = Duration::from_millis(200);
 /// A reading that takes longer may never end.
 const SLOW: Duration = Duration::from_secs(5);
 
-type Work = Box<dyn FnOnce() + Send>;
+/// Something that is to be done.
+struct Work {
+    act: Box<dyn FnOnce() + Send>,
+    /// Gone when nobody waits for it any more.
+    wanted: Weak<()>,
+}
+
+impl Work {
+    fn is_wanted(&self) -> bool {
+        self.wanted.strong_count() > 0
+    }
+}
+
+/// Whether a queue has grown so that it is worth to look for what nobody waits for any more: so it is
+/// never longer than twice what is wanted, and each look is paid by as many that came.
+fn has_doubled<T>(queue: &VecDeque<T>) -> bool {
+    queue.len().is_power_of_two()
+}
 
 /// The threads that read for one service. They are started when there is work, and end without.
 #[derive(Default)]
@@ -82,14 +99,15 @@ impl Readers {
         work: impl FnOnce() -> T + Send + 'static,
     ) -> io::Result<T> {
         let (tell, told) = oneshot::channel();
-        let work = move || {
-            if !tell.is_closed() {
-                // Who has gone meanwhile does not want to know.
-                let _ = tell.send(work());
-            }
-        };
-        self.0.add(name, Box::new(work))?;
-        told.await.map_err(|_| io::Error::other("the reading was given up"))
+        let waits = Arc::new(());
+        let act = Box::new(move || {
+            // Who has gone meanwhile does not want to know.
+            let _ = tell.send(work());
+        });
+        self.0.add(name, Work { act, wanted: Arc::downgrade(&waits) })?;
+        let told = told.await;
+        drop(waits);
+        told.map_err(|_| io::Error::other("the reading was given up"))
     }
 }
 
@@ -114,10 +132,16 @@ impl Shared {
         let name: Arc<str> = name.into();
         let of_name = state.names.entry(Arc::clone(&name)).or_default();
         if of_name.begun >= MAX_FOR_ONE {
+            if has_doubled(&of_name.waiting) {
+                of_name.waiting.retain(Work::is_wanted);
+            }
             of_name.waiting.push_back(work);
             return Ok(());
         }
         of_name.begun += 1;
+        if has_doubled(&state.ready) {
+            state.forget_unwanted();
+        }
         state.ready.push_back((Arc::clone(&name), work));
         if state.idle >= state.ready.len() {
             self.work.notify_one();
@@ -156,7 +180,9 @@ impl Shared {
             };
             drop(state);
             // A panic is that work's alone: who waits for it is told, and its message is in the log.
-            let _ = catch_unwind(AssertUnwindSafe(work));
+            if work.is_wanted() {
+                let _ = catch_unwind(AssertUnwindSafe(work.act));
+            }
             state = self.state();
             state.end(&name);
         }
@@ -164,6 +190,18 @@ impl Shared {
 }
 
 impl State {
+    /// Drops what is ready and nobody waits for any more. What follows it in its name's turn is looked
+    /// at, too.
+    fn forget_unwanted(&mut self) {
+        for _ in 0..self.ready.len() {
+            match self.ready.pop_front() {
+                Some((name, work)) if !work.is_wanted() => self.end(&name),
+                Some(wanted) => self.ready.push_back(wanted),
+                None => {}
+            }
+        }
+    }
+
     /// Some of what is done for a name has ended: the next may begin.
     fn end(&mut self, name: &Arc<str>) {
         let Some(of_name) = self.names.get_mut(name) else { return };
@@ -192,6 +230,32 @@ mod tests {
         for _ in 0..100 {
             tokio::task::yield_now().await;
         }
+    }
+
+    #[tokio::test]
+    async fn what_nobody_waits_for_any_more_takes_no_memory() {
+        let readers = Arc::new(Readers::default());
+        let mut ends = Vec::new();
+        for number in 0..MAX_THREADS {
+            let (end, until) = mpsc::channel();
+            ends.push(end);
+            let readers = Arc::clone(&readers);
+            let name = (number / MAX_FOR_ONE).to_string();
+            tokio::spawn(async move { readers.run(&name, hangs(until)).await });
+        }
+        turn().await;
+        // Of a name that has its threads, and of others, for which there are none.
+        for name in ["0", "other"] {
+            for number in 0..1000 {
+                let name = if name == "0" { name.to_owned() } else { number.to_string() + name };
+                let waits = timeout(Duration::ZERO, readers.run(&name, || ()));
+                assert!(waits.await.is_err());
+            }
+        }
+        let state = readers.0.state();
+        let waiting: usize = state.names.values().map(|name| name.waiting.len()).sum();
+        assert!(state.ready.len() + waiting < 10, "{} {waiting}", state.ready.len());
+        assert!(state.names.len() < 20);
     }
 
     #[tokio::test]

@@ -2,7 +2,8 @@
 //!
 //! It grows without a name on the disk of its place, is forced to it, and only then gets its name.
 //! Dropped before that, for whatever reason, it leaves nothing behind; nor does a process that is
-//! killed. Where the system has no files without names, it has a hidden one beside its place.
+//! killed, but between the two calls that put it in the place of another. Where the system has no
+//! files without names, it has a hidden one beside its place.
 
 use std::fs::{self, File};
 use std::io::{self, Write};

@@ -4,7 +4,7 @@
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
-use super::Format;
+use super::{Format, MAX_REPLY};
 
 /// What the replies of time services look like.
 ///
@@ -45,6 +45,10 @@ impl ReplyShapes {
 
     /// Whether `datagram` looks like the reply of a time service.
     pub fn match_datagram(&self, datagram: &[u8]) -> bool {
+        // Nothing longer is a reply of ours.
+        if datagram.len() > MAX_REPLY {
+            return false;
+        }
         (self.four_bytes && datagram.len() == 4)
             || self.shapes.iter().any(|known| shape(datagram).eq(known.iter().copied()))
     }

@@ -82,19 +82,36 @@ pub struct FolderService {
 #[derive(Debug)]
 struct Document {
     bytes: Vec<u8>,
+    _reserved: Reserved,
+}
+
+/// Memory that a document takes, or is about to. It is counted before it is taken, so that however
+/// many are made at one time, they stay within the limit.
+#[derive(Debug)]
+struct Reserved {
+    bytes: u64,
     in_memory: Arc<AtomicU64>,
 }
 
-impl Document {
-    fn new(bytes: Vec<u8>, in_memory: &Arc<AtomicU64>) -> Self {
-        in_memory.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        Self { bytes, in_memory: Arc::clone(in_memory) }
+impl Reserved {
+    /// So many bytes, if there are no more than `limit` with the others.
+    fn new(bytes: u64, limit: u64, in_memory: &Arc<AtomicU64>) -> Option<Self> {
+        let more = |now: u64| now.checked_add(bytes).filter(|sum| *sum <= limit);
+        in_memory.try_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        Some(Self { bytes, in_memory: Arc::clone(in_memory) })
+    }
+
+    /// Gives back what was not needed.
+    fn shrink_to(&mut self, bytes: u64) {
+        let less = self.bytes.saturating_sub(bytes);
+        self.in_memory.fetch_sub(less, Ordering::Relaxed);
+        self.bytes -= less;
     }
 }
 
-impl Drop for Document {
+impl Drop for Reserved {
     fn drop(&mut self) {
-        self.in_memory.fetch_sub(self.bytes.len() as u64, Ordering::Relaxed);
+        self.in_memory.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -106,6 +123,9 @@ impl Weighter<(String, Stamp), Arc<Document>> for DocumentWeight {
         (document.bytes.len() + name.len()) as u64
     }
 }
+
+/// More than what follows the data in a document takes.
+const CLOSING: usize = 128;
 
 /// What is there to be sent for a name.
 enum Found {
@@ -211,7 +231,7 @@ impl FolderService {
         connection: &mut Connection<S>,
     ) -> Result<(), Broken> {
         if line.is_empty() {
-            return match self.list().await {
+            return match connection.wait_for(self.list()).await? {
                 Ok(list) => connection.send(list.as_bytes()).await,
                 Err(problem) => refuse(connection, &problem, None).await,
             };
@@ -220,7 +240,7 @@ impl FolderService {
             let name = String::from_utf8_lossy(line);
             return refuse(connection, "the name is not UTF-8", Some(&name)).await;
         };
-        match self.find(name).await {
+        match connection.wait_for(self.find(name)).await? {
             Ok(Found::Document(document)) => connection.send(&document.bytes).await,
             Ok(Found::File(file, digest)) => self.send_file(name, &file, digest, connection).await,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -246,23 +266,30 @@ impl FolderService {
         if let Some(document) = self.documents.get(&key) {
             return Ok(Found::Document(document));
         }
-        if !self.may_keep(stamp.size) {
+        let Some(mut reserved) = self.reserve(&key.0, stamp.size) else {
             return Ok(Found::File(Arc::new(file), self.digests.get(&stamp)));
-        }
+        };
         let mut bytes = document::file_opening(&key.0, stamp.size, stamp.modified()).into_bytes();
+        let data = usize::try_from(stamp.size).ok().and_then(document::encoded_len);
+        bytes.reserve_exact(data.unwrap_or_default() + CLOSING);
         let digest = stream::write_whole(&file, Some(Sha256::new()), &mut bytes)?;
         let digest = digest.unwrap_or_default().finalize().into();
         bytes.extend_from_slice(document::file_closing(&digest).as_bytes());
-        let document = Arc::new(Document::new(bytes, &self.in_memory));
+        reserved.shrink_to(bytes.len() as u64);
+        let document = Arc::new(Document { bytes, _reserved: reserved });
         self.documents.insert(key, Arc::clone(&document));
         Ok(Found::Document(document))
     }
 
-    fn may_keep(&self, size: u64) -> bool {
+    /// The memory for the document of a file that may be kept, if there is some.
+    fn reserve(&self, name: &str, size: u64) -> Option<Reserved> {
         let limit = self.settings.cache_limit;
-        let in_memory = self.in_memory.load(Ordering::Relaxed);
-        size <= limit / KEPT_PART
-            && in_memory.saturating_add(size * 2) <= limit.saturating_mul(IN_MEMORY)
+        if size > limit / KEPT_PART {
+            return None;
+        }
+        // Base64 takes four bytes for three, and a name up to six bytes for one.
+        let most = size.saturating_mul(2).saturating_add(name.len() as u64 * 6 + 512);
+        Reserved::new(most, limit.saturating_mul(IN_MEMORY), &self.in_memory)
     }
 
     async fn send_file<S: Stream>(
@@ -354,4 +381,24 @@ async fn refuse<S: Stream>(
     name: Option<&str>,
 ) -> Result<(), Broken> {
     connection.send(document::refusal(problem, name).as_bytes()).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn however_many_documents_are_made_at_one_time_they_stay_within_the_limit() {
+        let in_memory = Arc::<AtomicU64>::default();
+        let reserve = |bytes| Reserved::new(bytes, 100, &in_memory);
+        let (first, mut second) = (reserve(60).unwrap(), reserve(40).unwrap());
+        assert!(reserve(1).is_none());
+        assert!(reserve(u64::MAX).is_none());
+        second.shrink_to(30);
+        let third = reserve(10).unwrap();
+        assert!(reserve(1).is_none());
+        drop((first, second, third));
+        assert_eq!(in_memory.load(Ordering::Relaxed), 0);
+        assert!(reserve(100).is_some());
+    }
 }

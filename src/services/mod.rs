@@ -11,10 +11,11 @@ mod stream;
 pub mod time;
 mod trouble;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::path::Path;
-use std::sync::{Arc, mpsc};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -103,30 +104,69 @@ fn read_file_or_folder(table: &mut Table<'_>, context: &Context<'_>) -> Result<S
 }
 
 enum Opened {
-    File { path: std::path::PathBuf, filename: String },
+    File { path: PathBuf, filename: String },
     Folder(Folder),
 }
 
 /// How long a path may be looked at in vain: a file system may first have to be mounted. One that is
-/// served already need not.
+/// served already need not, and where another hangs, there is no hope either.
 const PATIENCE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(2));
+
+/// How many threads may look at one path: those that hang stay, and there are reloads.
+const MAX_LOOKS: usize = 8;
+
+/// The looks that have not ended. Each takes a moment, unless it hangs.
+static LOOKS: Mutex<BTreeMap<PathBuf, usize>> = Mutex::new(BTreeMap::new());
+
+/// A look at a path, until it has ended.
+struct Look(PathBuf);
+
+impl Look {
+    /// Begins one, if not too many hang there; and whether others have not ended.
+    fn begin(path: &Path) -> Option<(Self, bool)> {
+        let mut looks = LOOKS.lock().unwrap_or_else(PoisonError::into_inner);
+        let others = !looks.is_empty();
+        let count = looks.entry(path.to_owned()).or_default();
+        *count += 1;
+        let look = Self(path.to_owned());
+        let few = *count <= MAX_LOOKS;
+        drop(looks);
+        few.then_some((look, others))
+    }
+}
+
+impl Drop for Look {
+    fn drop(&mut self) {
+        let mut looks = LOOKS.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = looks.get_mut(&self.0) {
+            *count -= 1;
+            if *count == 0 {
+                looks.remove(&self.0);
+            }
+        }
+    }
+}
 
 /// Looks whether what is at `path` can be handed out; if its file system does not answer, and it is
 /// handed out already, it goes on being what it was.
 fn open_path(path: &Path, context: &Context<'_>) -> Result<Opened, String> {
     let running = context.running.iter().find_map(|settings| Opened::of(settings, path));
-    let patience = if running.is_none() { PATIENCE.0 } else { PATIENCE.1 };
-    let (path, will_be_created) = (path.to_owned(), context.will_be_created(path));
+    let in_vain = |running: Option<Opened>| {
+        running.ok_or_else(|| format!("cannot be opened: {}", config::UNANSWERED))
+    };
+    let Some((look, others)) = Look::begin(path) else { return in_vain(running) };
+    let patience = if running.is_some() || others { PATIENCE.1 } else { PATIENCE.0 };
+    let will_be_created = context.will_be_created(path);
     let (tell, told) = mpsc::channel();
     let looking = thread::Builder::new().name("look".to_owned());
     let looking = looking.spawn(move || {
+        let opened = look_at(&look.0, will_be_created);
+        drop(look);
         // Who has lost patience does not want to know.
-        let _ = tell.send(look_at(&path, will_be_created));
+        let _ = tell.send(opened);
     });
     looking.map_err(|error| cannot(&error))?;
-    told.recv_timeout(patience).unwrap_or_else(|_| {
-        running.ok_or_else(|| "cannot be opened: its file system does not answer".to_owned())
-    })
+    told.recv_timeout(patience).unwrap_or_else(|_| in_vain(running))
 }
 
 impl Opened {

@@ -80,7 +80,8 @@ pub async fn send_encoded<S: Stream>(
                     sending.next(size, |piece, offset| file.read_at(piece, offset).map(|()| true));
                 (sending, read)
             });
-            let (returned, read) = reading.await.map_err(Broken::Service)?;
+            let reading = connection.wait_for(reading).await?;
+            let (returned, read) = reading.map_err(Broken::Service)?;
             sending = returned;
             read.map_err(Broken::Service)?;
         }

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use crate::common::{Daemon, connect, decode, eventually, http_get, read_all, sample, says};
+use crate::common::{
+    Daemon, connect, decode, eventually, http_get, program, read_all, run, sample, says,
+};
 use crate::mounts::with_own_mounts;
 use crate::strace::Strace;
 
@@ -129,6 +131,57 @@ fn a_part_of_a_folder_that_hangs_leaves_the_other_files_alone() {
         for _ in 0..20 {
             assert_that_others_are_served(&daemon);
         }
+    });
+}
+
+#[test]
+fn who_asked_for_what_hangs_and_left_has_no_place_any_more() {
+    with_own_mounts(|| {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir_all(folder.path().join("files/part")).unwrap();
+        fs::write(folder.path().join("files/file"), sample(4, 1000)).unwrap();
+        let config = "[file.files]\nlisten = [\"127.0.0.1:0\"]\npath = \"files\"\n\
+                      max-connections = 20\nidle-timeout = \"500ms\"\n";
+        let daemon = Daemon::start_in(folder, config, |_| {});
+        let place = daemon.path("files/part");
+        let _stuck = Stuck::over(&place);
+        for round in 1..=3 {
+            let asked: Vec<_> =
+                (0..20).map(|_| ask(&daemon, "file.files", "part/file\n")).collect();
+            drop(asked);
+            // All places were taken; now they are free, though nobody has answered.
+            assert_served(&daemon, "file.files");
+            let ended = daemon.wait_for_connections(21 * round);
+            let failed = ended.iter().filter(|line| line["outcome"] == "failed").count();
+            assert!(failed >= 20 * round, "{ended:?}");
+        }
+    });
+}
+
+#[test]
+fn a_path_that_hangs_is_no_fault_of_the_configuration() {
+    with_own_mounts(|| {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("stuck")).unwrap();
+        let path = folder.path().join("handout.toml");
+        fs::write(&path, "[file.stuck]\npath = \"stuck\"\n").unwrap();
+        let place = folder.path().join("stuck");
+        let _stuck = Stuck::over(&place);
+        let ask = |command: &str| {
+            let said = run(program().args([command, "--config"]).arg(&path));
+            let words = String::from_utf8(said.stderr).unwrap();
+            assert!(
+                words.contains("file.stuck.path: \"stuck\": cannot be opened: its file system")
+            );
+            said.status.code()
+        };
+        // Both take as long as a file system may take to be mounted.
+        let (checked, served) = std::thread::scope(|scope| {
+            let served = scope.spawn(|| ask("serve"));
+            (ask("check"), served.join().unwrap())
+        });
+        // It is worth to be started again, and a reload is not held up.
+        assert_eq!((checked, served), (Some(0), Some(1)));
     });
 }
 
