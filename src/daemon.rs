@@ -255,7 +255,6 @@ impl Daemon {
         if !self.told.is_empty() {
             self.look();
         }
-        self.alerts.stop();
         systemd::stopping("finishing the connections that are under way");
         let connections = self.running.under_way();
         tokio::select! {
@@ -264,8 +263,14 @@ impl Daemon {
         }
         let under_way = connections.len();
         tracing::info!(connections = under_way, "stopping: {under_way} connections may finish");
-        let finished =
-            async { tokio::join!(connections.wait(), self.mirrors.ended(), self.alerts.ended()) };
+        let (mirrors, alerts) = (&mut self.mirrors, &mut self.alerts);
+        let outbound = async {
+            // What they have brought is told, too.
+            mirrors.ended().await;
+            alerts.stop();
+            alerts.ended().await;
+        };
+        let finished = async { tokio::join!(connections.wait(), outbound) };
         tokio::select! {
             _ = finished => {}
             () = tokio::time::sleep(self.grace) => {}

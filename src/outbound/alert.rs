@@ -128,7 +128,9 @@ impl Alert {
             let folders = env::var_os("STATE_DIRECTORY")?;
             env::split_paths(&folders).find(|folder| folder.is_absolute())
         };
-        self.state.clone().or_else(manager)
+        let folder = self.state.clone().or_else(manager)?;
+        // By whatever name, it is one folder.
+        Some(folder.canonicalize().unwrap_or(folder))
     }
 }
 

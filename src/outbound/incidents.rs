@@ -295,7 +295,10 @@ impl Incidents {
             let Some(kind) = told(&kind) else { continue };
             // A clock that was set puts nothing off.
             let left = |again: i64| u64::try_from(again.saturating_sub(second)).unwrap_or(0);
-            let due = |again| now.saturating_add(Duration::from_secs(left(again)).min(*repeat));
+            // Whoever looks has to have the time to see that it is over.
+            let soonest = wait.saturating_mul(CALM_TIME);
+            let left = |again| Duration::from_secs(left(again)).max(soonest).min(*repeat);
+            let due = |again| now.saturating_add(left(again));
             let incident = Incident {
                 what,
                 since: time(since),
@@ -391,7 +394,8 @@ impl Incidents {
                 let name = format!("{}: {subject}", kind.name());
                 let name = format!("{name}, at {}", time(at));
                 let line = format!("{name}: {}", escape(&what));
-                report.add(name, &line, None);
+                let channel = (kind == Kind::ChannelFailed).then_some(subject);
+                report.add(name, &line, channel);
                 report.files.extend(files);
             }
             report.more = std::mem::take(&mut self.uncounted);

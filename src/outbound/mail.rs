@@ -23,6 +23,10 @@ use crate::secret;
 /// The most recipients of a mail; servers take that many at least (RFC 5321, 4.5.3.1.8).
 const MAX_RECIPIENTS: usize = 100;
 
+/// From the first byte of a mail to the reply to its end.
+const TAKING: &str =
+    "waiting until the mail is taken, which it may be, although the server does not say so";
+
 /// The checked settings of a mail channel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
@@ -145,7 +149,10 @@ impl Settings {
             };
             Ok((connection, delivered))
         };
-        let late = |_| Err(Failure::late(self.timeout, doing.get()));
+        let late = |_| {
+            let late = Failure::late(self.timeout, doing.get());
+            Err(if doing.get() == TAKING { Failure::doubtful(late.words) } else { late })
+        };
         let (connection, delivered) = timeout(self.timeout, deliver).await.unwrap_or_else(late)?;
         // What the server has said is certain, whether it hears us go or not.
         connection.leave().await;
@@ -195,12 +202,15 @@ impl Settings {
         }
         doing.set("waiting for the reply to DATA");
         connection.command(Data).await.map_err(fail)?;
-        doing.set(
-            "waiting until the mail is taken, which it may be, although the server does not say so",
-        );
+        doing.set(TAKING);
         // It ends the last line by itself.
         let mail = mail.strip_suffix(b"\r\n").unwrap_or(mail);
-        connection.message(mail).await.map_err(fail)?;
+        connection.message(mail).await.map_err(|error| {
+            // Without a reply, nobody knows.
+            let is_known = error.status().is_some();
+            let failure = fail(error);
+            if is_known { failure } else { Failure::doubtful(failure.words) }
+        })?;
         Ok(refused)
     }
 }

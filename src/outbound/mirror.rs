@@ -460,7 +460,7 @@ impl Log {
         }
         let brought =
             std::mem::take(&mut *self.brought.lock().unwrap_or_else(PoisonError::into_inner));
-        if summary.interrupted || brought.is_empty() {
+        if brought.is_empty() {
             return;
         }
         let batch::Summary { new, changed, .. } = summary;

@@ -167,8 +167,11 @@ impl Queue {
         for (channel, withheld) in other.contents.withheld {
             self.set_withheld(&channel, withheld);
         }
-        // First here, and then no longer there.
+        // First here, and then no longer there; in memory alone, it is not safe.
         self.save()?;
+        if self.folder.is_none() {
+            return Ok(());
+        }
         match other.folder.map_or(Ok(()), |folder| fs::remove_file(folder.join(FILE))) {
             // Nothing was ever kept there.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -390,6 +393,12 @@ mod tests {
         queue.take_over(before).unwrap();
         assert_eq!(kept(to.path()), contents);
         assert_eq!(kept(from.path()), Contents::default());
+        // What is only in memory is kept where it was.
+        let kept_before = kept(to.path());
+        let mut memory = Queue::default();
+        memory.take_over(queue).unwrap();
+        assert_eq!((memory.waiting("mail.a"), kept(to.path())), (1, kept_before));
+        let mut queue = Queue::open(to.path()).unwrap();
         // From where nothing was ever kept, too.
         queue.take_over(Queue::open(from.path()).unwrap()).unwrap();
     }

@@ -704,6 +704,8 @@ async fn read_reply(client: &Client, mut response: Response) -> Result<(u16, Vec
 /// What a failure with this HTTP status means.
 fn lasting(status: u16) -> Lasting {
     match status {
+        // Somebody on the way has not heard its end.
+        500 | 502 | 504 => Lasting::Doubtful,
         _ if back_off::is_temporary(status) || status >= 500 => Lasting::Temporary,
         300..=399 | 401 | 403 | 404 | 405 | 407 => Lasting::Unusable,
         _ => Lasting::Refused,
@@ -887,7 +889,7 @@ mod tests {
         assert_eq!(of(failure), (Lasting::Unusable, "4051 剩余条数不足".to_owned()));
         let failure = ihuyi(200, b"<html>").unwrap_err();
         assert_eq!(of(failure), (Lasting::Doubtful, "HTTP 200 and no JSON: <html>".to_owned()));
-        assert_eq!(ihuyi(500, b"oops").unwrap_err().lasting, Lasting::Temporary);
+        assert_eq!(ihuyi(500, b"oops").unwrap_err().lasting, Lasting::Doubtful);
         assert_eq!(ihuyi(200, b"[]").unwrap_err().words, "HTTP 200: []");
         assert_eq!(ihuyi(200, b"{\"code\":\"2\"}").unwrap(), "");
 

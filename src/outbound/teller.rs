@@ -32,8 +32,9 @@ use crate::workers::EventLoop;
 /// How long is waited after the first failure of a channel, and at most after the next.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_mins(15));
 
-/// How often a message is tried that is refused, or may have been taken: an SMS is paid for each time.
-const MAX_TRIES: u32 = 6;
+/// How often a message is tried that is refused, or may have been taken, for each recipient: an SMS is
+/// paid for each time. With the pauses it takes three quarters of an hour.
+const MAX_TRIES: u32 = 10;
 
 /// What could not be sent for so long is not sent.
 const EXPIRES: Duration = Duration::from_hours(72);
@@ -228,7 +229,9 @@ impl Job {
     }
 
     async fn run(mut self, mut events: Events, mut wanted: watch::Receiver<Wanted>) {
-        self.open();
+        self.folder = self.alert.folder();
+        // In memory at least.
+        self.queue = Self::open(self.folder.as_deref()).unwrap_or_default();
         let (now, second) = (self.now(), self.second());
         self.incidents.take_up(self.queue.incidents().clone(), now, second);
         // Whether a channel works is not seen by whoever looks at the rest.
@@ -273,30 +276,27 @@ impl Job {
         }
     }
 
-    /// Takes up the queue.
-    fn open(&mut self) {
-        self.folder = self.alert.folder();
-        let Some(folder) = self.folder.clone() else {
+    /// Takes up the queue of a folder; without one, it is in memory.
+    ///
+    /// # Errors
+    /// Has been said.
+    fn open(folder: Option<&Path>) -> Result<Queue, OpenError> {
+        let Some(folder) = folder else {
             tracing::warn!(
                 "alerts that wait to be sent are lost at a restart: there is no folder for them \
                  (StateDirectory= of the unit, or `state` of [alert])"
             );
-            return;
+            return Ok(Queue::default());
         };
         let path = escape(&folder.to_string_lossy());
         let complain = |error: &OpenError| {
             let cause = error.to_string();
             tracing::error!(path, cause, "the queue of alerts in {path}: {cause}");
         };
-        let opened = Queue::open(&folder).or_else(|error| {
-            complain(&error);
-            match error {
-                OpenError::Unreadable(_) => Queue::begin_anew(&folder).inspect_err(complain),
-                OpenError::Taken => Err(error),
-            }
-        });
-        // In memory at least.
-        self.queue = opened.unwrap_or_default();
+        Queue::open(folder).inspect_err(complain).or_else(|error| match error {
+            OpenError::Unreadable(_) => Queue::begin_anew(folder).inspect_err(complain),
+            OpenError::Taken => Err(error),
+        })
     }
 
     /// Does what is wanted from now on.
@@ -306,9 +306,13 @@ impl Job {
         if let Some(alert) = &settings.alert {
             self.incidents.set_policy(alert.policy.clone());
             self.alert = alert.clone();
-            if alert.folder() != self.folder {
-                let before = std::mem::take(&mut self.queue);
-                self.open();
+            let folder = alert.folder();
+            // One that cannot be had is no reason to give up the one that is.
+            if folder != self.folder
+                && let Ok(queue) = Self::open(folder.as_deref())
+            {
+                self.folder = folder;
+                let before = std::mem::replace(&mut self.queue, queue);
                 if let Err(error) = self.queue.take_over(before) {
                     let cause = error.to_string();
                     tracing::error!(cause, "alerts that wait cannot be taken along: {cause}");
@@ -343,8 +347,13 @@ impl Job {
             };
             self.outlets.insert(name, outlet);
         }
-        for gone in before.into_keys() {
-            self.take(channel_failed(gone, Change::Ended));
+        // Of who is told nothing any more, nobody will see that it works again.
+        let failed: Vec<_> = self.incidents.lasting().collect();
+        for (kind, channel) in failed {
+            let is_told = self.outlets.contains_key(&channel) && settings.is_told(&channel);
+            if kind == Kind::ChannelFailed && !is_told {
+                self.take(channel_failed(channel, Change::Ended));
+            }
         }
         for channel in self.queue.channels() {
             let waiting = self.queue.waiting(channel);
@@ -558,7 +567,8 @@ impl Job {
         let now = self.now();
         let channel = &**name;
         let tries = if lasting.is_bounded() { tries.saturating_add(1) } else { *tries };
-        let given_up = tries >= MAX_TRIES;
+        let recipients = rest.as_ref().map_or(1, Vec::len).try_into().unwrap_or(u32::MAX);
+        let given_up = tries >= MAX_TRIES.saturating_mul(recipients);
         if given_up {
             self.queue.remove(name, id);
         } else {
@@ -580,7 +590,13 @@ impl Job {
             tracing::warn!(channel, error, next, "alert not sent over {channel}: {error}");
         }
         let failing_for = now.saturating_sub(*outlet.failing.get_or_insert(now));
-        if lasting == Lasting::Unusable || given_up || failing_for >= PATIENCE {
+        if given_up {
+            // The next message may be taken: this has no end.
+            let what = format!("an alert is given up: {error}");
+            let change = Change::Happened { what, files: Vec::new() };
+            self.take(channel_failed(Arc::clone(name), change));
+        } else if !lasting.is_bounded() && (lasting == Lasting::Unusable || failing_for >= PATIENCE)
+        {
             let event = channel_failed(Arc::clone(name), Change::Begun(error));
             let since = event.at.checked_sub(failing_for).unwrap_or(event.at);
             self.take(Event { at: since, ..event });
@@ -849,6 +865,53 @@ mod tests {
         assert_eq!(job.next().as_secs(), 0);
         job.alert.to = Vec::new();
         assert!(job.next() > Duration::from_secs(10));
+    }
+
+    #[tokio::test]
+    async fn every_recipient_has_its_attempts_before_a_message_is_given_up() {
+        let mut job = job_with(message());
+        let rest = Some(vec!["a".to_owned(), "b".to_owned(), "c".to_owned()]);
+        let mut times = 0;
+        while let Some(Message { tries, .. }) = job.queue.first("mail.a").cloned() {
+            let attempt = Attempt { channel: "mail.a".into(), id: "1".to_owned(), tries };
+            let failed = Delivery { sent: Err(Failure::refused("no")), rest: rest.clone() };
+            job.conclude(&attempt, failed);
+            times += 1;
+        }
+        assert_eq!(times, 3 * MAX_TRIES);
+        // What is told of it has no end to wait for.
+        assert_eq!(job.incidents.lasting().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_folder_that_cannot_be_had_takes_nothing_from_the_one_that_is() {
+        let (had, taken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let mut job = job_with(message());
+        job.folder = Some(had.path().to_owned());
+        let mut queue = Queue::open(had.path()).unwrap();
+        assert!(queue.add(message()));
+        queue.save().unwrap();
+        job.queue = queue;
+        let _other = Queue::open(taken.path()).unwrap();
+        let mut settings = load(&format!("{MAIL}[alert]\nto = [\"mail.a\"]")).unwrap();
+        let Some(alert) = &mut settings.alert else { panic!() };
+        alert.state = Some(taken.path().to_owned());
+        job.adopt(Wanted { settings, counts: vec![Arc::new(Counts::new("mail.a".into()))] });
+        assert_eq!((job.queue.waiting("mail.a"), job.folder), (1, Some(had.path().to_owned())));
+        drop(job.queue);
+        assert_eq!(Queue::open(had.path()).unwrap().waiting("mail.a"), 1);
+    }
+
+    #[tokio::test]
+    async fn the_failure_of_a_channel_that_is_told_nothing_any_more_is_over() {
+        let mut job = job_with(message());
+        for gone in ["mail.gone", "mail.a"] {
+            job.take(channel_failed(gone.into(), Change::Begun("no login".to_owned())));
+        }
+        let settings = load(&format!("{MAIL}[alert]\nto = [\"mail.a\"]")).unwrap();
+        job.adopt(Wanted { settings, counts: vec![Arc::new(Counts::new("mail.a".into()))] });
+        let lasting: Vec<_> = job.incidents.lasting().collect();
+        assert_eq!(lasting, [(Kind::ChannelFailed, "mail.a".into())]);
     }
 
     #[tokio::test]
