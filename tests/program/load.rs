@@ -105,7 +105,7 @@ fn load(crowd: Crowd, length: Duration) {
     fs::write(folder.path().join("slow.bin"), content(2, SLOW)).unwrap();
     fs::write(folder.path().join("files/one.bin"), content(3, 1000)).unwrap();
     let mut daemon = Daemon::start_in(folder, CONFIG, |_| {});
-    let descriptors = daemon.usage().1;
+    let descriptors = descriptors(&daemon);
     let places = Arc::new(Places::of(&daemon));
 
     // The same crowd twice: what is there once for all is there after the first.
@@ -148,6 +148,17 @@ impl Settled {
         let (memory, descriptors) = daemon.usage();
         Self { memory, descriptors, threads: daemon.threads() }
     }
+}
+
+/// How many descriptors are open while nobody reads a file, who would have one more.
+fn descriptors(daemon: &Daemon) -> usize {
+    let mut count = 0;
+    eventually("a moment in which no file is read", || {
+        let before = readers(daemon);
+        count = daemon.usage().1;
+        before == 0 && readers(daemon) == 0
+    });
+    count
 }
 
 /// How many threads read files at this moment.
