@@ -105,7 +105,7 @@ fn load(crowd: Crowd, length: Duration) {
     fs::write(folder.path().join("slow.bin"), content(2, SLOW)).unwrap();
     fs::write(folder.path().join("files/one.bin"), content(3, 1000)).unwrap();
     let mut daemon = Daemon::start_in(folder, CONFIG, |_| {});
-    let descriptors = descriptors(&daemon);
+    let descriptors = Settled::now(&daemon).descriptors;
     let places = Arc::new(Places::of(&daemon));
 
     // The same crowd twice: what is there once for all is there after the first.
@@ -133,32 +133,35 @@ const TOLERANCE: u64 = 4 << 20;
 
 /// What the daemon has when nobody is connected.
 #[derive(Debug)]
-struct Settled {
+pub struct Settled {
     memory: u64,
-    descriptors: usize,
+    pub descriptors: usize,
     threads: u64,
 }
 
 impl Settled {
-    /// Waits until there are no more descriptors than these, and no thread that reads files: those
-    /// end when they have had nothing to do for some time.
-    fn wait(daemon: &Daemon, descriptors: usize) -> Self {
-        eventually("every descriptor to be closed", || daemon.usage().1 == descriptors);
-        eventually("the threads that read files to end", || readers(daemon) == 0);
-        let (memory, descriptors) = daemon.usage();
-        Self { memory, descriptors, threads: daemon.threads() }
+    /// Looks in a moment in which no file is read: a thread that reads is one more, and so is what it
+    /// has open. Files are looked at twice a second.
+    pub fn now(daemon: &Daemon) -> Self {
+        let mut settled = None;
+        eventually("a moment in which no file is read", || {
+            let before = readers(daemon);
+            let (memory, descriptors) = daemon.usage();
+            settled = Some(Self { memory, descriptors, threads: daemon.threads() });
+            before == 0 && readers(daemon) == 0
+        });
+        settled.unwrap()
     }
-}
 
-/// How many descriptors are open while nobody reads a file, who would have one more.
-fn descriptors(daemon: &Daemon) -> usize {
-    let mut count = 0;
-    eventually("a moment in which no file is read", || {
-        let before = readers(daemon);
-        count = daemon.usage().1;
-        before == 0 && readers(daemon) == 0
-    });
-    count
+    /// Waits until there are no more descriptors than these.
+    fn wait(daemon: &Daemon, descriptors: usize) -> Self {
+        let mut settled = Self::now(daemon);
+        eventually("every descriptor to be closed", || {
+            settled = Self::now(daemon);
+            settled.descriptors == descriptors
+        });
+        settled
+    }
 }
 
 /// How many threads read files at this moment.

@@ -24,6 +24,7 @@ use crate::good::{
     GOOD, ask_time, check_time, connect_from, content, internet, pushed, read_document, unix,
     version_of, wrong,
 };
+use crate::load::Settled;
 
 /// When the daemon must have ended every connection of a client that wants nothing but to stay:
 /// `max-duration`, and what a busy machine adds.
@@ -82,7 +83,7 @@ fn soak() {
     write_files(folder.path(), 0);
     let mut daemon = Daemon::start_in(folder, CONFIG, |_| {});
     let places = Places::of(&daemon);
-    let descriptors = daemon.usage().1;
+    let descriptors = Settled::now(&daemon).descriptors;
     let soak = Soak::begin();
     let mut memory = Memory::default();
 
@@ -124,7 +125,9 @@ fn soak() {
     println!("{}", soak.table());
     soak.assert_that_all_is_well();
     reload(&daemon, "");
-    eventually("every descriptor to be closed", || daemon.usage().1 == descriptors);
+    eventually("every descriptor to be closed", || {
+        Settled::now(&daemon).descriptors == descriptors
+    });
     eventually("the last version of every file", || {
         let versions = [
             pushed(places.small, "small.bin", SMALL, 0),
