@@ -31,6 +31,9 @@ const IDLE: Duration = Duration::from_millis(200);
 /// A reading that takes longer may never end.
 const SLOW: Duration = Duration::from_secs(5);
 
+/// What is told of a path whose reading does not end.
+pub const UNANSWERED: &str = "its file system does not answer";
+
 /// Something that is to be done.
 struct Work {
     act: Box<dyn FnOnce() + Send>,

@@ -18,7 +18,7 @@ use crate::config::{self, Config, Endpoint};
 use crate::connection::Shutdown;
 use crate::listener::{DatagramSocket, Duty, Family, Listener};
 use crate::metrics::Monitor;
-use crate::readers::Readers;
+use crate::readers::{Readers, UNANSWERED};
 use crate::reload::{Change, Difference, Held, Mismatch, Origin, difference};
 use crate::served::Served;
 use crate::services::{Service, Settings};
@@ -447,9 +447,7 @@ impl Running {
         let start = || Service::start(name, settings, monitor);
         let started = match timeout(PATIENCE, self.readers.run(&config.name, start)).await {
             Ok(started) => started.flatten(),
-            Err(_) => {
-                Err(io::Error::new(io::ErrorKind::TimedOut, "its file system does not answer"))
-            }
+            Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, UNANSWERED)),
         };
         started.map_err(|source| Error::Open { service: Arc::clone(&config.name), source })
     }

@@ -3,6 +3,8 @@
 
 use std::fmt;
 
+use crate::readers::UNANSWERED;
+
 /// Where a fault is.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Place {
@@ -48,16 +50,13 @@ impl fmt::Display for Fault {
 /// How many faults are printed: beyond that, the file is no configuration but junk.
 const MAX_TOLD: usize = 1000;
 
-/// How the problem ends with a path whose file system hangs: a fault of the machine, and not of the
-/// configuration.
-pub const UNANSWERED: &str = "its file system does not answer";
-
 /// Every fault of a configuration; never empty.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub struct Faults(pub Vec<Fault>);
 
 impl Faults {
-    /// Whether nothing is wrong but that a file system hangs, so that it may be well later.
+    /// Whether nothing is wrong but that a file system hangs, which is a fault of the machine and not of
+    /// the configuration, so that it may be well later. The problem ends with that.
     pub fn may_pass(&self) -> bool {
         self.0.iter().all(|fault| fault.problem.ends_with(UNANSWERED))
     }

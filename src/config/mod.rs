@@ -26,7 +26,7 @@ use crate::logging;
 use crate::mirrors;
 use crate::services::{self, KINDS, Kind, METRICS, Settings};
 
-pub use fault::{Fault, Faults, Place, UNANSWERED};
+pub use fault::{Fault, Faults, Place};
 pub use table::{Located, Noted, Source, Table};
 pub use values::{Endpoint, Listen, duration, size};
 

@@ -3,7 +3,7 @@
 //! It runs on a thread and an event loop of its own: neither a dead mail server nor the disk delays a
 //! service. What a channel itself fails with is logged, counted, and told over the other channels.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Write as _;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -643,20 +643,22 @@ async fn deliver(channel: &Channel, message: Message) -> Delivery {
 /// and nobody pays twice for a restart.
 async fn deliver_sms(sms: &sms::Settings, message: Message) -> Delivery {
     let is_first = message.to.is_none();
-    let mut rest =
-        message.to.unwrap_or_else(|| sms.to.iter().map(ToString::to_string).collect::<Vec<_>>());
-    let first = if rest.is_empty() { None } else { Some(rest.remove(0)) };
-    let number = first.as_deref().map(sms::Number::from_str);
-    let Some((first, Ok(number))) = first.as_ref().zip(number) else {
-        return Failure::refused("a number is none").into();
+    let all = || sms.to.iter().map(ToString::to_string).collect();
+    let mut rest: VecDeque<_> = message.to.unwrap_or_else(all).into();
+    let Some(first) = rest.pop_front() else {
+        return Failure::refused("there is no number").into();
+    };
+    let number = match sms::Number::from_str(&first) {
+        Ok(number) => number,
+        Err(problem) => return Failure::refused(problem).into(),
     };
     let sent = sms.send(&[number], &sms.shorten(&message.text)).await;
     // As long as nobody has got it, it is for whoever the configuration says.
     if sent.is_err() && !(is_first && rest.is_empty()) {
         // The others come before it is tried again.
-        rest.push(first.clone());
+        rest.push_back(first);
     }
-    Delivery { sent, rest: Some(rest).filter(|rest| !rest.is_empty()) }
+    Delivery { sent, rest: Some(rest.into()).filter(|rest: &Vec<_>| !rest.is_empty()) }
 }
 
 async fn deliver_mail(mail: &mail::Settings, message: Message) -> Delivery {

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::connection::{Broken, Connection, Stream};
 use crate::document;
 use crate::files::{OpenFile, Stamp};
-use crate::readers::{Readers, if_slow};
+use crate::readers::{Readers, UNANSWERED, if_slow};
 
 use super::ready_made::ReadyMade;
 use super::stream;
@@ -202,7 +202,7 @@ impl FileService {
                 let newer = file.newer_version(&mut rewrite);
                 (newer, rewrite)
             });
-            let looked = if_slow(look, || self.complain("its file system does not answer"));
+            let looked = if_slow(look, || self.complain(UNANSWERED));
             rewrite = match looked.await {
                 Ok((newer, rewrite)) => {
                     self.take(newer, rewrite.is_some());

@@ -22,7 +22,7 @@ use tokio_util::codec::{AnyDelimiterCodec, Decoder};
 use crate::connection::{Broken, Connection, Stream};
 use crate::document;
 use crate::files::{Entry, Folder, MAX_NAME, OpenFile, Stamp};
-use crate::readers::{Readers, if_slow};
+use crate::readers::{Readers, UNANSWERED, if_slow};
 
 use super::stream;
 use super::trouble::Trouble;
@@ -166,7 +166,7 @@ impl FolderService {
             let folder = Arc::clone(self);
             // No file has an empty name.
             let look = self.readers.run("", move || folder.settings.folder.look());
-            let hangs = || self.note(Err(io::Error::other("its file system does not answer")));
+            let hangs = || self.note(Err(io::Error::other(UNANSWERED)));
             self.note(if_slow(look, hangs).await.flatten());
         }
     }

@@ -25,6 +25,7 @@ use crate::config::{self, Context, Noted, Table};
 use crate::connection::{Broken, Connection, Stream};
 use crate::files::{Folder, OpenFile};
 use crate::metrics::Monitor;
+use crate::readers::UNANSWERED;
 
 /// The checked settings of a service.
 #[derive(Debug, Clone, PartialEq)]
@@ -151,9 +152,8 @@ impl Drop for Look {
 /// handed out already, it goes on being what it was.
 fn open_path(path: &Path, context: &Context<'_>) -> Result<Opened, String> {
     let running = context.running.iter().find_map(|settings| Opened::of(settings, path));
-    let in_vain = |running: Option<Opened>| {
-        running.ok_or_else(|| format!("cannot be opened: {}", config::UNANSWERED))
-    };
+    let in_vain =
+        |running: Option<Opened>| running.ok_or_else(|| format!("cannot be opened: {UNANSWERED}"));
     let Some((look, others)) = Look::begin(path) else { return in_vain(running) };
     let patience = if running.is_some() || others { PATIENCE.1 } else { PATIENCE.0 };
     let will_be_created = context.will_be_created(path);
