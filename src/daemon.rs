@@ -2,6 +2,7 @@
 //! a reload is ordered, until the order to stop; then what is under way may finish.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +21,7 @@ use crate::errors::chain;
 use crate::logging::Logger;
 use crate::metrics::Reload;
 use crate::mirrors::{self, Mirrors};
+use crate::readers::Readers;
 use crate::running::{self, Running, Summary};
 use crate::sockets::Inherited;
 use crate::systemd;
@@ -30,6 +32,9 @@ const SUM_UP_EVERY: Duration = Duration::from_secs(10);
 
 /// How long connections that are reset may take to go; they only have to be dropped.
 const RESET_TIME: Duration = Duration::from_secs(1);
+
+/// Maximum time to wait for the folders of mirrors, whose file systems may hang.
+const CREATE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A listener, or what a service does by itself, ended though nobody had asked it to: a fault of
 /// the program, after which it cannot go on.
@@ -96,6 +101,7 @@ impl Daemon {
     ) -> Result<Self, running::Error> {
         raise_descriptor_limit();
         let mut running = Running::new(workers, inherited)?;
+        create_mirror_folders(&running.readers, &config.mirrors).await;
         let prepared = running.prepare(config).await?;
         let grace = config.daemon.grace;
         running.change(prepared, grace);
@@ -201,6 +207,7 @@ impl Daemon {
         self.mirrors.prepare(&config.mirrors).map_err(running::Error::Mirrors)?;
         self.alerts.prepare(&config.alerts).map_err(running::Error::Alerts)?;
         // Nothing can fail from here on.
+        create_mirror_folders(&self.running.readers, &config.mirrors).await;
         self.log.change(log);
         self.grace = config.daemon.grace;
         self.change_alerts(&config.alerts);
@@ -304,6 +311,17 @@ impl Daemon {
             (false, false) => format!("{serving}, {mirroring}"),
         }
     }
+}
+
+/// Creates the folders that mirrors fill, so that a service finds an empty one before the first run
+/// has ended. A folder that cannot be created is reported by the mirror's first run.
+async fn create_mirror_folders(readers: &Readers, mirrors: &[mirrors::Settings]) {
+    if mirrors.is_empty() {
+        return;
+    }
+    let folders: Vec<_> = mirrors.iter().map(|mirror| mirror.folder().to_owned()).collect();
+    let create = move || folders.iter().for_each(|folder| drop(fs::create_dir_all(folder)));
+    let _ = timeout(CREATE_TIMEOUT, readers.run("", create)).await;
 }
 
 async fn keep_saying_alive(loops: Vec<Handle>) {

@@ -9,7 +9,7 @@ use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use jiff::Timestamp;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, openat, statat};
@@ -134,6 +134,22 @@ fn changed() -> io::Error {
 
 fn regular(metadata: &fs::Metadata) -> io::Result<()> {
     if metadata.is_file() { Ok(()) } else { Err(io::Error::other("not a regular file")) }
+}
+
+/// Returns the path that is the same for the same file however it is named, also before that is
+/// created: what exists of it is canonical, and the rest follows as it is written.
+pub fn canonical(path: &Path) -> PathBuf {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let mut canonical = PathBuf::new();
+    for component in path.components() {
+        match component {
+            // No link is left in what exists, and what is created will be none.
+            Component::ParentDir => drop(canonical.pop()),
+            component => canonical.push(component),
+        }
+        canonical = canonical.canonicalize().unwrap_or(canonical);
+    }
+    canonical
 }
 
 /// A folder of which files are asked for by name.

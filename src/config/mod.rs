@@ -121,14 +121,6 @@ pub struct Context<'a> {
     pub running: &'a [Settings],
 }
 
-impl Context<'_> {
-    /// Whether a mirror will create this folder, or one in it.
-    pub fn will_be_created(&self, path: &Path) -> bool {
-        let path: PathBuf = path.components().collect();
-        self.mirrored.iter().any(|mirrored| mirrored.starts_with(&path))
-    }
-}
-
 /// What is to be configured: a file, services from the command line, or both.
 #[derive(Debug, Clone, Default)]
 pub struct Sources {

@@ -5,7 +5,7 @@
 
 use std::fmt::Display;
 use std::io;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -28,6 +28,7 @@ use crate::alerts::{Change, Event, Kind, Reporter};
 use crate::client::names::escape;
 use crate::config::{self, Context, Noted, Table};
 use crate::errors::chain;
+use crate::files::canonical;
 use crate::mirrors::{Counts, File, Run, Summary};
 use crate::secret;
 use crate::workers::EventLoop;
@@ -149,22 +150,6 @@ fn folder(path: &Path, text: &str) -> Result<PathBuf, String> {
         }
         _ => Ok(canonical(path)),
     }
-}
-
-/// The path that is the same for the same folder however it is named, also before it is created:
-/// what exists of it is canonical, and the rest follows as it is written.
-fn canonical(path: &Path) -> PathBuf {
-    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    let mut whole = PathBuf::new();
-    for component in path.components() {
-        match component {
-            // No link is left in what is there, and what is created will be none.
-            Component::ParentDir => drop(whole.pop()),
-            component => whole.push(component),
-        }
-        whole = whole.canonicalize().unwrap_or(whole);
-    }
-    whole
 }
 
 /// A URL, which is not repeated in the fault, as there may be a password in it.

@@ -23,7 +23,7 @@ use jiff::Timestamp;
 
 use crate::config::{self, Context, Noted, Table};
 use crate::connection::{Broken, Connection, Stream};
-use crate::files::{Folder, OpenFile};
+use crate::files::{Folder, OpenFile, canonical};
 use crate::metrics::Monitor;
 use crate::readers::UNANSWERED;
 
@@ -156,11 +156,11 @@ fn open_path(path: &Path, context: &Context<'_>) -> Result<Opened, String> {
         |running: Option<Opened>| running.ok_or_else(|| format!("cannot be opened: {UNANSWERED}"));
     let Some((look, others)) = Look::begin(path) else { return in_vain(running) };
     let patience = if running.is_some() || others { PATIENCE.1 } else { PATIENCE.0 };
-    let will_be_created = context.will_be_created(path);
+    let mirrored = context.mirrored.to_vec();
     let (tell, told) = mpsc::channel();
     let looking = thread::Builder::new().name("look".to_owned());
     let looking = looking.spawn(move || {
-        let opened = look_at(&look.0, will_be_created);
+        let opened = look_at(&look.0, &mirrored);
         drop(look);
         // Who has lost patience does not want to know.
         let _ = tell.send(opened);
@@ -188,9 +188,16 @@ fn cannot(error: &io::Error) -> String {
     format!("cannot be opened: {error}")
 }
 
-fn look_at(path: &Path, will_be_created: bool) -> Result<Opened, String> {
+/// Whether a mirror will create this folder, or one in it. `mirrored` are canonical paths, and the
+/// configured one may lead through links, as below `/var/lib/handout` under `DynamicUser=`.
+fn will_be_created(path: &Path, mirrored: &[PathBuf]) -> bool {
+    let path = canonical(path);
+    mirrored.iter().any(|mirrored| mirrored.starts_with(&path))
+}
+
+fn look_at(path: &Path, mirrored: &[PathBuf]) -> Result<Opened, String> {
     let metadata = match fs::metadata(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound && will_be_created => {
+        Err(error) if error.kind() == ErrorKind::NotFound && will_be_created(path, mirrored) => {
             return Ok(Opened::Folder(Folder::expected(path)));
         }
         metadata => metadata.map_err(|error| cannot(&error))?,

@@ -2,7 +2,7 @@
 //! of the mail server and of the daemon; and no client notices anything of it.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -14,7 +14,9 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::common::{Daemon, eventually, metric, read_all, says};
+use crate::common::{
+    Daemon, connect, eventually, http_get, metric, read_all, says, send_and_half_close,
+};
 use crate::postbox::{PASSWORD, Postbox};
 use crate::servers::Server;
 use crate::web::{Reply, Web};
@@ -663,4 +665,77 @@ fn who_has_got_an_sms_does_not_get_it_again_after_a_stop() {
     // The file being back is told, too, to each of the three.
     eventually("both", || metric(daemon.tcp("metrics"), sent) == 2.0);
     assert_eq!(["13800000001", "13800000002", "13800000003"].map(asked), [2, 3, 2]);
+}
+
+/// As `/var/lib/handout` is one under `DynamicUser=`.
+#[test]
+fn links_in_configured_paths_are_followed_and_an_empty_mirror_raises_no_alarm() {
+    let postbox = Postbox::start("tls");
+    let release = Arc::<AtomicBool>::default();
+    let held = Arc::clone(&release);
+    let web = Web::answers(move |_| {
+        eventually("the release", || held.load(Ordering::SeqCst));
+        Reply::ok("content")
+    });
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir_all(folder.path().join("private/state/queue")).unwrap();
+    std::os::unix::fs::symlink("private/state", folder.path().join("state")).unwrap();
+    fs::write(folder.path().join("private/state/one"), "one").unwrap();
+    let config = format!(
+        "[mirror.m]\nurls = [\"{}\"]\ninto = \"state/deep/pictures\"\n\
+         [file.mirrored]\nlisten = [\"127.0.0.1:0\"]\npath = \"state/deep/pictures\"\n\
+         [file.around]\nlisten = [\"127.0.0.1:0\"]\npath = \"private/state/deep\"\n\
+         [file.one]\nlisten = [\"127.0.0.1:0\"]\npath = \"state/one\"\n\
+         [metrics]\nlisten = [\"127.0.0.1:0\"]\n\
+         {}\n[alert]\nto = [\"mail.ops\"]\non = [\"file-missing\", \"mirror-failed\", \"mirror-updated\"]\n\
+         wait = \"100ms\"\nstate = \"state/queue\"\n",
+        web.url("a.txt"),
+        postbox.channel("")
+    );
+    let daemon = Daemon::start_in(folder, &config, |_| {});
+    let list = |service| {
+        let mut stream = connect(daemon.tcp(service));
+        send_and_half_close(&mut stream, b"\n");
+        let mut reply = String::new();
+        stream.read_to_string(&mut reply).unwrap();
+        reply
+    };
+    assert_eq!(list("file.mirrored"), "{\"files\":[]}\n");
+    assert_eq!(list("file.around"), "{\"files\":[]}\n");
+    assert!(!read_all(daemon.tcp("file.one")).is_empty());
+    eventually("the first request", || !web.requests().is_empty());
+    let (head, body) = http_get(daemon.tcp("metrics"), "/healthz");
+    assert!(head.starts_with("HTTP/1.1 200 "), "{head} {body}");
+
+    release.store(true, Ordering::SeqCst);
+    // The only mail is that there are files.
+    let mail = postbox.wait_for(0);
+    assert!(subject(&mail).starts_with("mirror-updated: mirror.m, at "), "{mail}");
+    // A list may be half a second old.
+    eventually("the file in the lists", || {
+        list("file.mirrored").contains("\"a.txt\"")
+            && list("file.around").contains("\"pictures/a.txt\"")
+    });
+    let alarm = |line: &&Value| line["level"] == "WARN" || line["level"] == "ERROR";
+    assert_eq!(daemon.lines().iter().find(alarm), None);
+    assert!(daemon.path("private/state/queue").join(QUEUE).exists());
+}
+
+#[test]
+fn a_reload_that_adds_a_mirror_raises_no_alarm() {
+    let web = Web::always(Reply::ok("content").then_stall());
+    let before =
+        "[time.clock]\nlisten = [\"127.0.0.1:0\"]\n[metrics]\nlisten = [\"127.0.0.1:0\"]\n";
+    let daemon = Daemon::start(before);
+    let line = daemon.reload(&format!(
+        "{before}[mirror.m]\nurls = [\"{}\"]\ninto = \"m\"\n\
+         [file.m]\nlisten = [\"127.0.0.1:0\"]\npath = \"m\"\n",
+        web.url("a.txt")
+    ));
+    assert!(says(&line, "reloaded: "), "{line}");
+    eventually("the first request", || !web.requests().is_empty());
+    let (head, body) = http_get(daemon.tcp("metrics"), "/healthz");
+    assert!(head.starts_with("HTTP/1.1 200 "), "{head} {body}");
+    let alarm = |line: &&Value| line["level"] == "WARN" || line["level"] == "ERROR";
+    assert_eq!(daemon.lines().iter().find(alarm), None);
 }
