@@ -57,6 +57,18 @@ Examples:
 
 Exit codes: 0 no fault, 1 a channel cannot be used, 2 wrong usage, 78 wrong configuration.")]
     Check(Check),
+    /// Reload the configuration of the running daemon, wait, and print the outcome
+    #[command(after_help = "\
+Examples:
+  handout reload
+  handout reload --socket /run/handout-lab/control
+
+Every fault is printed, and after a fault the daemon goes on with its old configuration. A daemon
+that was started by hand has a control socket with `handout serve --control PATH`, and is reloaded
+by SIGHUP as well.
+Exit codes: 0 reloaded, 1 the daemon cannot be reached or did not reply, 2 wrong usage, 78 the daemon
+rejected its configuration.")]
+    Reload(Reload),
     /// Ask a time service and print what it says
     #[command(after_help = "\
 Examples:
@@ -150,6 +162,17 @@ pub struct Check {
     pub connect: bool,
 }
 
+/// How to reload.
+#[derive(Debug, Args)]
+pub struct Reload {
+    /// The control socket [default: /run/handout/control]
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// How long to wait for the outcome
+    #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = config::duration)]
+    pub timeout: Duration,
+}
+
 /// What to send as a mail.
 #[derive(Debug, Args)]
 pub struct Mail {
@@ -203,6 +226,9 @@ pub struct Serve {
     /// Hand out this file, or the files of this folder, on this address: HOST:PORT=PATH
     #[arg(long, value_name = "ADDR=PATH", value_parser = address_and_path)]
     file: Vec<(String, String)>,
+    /// Create the socket for `handout reload` here [default: /run/handout/control, if possible]
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
 }
 
 /// How to ask for the time.
@@ -406,7 +432,7 @@ impl From<ConfigFile> for Sources {
 impl From<Serve> for Sources {
     /// Services on the command line need no file; one that is named is read beside them.
     fn from(serve: Serve) -> Self {
-        let Serve { config, time, file: files } = serve;
+        let Serve { config, time, file: files, .. } = serve;
         if time.is_empty() && files.is_empty() {
             return config.into();
         }

@@ -1,6 +1,8 @@
 //! The supervisor: everything is bound and opened, then said to be ready, then served, changed when
 //! a reload is ordered, until the order to stop; then what is under way may finish.
 
+pub mod control;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
@@ -9,7 +11,6 @@ use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::runtime::Handle;
-use tokio::sync::Notify;
 use tokio::task::JoinError;
 use tokio::time::{Instant, MissedTickBehavior, interval, interval_at, timeout};
 use tokio_util::sync::CancellationToken;
@@ -26,6 +27,8 @@ use crate::running::{self, Running, Summary};
 use crate::sockets::Inherited;
 use crate::systemd;
 use crate::workers::{self, Workers};
+
+use control::{ReloadQueue, Reply};
 
 /// How often what strangers can cause at will is summed up in the log.
 const SUM_UP_EVERY: Duration = Duration::from_secs(10);
@@ -60,8 +63,6 @@ enum ReloadError {
 /// What the daemon is told from outside; by signals, as a rule.
 #[derive(Debug, Clone, Default)]
 pub struct Orders {
-    /// Read the configuration anew.
-    pub reload: Arc<Notify>,
     /// Stop: let the connections finish.
     pub stop: CancellationToken,
     /// Stop now.
@@ -128,11 +129,11 @@ impl Daemon {
     }
 
     /// Serves until it is ordered to stop, and returns when the connections have finished or their
-    /// grace is over.
+    /// grace is over. Requests in `reloads` are carried out.
     ///
     /// # Errors
     /// If a part of it ended unasked.
-    pub async fn run(mut self, orders: Orders) -> Result<(), Ended> {
+    pub async fn run(mut self, orders: Orders, mut reloads: ReloadQueue) -> Result<(), Ended> {
         let alive = tokio::spawn(keep_saying_alive(self.running.loops().to_vec()));
         let status = self.status();
         tracing::info!("ready: {status}");
@@ -150,36 +151,35 @@ impl Daemon {
                     self.running.forget_who_has_left();
                 }
                 _ = looks.tick(), if !self.told.is_empty() => self.look(),
-                () = orders.reload.notified() => tokio::select! {
+                Some(waiting) = reloads.next() => tokio::select! {
                     () = orders.stop.cancelled() => break Ok(()),
-                    () = self.reload() => {}
+                    reply = self.reload() => waiting.answer(&reply),
                 },
             }
         };
+        // Whoever waits for a reload learns that there will be none.
+        drop(reloads);
         self.stop(&orders).await;
         alive.abort();
         ended
     }
 
     /// Becomes what the configuration now says, or stays as it is and says why.
-    async fn reload(&mut self) {
+    async fn reload(&mut self) -> Reply {
         systemd::reloading();
         let before = self.status();
-        let status = match self.try_to_reload().await {
+        let (status, reply) = match self.try_to_reload().await {
             Ok(summary) => {
                 self.running.monitor.count_reload(Reload::Done);
                 self.reload_trouble = None;
                 let Summary { added, changed, removed, kept } = summary;
                 let status = self.status();
-                tracing::info!(
-                    added,
-                    changed,
-                    removed,
-                    kept,
+                let summary = format!(
                     "reloaded: {added} services added, {changed} changed, {removed} removed, \
                      {kept} as before; {status}"
                 );
-                status
+                tracing::info!(added, changed, removed, kept, "{summary}");
+                (status, Reply::Reloaded { summary })
             }
             Err(error) => {
                 self.running.monitor.count_reload(Reload::Failed);
@@ -189,10 +189,13 @@ impl Daemon {
                 }
                 let first = text.lines().next().unwrap_or_default();
                 self.reload_trouble = Some(first.to_owned());
-                format!("{before}; reload failed, nothing was changed: {first}")
+                let status = format!("{before}; reload failed, nothing was changed: {first}");
+                (status, Reply::rejected(&text))
             }
         };
+        // Before the reply: `systemctl reload` ends with the client that waits for it.
         systemd::ready(&status);
+        reply
     }
 
     async fn try_to_reload(&mut self) -> Result<Summary, ReloadError> {

@@ -6,7 +6,6 @@ use std::error::Error;
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use clap::{CommandFactory, Parser};
 use handout::cli::{self, Cli, Command};
@@ -15,6 +14,7 @@ use handout::client::fetch::Order;
 use handout::client::names::escape;
 use handout::client::progress::Progress;
 use handout::config::{Config, Faults, Sources};
+use handout::daemon::control::{self, ControlSocket, ReloadSender, Reply};
 use handout::daemon::{Daemon, Orders};
 use handout::errors::chain;
 use handout::logging::{self, Logger};
@@ -22,7 +22,7 @@ use handout::running;
 use handout::sockets::Inherited;
 use handout::workers::{self, Workers};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::Notify;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 /// Wrong configuration (sysexits(3), `EX_CONFIG`), which a restart does not mend.
@@ -30,8 +30,9 @@ const WRONG_CONFIGURATION: u8 = 78;
 
 fn main() -> ExitCode {
     match Cli::parse().command {
-        Command::Serve(arguments) => serve(arguments.into()),
+        Command::Serve(arguments) => serve(arguments),
         Command::Check(arguments) => check(arguments),
+        Command::Reload(arguments) => in_client(|stop| until(stop, reload(arguments))),
         Command::Time(arguments) => in_client(|stop| until(stop, time(&arguments))),
         Command::Fetch(arguments) => match arguments.order() {
             Ok(order) => in_client(|stop| until(stop, fetch(&arguments, &order))),
@@ -212,11 +213,8 @@ fn check(arguments: cli::Check) -> ExitCode {
     let sources = Sources::from(arguments.config);
     let config = match Config::load(&sources) {
         Ok(config) => config,
-        // A daemon that serves it already goes on, and is not to be kept from a reload.
-        Err(faults) if faults.may_pass() => {
-            complain(&faults.to_string());
-            return ExitCode::SUCCESS;
-        }
+        // It may be right when the file system answers again.
+        Err(faults) if faults.may_pass() => return fail(&faults),
         Err(faults) => return refuse(&faults),
     };
     let lines = config.services.iter().map(|service| {
@@ -275,7 +273,32 @@ fn shown(path: &Path) -> String {
     escape(&path.to_string_lossy())
 }
 
-fn serve(sources: Sources) -> ExitCode {
+/// Requests a reload from the running daemon and prints its outcome.
+async fn reload(arguments: cli::Reload) -> ExitCode {
+    let path = arguments.socket.unwrap_or_else(control::default_path);
+    let limit = arguments.timeout;
+    match timeout(limit, control::request_reload(&path)).await {
+        Ok(Ok(Reply::Reloaded { summary })) => print(format!("{summary}\n").as_bytes()),
+        Ok(Ok(Reply::Rejected { faults })) => {
+            faults.iter().for_each(|fault| complain(fault));
+            complain("reload failed: the daemon keeps its old configuration");
+            ExitCode::from(WRONG_CONFIGURATION)
+        }
+        Ok(Ok(Reply::Refused { reason })) => {
+            complain(&format!("cannot reload: {reason}"));
+            ExitCode::FAILURE
+        }
+        Ok(Err(error)) => fail(&error),
+        Err(_) => {
+            complain(&format!("the daemon did not reply within {} s", limit.as_secs_f64()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(arguments: cli::Serve) -> ExitCode {
+    let control = arguments.control.clone();
+    let sources = Sources::from(arguments);
     // Before anything is opened, as they are known by their numbers.
     let inherited = match Inherited::take_all() {
         Ok(inherited) => inherited,
@@ -292,13 +315,18 @@ fn serve(sources: Sources) -> ExitCode {
         let runtime = workers::event_loop()?;
         let served = runtime.block_on(async {
             let orders = orders()?;
-            tokio::spawn(reload_on_hangup(Arc::clone(&orders.reload))?);
+            let (reloads, queue) = control::reload_queue();
+            tokio::spawn(reload_on_hangup(reloads.clone())?);
+            if let Some(socket) = open_control(control.as_deref())? {
+                let stop = orders.stop.clone();
+                tokio::spawn(stop.run_until_cancelled_owned(socket.serve(reloads)));
+            }
             let starting = Daemon::start(sources, &config, inherited, Workers::start()?, log);
             // A file may hang while it is read.
             let stop = orders.stop.clone();
             match stop.run_until_cancelled(starting).await {
                 None => Ok(()),
-                Some(daemon) => Ok(daemon?.run(orders).await?),
+                Some(daemon) => Ok(daemon?.run(orders, queue).await?),
             }
         });
         runtime.shutdown_timeout(workers::END_TIME);
@@ -338,12 +366,19 @@ fn orders() -> io::Result<Orders> {
     Ok(orders)
 }
 
-fn reload_on_hangup(reload: Arc<Notify>) -> io::Result<impl Future<Output = ()>> {
+fn open_control(path: Option<&Path>) -> Result<Option<ControlSocket>, Box<dyn Error>> {
+    ControlSocket::open(path).map_err(|error| {
+        let path = path.map(shown).unwrap_or_default();
+        format!("cannot open the control socket {path}: {error}").into()
+    })
+}
+
+fn reload_on_hangup(reloads: ReloadSender) -> io::Result<impl Future<Output = ()>> {
     let mut hangup = signal(SignalKind::hangup())?;
     Ok(async move {
         while hangup.recv().await.is_some() {
             // Several that come during a reload are one more.
-            reload.notify_one();
+            reloads.notify();
         }
     })
 }

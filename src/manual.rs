@@ -35,6 +35,7 @@ const FILES: &[(&str, &str)] = &[
         "In the folder of the service's state, as /var/lib/handout: alerts that wait to be sent.",
     ),
     ("/run/handout/", "The place for Unix sockets of the service."),
+    ("/run/handout/control", "The socket of handout reload, for root and the user of the service."),
     ("/usr/share/doc/handout/", "What is sent over the wire, and examples."),
 ];
 const ENVIRONMENT: &[(&str, &str)] = &[
@@ -44,6 +45,10 @@ const ENVIRONMENT: &[(&str, &str)] = &[
     (
         "NOTIFY_SOCKET, WATCHDOG_USEC, LISTEN_FDS, JOURNAL_STREAM",
         "Set by systemd for handout serve; see systemd.exec(5).",
+    ),
+    (
+        "RUNTIME_DIRECTORY",
+        "Set by systemd (RuntimeDirectory=): where the control socket is, instead of /run/handout.",
     ),
     ("STATE_DIRECTORY", "Set by systemd (StateDirectory=): where alerts wait to be sent."),
     ("CREDENTIALS_DIRECTORY", "Set by systemd: where the secrets are that LoadCredential= passes."),
@@ -61,7 +66,7 @@ const SIGNALS: &[(&str, &str)] = &[
         "SIGHUP",
         "handout serve reads its configuration anew, all or nothing: a service that did not \
          change keeps its sockets and its connections, and if there is any fault everything stays \
-         as it is, and the log says why.",
+         as it is, and the log says why. handout reload does the same and waits for the outcome.",
     ),
 ];
 

@@ -80,7 +80,10 @@ pub fn bind(endpoint: &Endpoint, shared: bool) -> Result<Socket, BindError> {
     let bound = match endpoint {
         Endpoint::Tcp(address) => bind_tcp(*address, shared).map(|bound| Socket::Tcp(bound.into())),
         Endpoint::Udp(address) => bind_udp(*address, shared),
-        Endpoint::Unix(path) => bind_unix(path),
+        // Whoever may enter the folder may ask, as with a TCP port.
+        Endpoint::Unix(path) => {
+            bind_unix(path, 0o666).map(|(listener, file)| Socket::Unix(listener.into(), Some(file)))
+        }
     };
     bound.map_err(|source| BindError { endpoint: endpoint.clone(), source })
 }
@@ -288,7 +291,12 @@ fn internet_socket(
     Ok(socket)
 }
 
-fn bind_unix(path: &Path) -> io::Result<Socket> {
+/// Binds a Unix socket that does not block and whose file has this mode. The file of a process that
+/// was killed is replaced, that of another that lives is not.
+///
+/// # Errors
+/// [`io::ErrorKind::AddrInUse`] if another process listens there, or why it cannot be bound.
+pub fn bind_unix(path: &Path, mode: u32) -> io::Result<(UnixListener, SocketFile)> {
     let listener = match UnixListener::bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             remove_stale(path)?;
@@ -298,9 +306,8 @@ fn bind_unix(path: &Path) -> io::Result<Socket> {
     };
     let file = SocketFile::new(path)?;
     listener.set_nonblocking(true)?;
-    // Whoever may enter the folder may ask, as with a TCP port.
-    fs::set_permissions(path, fs::Permissions::from_mode(0o666))?;
-    Ok(Socket::Unix(listener.into(), Some(file)))
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
+    Ok((listener, file))
 }
 
 /// Removes a socket file that nobody listens on, as a killed process leaves behind.

@@ -26,7 +26,14 @@ pub const PROGRAM: &str = env!("CARGO_BIN_EXE_handout");
 /// The program as it is run by every test: with nothing of the environment that it heeds.
 pub fn program() -> Command {
     let mut command = Command::new(PROGRAM);
-    for variable in ["HANDOUT_CONFIG", "NOTIFY_SOCKET", "WATCHDOG_USEC", "JOURNAL_STREAM", "TZ"] {
+    for variable in [
+        "HANDOUT_CONFIG",
+        "NOTIFY_SOCKET",
+        "WATCHDOG_USEC",
+        "JOURNAL_STREAM",
+        "RUNTIME_DIRECTORY",
+        "TZ",
+    ] {
         command.env_remove(variable);
     }
     command.stdin(Stdio::null());
@@ -238,7 +245,7 @@ impl Daemon {
 }
 
 /// Writes the configuration, with a log that can be read unless it says how to log.
-fn configure(path: &Path, config: &str) {
+pub fn configure(path: &Path, config: &str) {
     let log = if config.contains("[log]") { "" } else { "[log]\nformat = \"json\"\n" };
     fs::write(path, format!("{log}{config}")).unwrap();
 }

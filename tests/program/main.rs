@@ -11,6 +11,7 @@ mod check;
 mod clients;
 mod clock_jumps;
 mod common;
+mod control;
 mod cost;
 #[cfg(all(feature = "alert", feature = "mirror"))]
 mod crash;
