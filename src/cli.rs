@@ -14,6 +14,7 @@ use crate::client::fetch::{Order, Output, Wanted};
 use crate::client::time::Question;
 use crate::clock::find_zone;
 use crate::config::{self, Sources};
+use crate::fs::atomic::OverwritePolicy;
 use crate::manual::Page;
 
 /// The configuration file if nobody names one.
@@ -287,7 +288,8 @@ pub struct Fetch {
     /// Print which files a folder service has: size, time of change, name
     #[arg(long, conflicts_with_all = ["names", "all", "output", "force"])]
     pub list: bool,
-    /// Save to this file, into this folder, or to standard output (-)
+    /// Save to this file, into this folder, or to standard output (-); a device or FIFO is written
+    /// to, and a socket is refused
     #[arg(short, long, value_name = "PATH")]
     output: Option<PathBuf>,
     /// Replace files that are there
@@ -382,7 +384,7 @@ impl Fetch {
         };
         let output = match &self.output {
             None => Output::Folder(PathBuf::from(".")),
-            Some(path) if path == Path::new("-") => Output::Stdout,
+            Some(path) if is_stdout(path) => Output::Stdout,
             Some(path) if wanted == Wanted::All || is_folder(path) => Output::Folder(path.clone()),
             Some(path) => Output::File(path.clone()),
         };
@@ -395,12 +397,17 @@ impl Fetch {
             server: self.server.clone(),
             wanted,
             output,
-            force: self.force,
+            overwrite: OverwritePolicy::from_flags(self.force, false),
             max_size: self.max_size,
             timeout: self.timeout,
             idle_timeout: self.idle_timeout,
         })
     }
+}
+
+/// Whether a path is standard output, whatever that is connected to.
+fn is_stdout(path: &Path) -> bool {
+    ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"].iter().any(|name| path == Path::new(name))
 }
 
 fn is_folder(path: &Path) -> bool {

@@ -30,6 +30,7 @@
 //! | [`secret`] | secrets, which are read from files and not printed |
 //! | [`document`] | the document that carries a file: written here, read by the client |
 //! | [`readers`] | the threads that read files, and may be kept waiting |
+//! | [`fs`] | files written whole, on any file system |
 //! | [`files`] | regular files, and folders that no name leads out of |
 //! | [`memory_file`] | files that are only in memory, and are sent without being copied |
 //! | [`errors`] | errors as people read them |
@@ -58,6 +59,7 @@ pub mod datagram;
 pub mod document;
 pub mod errors;
 pub mod files;
+pub mod fs;
 pub mod kernel;
 pub mod limits;
 pub mod linger;

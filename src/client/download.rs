@@ -19,12 +19,13 @@ use super::fetch::within;
 use super::names::escape;
 use super::progress::style;
 use crate::cli::{Cli, Download};
+use crate::fs::atomic::OverwritePolicy;
 use crate::outbound::batch::{self, Error, Observer, Order, Source, Summary};
 use crate::outbound::headers;
 use crate::outbound::listing::{Entry, Faulty, Pointers};
 use crate::outbound::pointer::Pointer;
 use crate::outbound::reach::{self, shown};
-use crate::outbound::transfer::{self, Done, Existing, Outcome, Terms};
+use crate::outbound::transfer::{self, Done, Outcome, Terms};
 
 /// The longest listing that is taken.
 const MAX_FILES: usize = 100_000;
@@ -77,11 +78,6 @@ pub fn order(arguments: &Download) -> Result<Order, clap::Error> {
         }
     };
     let proxy = arguments.proxy.as_ref().map(url).transpose()?;
-    let existing = match (arguments.update, arguments.force) {
-        (true, _) => Existing::Update,
-        (false, true) => Existing::Replace,
-        (false, false) => Existing::Refuse,
-    };
     Ok(Order {
         source,
         into: arguments.output.clone(),
@@ -91,7 +87,7 @@ pub fn order(arguments: &Download) -> Result<Order, clap::Error> {
             max_duration: arguments.max_duration,
             retries: arguments.retries,
             content_types: Vec::new(),
-            existing,
+            overwrite: OverwritePolicy::from_flags(arguments.force, arguments.update),
         },
         jobs: usize::try_from(arguments.jobs).unwrap_or(1),
         timeout: arguments.timeout,
@@ -171,7 +167,7 @@ pub async fn dry_run(order: &Order, stop: &CancellationToken) -> Result<Download
                 let place = within(&order.into, Path::new(&entry.name));
                 let there = place.symlink_metadata().is_ok();
                 let place = escape(&place.to_string_lossy());
-                if there && order.terms.existing == Existing::Refuse {
+                if there && order.terms.overwrite == OverwritePolicy::Refuse {
                     progress.fail(&place, &transfer::Error::Exists.to_string());
                     complete = false;
                     continue;

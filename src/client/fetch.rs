@@ -6,20 +6,27 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::fs;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::fs::{FileType, OFlags};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Stdout};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::names::{self, NameError, escape};
-use super::save::{Growing, NewFolder, Replace, folder_of};
 use super::{ConnectError, Server};
 use crate::document::{File, Head, ReadError, Reader, Tail};
+use crate::fs::atomic::{
+    DirHandle, NEW_FILE, OverwritePolicy, PendingFile, SaveError, is_special, sync_data,
+};
+use crate::fs::created_dirs::CreatedDirs;
 
 /// The port of file services, by custom.
 pub const PORT: u16 = 5566;
@@ -45,8 +52,8 @@ pub struct Order {
     pub wanted: Wanted,
     /// Where it goes.
     pub output: Output,
-    /// Whether files that are there are replaced.
-    pub force: bool,
+    /// The treatment of files that exist.
+    pub overwrite: OverwritePolicy,
     /// The largest file that is taken, in bytes.
     pub max_size: u64,
     /// How long all may take.
@@ -128,6 +135,15 @@ pub enum Error {
     /// Another file that was asked for goes there.
     #[error("{} is the place of another file that was asked for", .0.display())]
     SamePlace(PathBuf),
+    /// A device, FIFO or socket is in its place.
+    #[error(
+        "{} is a device, FIFO or socket, which is never replaced: choose another name with -o FILE",
+        .0.display()
+    )]
+    SpecialFile(PathBuf),
+    /// A socket cannot be written to.
+    #[error("{} is a socket: choose a file, a FIFO, a device or a folder with -o", .0.display())]
+    Socket(PathBuf),
     /// It could not be written.
     #[error("cannot write {}", .path.display())]
     Write {
@@ -321,10 +337,20 @@ pub(super) fn within(folder: &Path, name: &Path) -> PathBuf {
 }
 
 fn refuse_taken(place: &Path, order: &Order) -> Result<(), Error> {
-    if !order.force && place.symlink_metadata().is_ok() {
-        return Err(Error::Exists(place.to_owned()));
+    match FileType::from_raw_mode(place.metadata().map_or(0, |metadata| metadata.mode())) {
+        FileType::Socket if is_output(place, order) => Err(Error::Socket(place.to_owned())),
+        kind if is_special(kind) && is_output(place, order) => Ok(()),
+        kind if is_special(kind) => Err(Error::SpecialFile(place.to_owned())),
+        _ if order.overwrite == OverwritePolicy::Refuse && place.symlink_metadata().is_ok() => {
+            Err(Error::Exists(place.to_owned()))
+        }
+        _ => Ok(()),
     }
-    Ok(())
+}
+
+/// Whether the user named this path, rather than a server.
+fn is_output(place: &Path, order: &Order) -> bool {
+    matches!(&order.output, Output::File(path) if path == place)
 }
 
 /// Where a file goes that the server pushed under a name of its own choice.
@@ -353,7 +379,7 @@ async fn receive(
         Some(named) => Ok(named.place.clone()),
         None => place_for_pushed(name, order),
     };
-    let mut sink = Sink::begin(named, order)?;
+    let mut sink = Sink::begin(named, order, session.deadline).await?;
     let mut reader = Reader::new(order.max_size);
     let mut digest = Sha256::new();
     let mut data = Vec::with_capacity(BUFFER);
@@ -401,20 +427,32 @@ fn check(file: &File, digest: &[u8; 32]) -> Result<(), Error> {
     }
 }
 
-/// Where the data goes.
+/// The destination of the data.
 enum Sink {
-    /// Written by a thread of its own, as a reader that hangs must not keep signals waiting.
-    Stdout(Stdout),
+    /// Standard output, a device or a FIFO, written to as the data arrives.
+    Stream {
+        file: Arc<fs::File>,
+        path: PathBuf,
+        place: Option<PathBuf>,
+    },
     File {
-        growing: Growing,
-        folder: NewFolder,
+        pending: PendingFile,
+        dir: DirHandle,
+        folder: CreatedDirs,
     },
 }
 
 impl Sink {
-    fn begin(named: Option<&Named<'_>>, order: &Order) -> Result<Self, Error> {
+    async fn begin(
+        named: Option<&Named<'_>>,
+        order: &Order,
+        deadline: Instant,
+    ) -> Result<Self, Error> {
         let folder = match (&order.output, named.and_then(|named| named.place.as_deref())) {
-            (Output::Stdout, _) => return Ok(Self::Stdout(tokio::io::stdout())),
+            (Output::Stdout, _) => return Self::stdout(),
+            (Output::File(path), _) if is_stream(path)? => {
+                return Self::open_stream(path, deadline).await;
+            }
             (_, Some(place)) => folder_of(place),
             (Output::File(file), None) => folder_of(file),
             (Output::Folder(folder), None) => folder.clone(),
@@ -422,19 +460,57 @@ impl Sink {
         let begin = || {
             let folder = match order.wanted {
                 // Its sub-folders come with it.
-                Wanted::All => NewFolder::create(&folder)?,
-                Wanted::Pushed | Wanted::Names(_) => NewFolder::existing(&folder),
+                Wanted::All => CreatedDirs::create(&folder)?,
+                Wanted::Pushed | Wanted::Names(_) => CreatedDirs::existing(&folder),
             };
-            Ok(Self::File { growing: Growing::begin(folder.path())?, folder })
+            let dir = DirHandle::open(folder.path())?;
+            let pending = PendingFile::create(dir.clone(), NEW_FILE)?;
+            Ok(Self::File { pending, dir, folder })
         };
         begin().map_err(|source| Error::Write { path: folder.clone(), source })
     }
 
+    fn stdout() -> Result<Self, Error> {
+        let path = PathBuf::from("standard output");
+        match io::stdout().as_fd().try_clone_to_owned() {
+            Ok(stdout) => Ok(Self::Stream { file: Arc::new(stdout.into()), path, place: None }),
+            Err(source) => Err(Error::Write { path, source }),
+        }
+    }
+
+    /// Opens a device or FIFO, which waits until a process reads the FIFO.
+    async fn open_stream(path: &Path, deadline: Instant) -> Result<Self, Error> {
+        let place = path.to_owned();
+        let open = blocking(move || {
+            let flags = OFlags::NOCTTY.bits().cast_signed();
+            let file = fs::OpenOptions::new().write(true).custom_flags(flags).open(&place)?;
+            // Another file may have taken the name.
+            match FileType::from_raw_mode(file.metadata()?.mode()) {
+                kind if is_special(kind) => Ok(file),
+                _ => Err(io::Error::other("it is no longer a device or FIFO")),
+            }
+        });
+        let unread = || io::Error::new(io::ErrorKind::TimedOut, "no process reads it (--timeout)");
+        let opened = timeout_at(deadline, open).await.unwrap_or_else(|_| Err(unread()));
+        let place = path.to_owned();
+        match opened {
+            Ok(file) => {
+                Ok(Self::Stream { file: Arc::new(file), path: place.clone(), place: Some(place) })
+            }
+            Err(source) => Err(Error::Write { path: place, source }),
+        }
+    }
+
     async fn append(&mut self, data: &[u8]) -> Result<(), Error> {
         match self {
-            Self::Stdout(stdout) => stdout.write_all(data).await.map_err(to_stdout),
-            Self::File { growing, folder } => growing
-                .append(data)
+            Self::Stream { file, path, .. } => {
+                let (file, data) = (Arc::clone(file), data.to_vec());
+                let written = blocking(move || (&*file).write_all(&data)).await;
+                written.map_err(|source| Error::Write { path: path.clone(), source })
+            }
+            Self::File { pending, folder, .. } => pending
+                .file
+                .write_all(data)
                 .map_err(|source| Error::Write { path: folder.path().to_owned(), source }),
         }
     }
@@ -446,11 +522,15 @@ impl Sink {
         digest: &[u8; 32],
         order: &Order,
     ) -> Result<Saved, Error> {
-        let (folder, growing) = match self {
-            Self::File { growing, folder } => (folder, growing),
-            Self::Stdout(mut stdout) => {
-                stdout.flush().await.map_err(to_stdout)?;
+        let (folder, dir, pending) = match self {
+            Self::File { pending, dir, folder } => (folder, dir, pending),
+            Self::Stream { place: None, .. } => {
                 return Ok(Saved { place: None, length, unchanged: false });
+            }
+            Self::Stream { file, path, place } => {
+                let synced = blocking(move || sync_data(&file)).await;
+                synced.map_err(|source| Error::Write { path, source })?;
+                return Ok(Saved { place, length, unchanged: false });
             }
         };
         // A file without a name does not come about.
@@ -458,29 +538,52 @@ impl Sink {
         if order.wanted == Wanted::All && is_same(&place, length, digest) {
             return Ok(Saved { place: Some(place), length, unchanged: true });
         }
-        let replace = if order.force { Replace::Always } else { Replace::Never };
-        match growing.finish(&place, replace) {
-            Ok(()) => {
+        let name = place.file_name().unwrap_or(place.as_os_str());
+        match pending.publish(Path::new(name), order.overwrite, None) {
+            Ok(_) => {
                 folder.keep();
+                dir.sync();
                 Ok(Saved { place: Some(place), length, unchanged: false })
             }
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(Error::Exists(place)),
-            Err(source) => Err(Error::Write { path: place, source }),
+            Err(SaveError::Exists) => Err(Error::Exists(place)),
+            Err(SaveError::SpecialFile) => Err(Error::SpecialFile(place)),
+            Err(error) => Err(Error::Write { path: place, source: io::Error::other(error) }),
         }
     }
 }
 
-fn to_stdout(source: io::Error) -> Error {
-    Error::Write { path: "standard output".into(), source }
+/// The folder that a path is in.
+fn folder_of(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => parent.to_owned(),
+        _ => PathBuf::from("."),
+    }
+}
+
+/// Whether a path of the user's choice is written to instead of being replaced.
+fn is_stream(path: &Path) -> Result<bool, Error> {
+    match FileType::from_raw_mode(path.metadata().map_or(0, |metadata| metadata.mode())) {
+        FileType::Socket => Err(Error::Socket(path.to_owned())),
+        kind => Ok(is_special(kind)),
+    }
+}
+
+/// Runs on another thread, because a device or reader may hang, which must not delay signals.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
 }
 
 /// Whether a file is there with this content. What cannot be read is not the same.
 fn is_same(place: &Path, length: u64, digest: &[u8; 32]) -> bool {
     let same = || -> io::Result<bool> {
-        let mut file = fs::File::open(place)?;
-        if file.metadata()?.len() != length {
+        // Opening a FIFO would wait.
+        let metadata = fs::metadata(place)?;
+        if !metadata.is_file() || metadata.len() != length {
             return Ok(false);
         }
+        let mut file = fs::File::open(place)?;
         let mut own = Sha256::new();
         let mut buffer = vec![0; BUFFER];
         loop {

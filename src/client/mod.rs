@@ -6,7 +6,6 @@
 //! | `reply` | the time in what it says |
 //! | `fetch` | asks a file service |
 //! | `progress` | how the fetching goes, for a person |
-//! | `save` | a file that appears only when it is whole |
 //! | `download` | asks HTTP(S) servers for files |
 //! | `send` | sends mail and SMS |
 //! | `names` | which names of a server's choice are taken, and how they are printed |
@@ -17,7 +16,6 @@ pub mod fetch;
 pub mod names;
 pub mod progress;
 pub mod reply;
-mod save;
 #[cfg(feature = "alert")]
 pub mod send;
 pub mod time;

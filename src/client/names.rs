@@ -17,6 +17,9 @@ pub enum NameError {
     /// `.` or `..`.
     #[error("it is a folder's own name for itself or for the one above")]
     Dots,
+    /// `-`, which stands for standard output.
+    #[error("it stands for standard output")]
+    StandardOutput,
     /// It begins with a dot.
     #[error("it would be hidden")]
     Hidden,
@@ -42,6 +45,7 @@ pub fn file_name(name: &str) -> Result<&str, NameError> {
     match name {
         "" => return Err(NameError::Empty),
         "." | ".." => return Err(NameError::Dots),
+        "-" => return Err(NameError::StandardOutput),
         _ if name.len() > MAX_NAME => return Err(NameError::Long),
         _ if name.starts_with('.') => return Err(NameError::Hidden),
         _ => {}
@@ -127,6 +131,7 @@ mod tests {
             ("", NameError::Empty),
             (".", NameError::Dots),
             ("..", NameError::Dots),
+            ("-", NameError::StandardOutput),
             (".bashrc", NameError::Hidden),
             ("a/b", NameError::Separator),
             ("/etc/passwd", NameError::Separator),
@@ -149,7 +154,7 @@ mod tests {
     #[test]
     fn a_path_is_refused_for_any_of_its_parts() {
         assert_eq!(relative_path("a/b/c.txt"), Ok(PathBuf::from("a/b/c.txt")));
-        for bad in ["/a", "a/", "a//b", "a/../b", "a/.b", "..", "", "a/b\\c"] {
+        for bad in ["/a", "a/", "a//b", "a/../b", "a/.b", "..", "", "a/b\\c", "-", "a/-", "-/a"] {
             assert!(relative_path(bad).is_err(), "{bad}");
         }
     }

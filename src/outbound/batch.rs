@@ -1,7 +1,6 @@
 //! One run: the listing, its files so many at a time, what has left it, and the sum of it all.
 
 use std::collections::HashSet;
-use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -25,6 +24,7 @@ use super::reach::{Host, Reach, shown};
 use super::roots;
 use super::state::{self, Known, State, Validators};
 use super::transfer::{self, Budget, Done, Outcome, Shared, Terms, transfer};
+use crate::fs::created_dirs::CreatedDirs;
 use crate::secret::Secret;
 
 /// The largest listing that is taken, in bytes, as it comes and as it is decoded.
@@ -459,7 +459,7 @@ pub async fn run(
     let into = order.into.clone();
     let keep_state = order.keep_state;
     let opened = tokio::task::spawn_blocking(move || open(&into, keep_state)).await?;
-    let (place, state, mut created) =
+    let (place, state, created) =
         opened.map_err(|cause| Error::Folder { path: order.into.clone(), cause })?;
     let shared = Arc::new(Shared {
         client,
@@ -478,33 +478,20 @@ pub async fn run(
     }
     run.conclude(&entries).await?;
     let Run { mut summary, shared, .. } = run;
-    if summary.new == 0 {
-        created.remove_if_empty();
+    if summary.new > 0 {
+        created.keep();
     }
     summary.bytes = shared.received.load(Ordering::Relaxed);
     summary.duration = begun.elapsed();
     Ok(summary)
 }
 
-/// Folders that did not exist before, the innermost first.
-struct Created(Vec<PathBuf>);
-
-impl Created {
-    fn remove_if_empty(&mut self) {
-        for folder in &self.0 {
-            let _ = fs::remove_dir(folder);
-        }
-    }
-}
-
-fn open(into: &Path, keep_state: bool) -> io::Result<(Place, Option<State>, Created)> {
-    let missing = |folder: &&Path| *folder != Path::new("") && !folder.exists();
-    let created = into.ancestors().take_while(missing).map(Path::to_owned).collect();
-    fs::create_dir_all(into)?;
+fn open(into: &Path, keep_state: bool) -> io::Result<(Place, Option<State>, CreatedDirs)> {
+    let created = CreatedDirs::create(into)?;
     let place = Place::open(into)?;
     let has_state = keep_state || !matches!(place.look(state::FILE)?, There::Nothing);
     let state = has_state.then(|| State::load(&place));
-    Ok((place, state, Created(created)))
+    Ok((place, state, created))
 }
 
 struct Run<'a> {
@@ -634,13 +621,13 @@ impl Run<'_> {
         let anything = self.summary.new + self.summary.changed + self.summary.removed > 0;
         let concluded = tokio::task::spawn_blocking(move || -> io::Result<()> {
             if anything {
-                place.sync()?;
+                place.sync();
             }
             let keep: HashSet<&str> = keep.iter().map(String::as_str).collect();
             if let Some(mut state) = state {
                 let here = |name: &str| !matches!(place.look(name), Ok(There::Nothing));
                 state.files.retain(|name, _| keep.contains(name.as_str()) || here(name));
-                state.save_if_changed(&place)?;
+                state.save_if_changed(&place).map_err(io::Error::other)?;
             }
             place.clean(keep, age)
         });

@@ -23,12 +23,13 @@ use super::listing::{Entry, Faulty, Pointers};
 use super::pointer::Pointer;
 use super::reach::{self, Host};
 use super::roots;
-use super::transfer::{self, Done, Existing, Outcome, Terms};
+use super::transfer::{self, Done, Outcome, Terms};
 use crate::alerts::{Change, Event, Kind, Reporter};
 use crate::client::names::escape;
 use crate::config::{self, Context, Noted, Table};
 use crate::errors::chain;
 use crate::files::canonical;
+use crate::fs::atomic::OverwritePolicy;
 use crate::mirrors::{Counts, File, Run, Summary};
 use crate::secret;
 use crate::workers::EventLoop;
@@ -107,7 +108,7 @@ impl Settings {
                     max_duration: max_duration?,
                     retries: retries?,
                     content_types: values_of(content_types?),
-                    existing: Existing::Update,
+                    overwrite: OverwritePolicy::Update,
                 },
                 jobs: usize::try_from(jobs?).unwrap_or(1),
                 timeout: timeout?,

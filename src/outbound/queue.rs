@@ -5,23 +5,20 @@
 //! What is still to become a message, and what lasts, is in the file with it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, Mode, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::incidents::{Kept, Withheld};
+use crate::fs::atomic::{DirHandle, log_unsupported};
 
 /// The file's name; hidden, so that no file service has it.
 const FILE: &str = ".handout-alerts.json";
-
-/// What it is called until it is whole.
-const NEW: &str = ".handout-alerts.json.new";
 
 /// What it is called if it cannot be read, so that somebody may look at it.
 const UNREADABLE: &str = ".handout-alerts.json.unreadable";
@@ -104,7 +101,10 @@ fn lock(folder: &Path) -> Result<Option<File>, OpenError> {
     let Ok(folder) = File::open(folder) else { return Ok(None) };
     match flock(&folder, FlockOperation::NonBlockingLockExclusive) {
         Err(Errno::WOULDBLOCK) => Err(OpenError::Taken),
-        locked => Ok(locked.is_ok().then_some(folder)),
+        locked => {
+            log_unsupported("flock", locked);
+            Ok(Some(folder))
+        }
     }
 }
 
@@ -188,14 +188,10 @@ impl Queue {
         if !self.changed {
             return Ok(());
         }
-        let new = folder.join(NEW);
-        // Whoever may read the folder need not read what went wrong.
-        let mut file =
-            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-        file.write_all(&serde_json::to_vec(&self.contents)?)?;
-        file.sync_all()?;
-        fs::rename(&new, folder.join(FILE))?;
-        File::open(folder)?.sync_all()?;
+        // Alerts are not for everybody who may read the folder.
+        let mode = Mode::RUSR | Mode::WUSR;
+        let json = serde_json::to_vec(&self.contents)?;
+        DirHandle::open(folder)?.write(FILE, mode, &json).map_err(io::Error::other)?;
         self.changed = false;
         Ok(())
     }
@@ -372,7 +368,7 @@ mod tests {
         assert!(queue.add(message("mail.a", 2)));
         let whole = serde_json::to_vec(&queue.contents).unwrap();
         for length in 0..=whole.len() {
-            fs::write(folder.path().join(NEW), &whole[..length]).unwrap();
+            fs::write(folder.path().join(format!("{FILE}.new")), &whole[..length]).unwrap();
             assert_eq!(kept(folder.path()), before);
         }
         queue.save().unwrap();

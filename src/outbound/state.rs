@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 
 use super::place::{Local, Place, hex};
 use crate::client::names::file_name;
+use crate::fs::atomic::SaveError;
 
 /// The file's name; hidden, so that no file service has it.
 pub const FILE: &str = ".handout-mirror.json";
@@ -159,7 +160,7 @@ impl State {
     ///
     /// # Errors
     /// Whatever the disk says.
-    pub fn save_if_changed(&self, place: &Place) -> io::Result<()> {
+    pub fn save_if_changed(&self, place: &Place) -> Result<(), SaveError> {
         if Self::load(place) == *self { Ok(()) } else { self.save(place) }
     }
 
@@ -167,8 +168,9 @@ impl State {
     ///
     /// # Errors
     /// Whatever the disk says.
-    pub fn save(&self, place: &Place) -> io::Result<()> {
-        place.write_small(FILE, &serde_json::to_vec_pretty(self)?)
+    pub fn save(&self, place: &Place) -> Result<(), SaveError> {
+        let json = serde_json::to_vec_pretty(self).map_err(io::Error::from)?;
+        place.write_small(FILE, &json)
     }
 }
 

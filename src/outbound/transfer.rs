@@ -25,9 +25,10 @@ use tokio_util::sync::CancellationToken;
 use super::back_off;
 use super::http::{self, Client};
 use super::listing::Entry;
-use super::place::{Local, Part, Place, Replace, There};
+use super::place::{Local, Part, Place, There};
 use super::state::{self, Ask, Known, Validators, identity};
 use crate::client::names::escape;
+use crate::fs::atomic::{OverwritePolicy, SaveError};
 
 /// How much is received before it is written.
 const PIECE: usize = 256 << 10;
@@ -51,19 +52,8 @@ pub struct Terms {
     pub retries: u32,
     /// Which types are taken, as `image/png` or `image/*`; none: every.
     pub content_types: Vec<String>,
-    /// What becomes of files that are there.
-    pub existing: Existing,
-}
-
-/// What becomes of a file that is there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Existing {
-    /// It stays, and that is a failure.
-    Refuse,
-    /// It is replaced.
-    Replace,
-    /// It is replaced if it has changed.
-    Update,
+    /// The treatment of files that exist.
+    pub overwrite: OverwritePolicy,
 }
 
 /// What became of a file.
@@ -149,6 +139,19 @@ pub enum Error {
     /// It was ended from outside.
     #[error("it was interrupted")]
     Interrupted,
+}
+
+impl From<SaveError> for Error {
+    fn from(error: SaveError) -> Self {
+        match error {
+            SaveError::Exists => Self::Exists,
+            SaveError::SpecialFile => Self::NotAFile,
+            SaveError::Io(error) if error.kind() == io::ErrorKind::IsADirectory => Self::NotAFile,
+            SaveError::Io(error) if error.kind() == io::ErrorKind::WouldBlock => Self::Busy,
+            SaveError::Io(error) => Self::Write(error),
+            rejected @ SaveError::NameRejected(_) => Self::Write(io::Error::other(rejected)),
+        }
+    }
 }
 
 fn reason(status: u16) -> String {
@@ -260,7 +263,9 @@ pub async fn transfer(
     let local = match shared.place.look(&entry.name)? {
         There::Other => return Err(Error::NotAFile),
         There::Nothing => None,
-        There::File(_) if shared.terms.existing == Existing::Refuse => return Err(Error::Exists),
+        There::File(_) if shared.terms.overwrite == OverwritePolicy::Refuse => {
+            return Err(Error::Exists);
+        }
         There::File(local) => Some(local),
     };
     let source = identity(&entry.url);
@@ -288,7 +293,7 @@ struct Transfer<'a> {
 impl Transfer<'_> {
     async fn run(&mut self, known: Option<&Known>) -> Result<Done, Error> {
         let mut ask = Ask::Always;
-        if let (Some(local), Existing::Update) = (self.local, self.shared.terms.existing) {
+        if let (Some(local), OverwritePolicy::Update) = (self.local, self.shared.terms.overwrite) {
             match self.entry.sha256 {
                 // The listing says itself whether it changed.
                 Some(wanted) if self.has_digest(wanted).await? => {
@@ -469,8 +474,8 @@ impl Transfer<'_> {
         let (place, name) = (&self.shared.place, &self.entry.name);
         let about = if self.may_have_part() { place.about(name) } else { None };
         let Some(about) = about else { return Ok(None) };
-        let part = place.part(name).map_err(busy)?;
-        let metadata = part.file.metadata()?;
+        let mut part = place.part(name).map_err(busy)?;
+        let metadata = part.pending.file.metadata()?;
         let about = serde_json::from_slice(&about).ok().filter(|about: &About| {
             about.source == self.source
                 && metadata.len() > 0
@@ -479,15 +484,16 @@ impl Transfer<'_> {
                 && metadata.modified().is_ok_and(|modified| started().is_some_and(|started| modified > started))
         });
         let Some(about) = about else {
-            place.drop_part(&part, name);
+            place.drop_part(part, name);
             return Ok(None);
         };
+        part.pending.keep_on_drop = true;
         Ok(Some(Resume { part, length: metadata.len(), about }))
     }
 
     fn drop_part(&self, resume: Option<Resume>) {
         if let Some(Resume { part, .. }) = resume {
-            self.shared.place.drop_part(&part, &self.entry.name);
+            self.shared.place.drop_part(part, &self.entry.name);
         }
     }
 
@@ -569,24 +575,11 @@ impl Transfer<'_> {
         let place = Arc::clone(&self.shared.place);
         let name = self.entry.name.clone();
         let (wanted, local) = (self.entry.sha256, self.local);
-        let replace = match self.shared.terms.existing {
-            Existing::Refuse => Replace::Never,
-            Existing::Replace | Existing::Update => Replace::Always,
-        };
-        let Incoming { rest, writer, about, .. } = incoming;
+        let overwrite = self.shared.terms.overwrite;
+        let Incoming { rest, writer, .. } = incoming;
         let writer = writer.done().await?;
         let concluded = blocking(move || {
-            conclude(
-                &place,
-                &name,
-                writer,
-                &rest,
-                wanted,
-                local,
-                modified,
-                replace,
-                about.is_some(),
-            )
+            conclude(&place, &name, writer, &rest, wanted, local, modified, overwrite)
         });
         let concluded = concluded.await;
         drop(finishing);
@@ -604,8 +597,7 @@ fn conclude(
     wanted: Option<[u8; 32]>,
     local: Option<Local>,
     modified: Option<SystemTime>,
-    replace: Replace,
-    resumable: bool,
+    overwrite: OverwritePolicy,
 ) -> Result<(Outcome, Local), Error> {
     let (writer, outcome) = match writer {
         None => {
@@ -627,36 +619,32 @@ fn conclude(
                     return Err(Error::Digest);
                 }
                 let Some(local) = local else { return Ok(Outcome::New) };
-                if writer.part.file.metadata()?.len() != local.size {
+                if writer.part.pending.file.metadata()?.len() != local.size {
                     return Ok(Outcome::Changed);
                 }
-                writer.part.file.seek(SeekFrom::Start(0))?;
-                let same = is_same(place, name, &mut writer.part.file);
+                writer.part.pending.file.seek(SeekFrom::Start(0))?;
+                let same = is_same(place, name, &mut writer.part.pending.file);
                 Ok(if same { Outcome::Unchanged } else { Outcome::Changed })
             };
             match (check(), local) {
                 (Ok(Outcome::Unchanged), Some(local)) => {
-                    place.drop_part(&writer.part, name);
+                    place.drop_part(writer.part, name);
                     return Ok((Outcome::Unchanged, local));
                 }
                 (Ok(outcome), _) => (writer, outcome),
                 (Err(error), _) => {
-                    place.drop_part(&writer.part, name);
+                    place.drop_part(writer.part, name);
                     return Err(error);
                 }
             }
         }
     };
-    let finished = place.finish(&writer.part, name, modified, replace);
-    if resumable && writer.told {
+    let has_about = writer.part.pending.keep_on_drop;
+    let finished = place.finish(writer.part, name, modified, overwrite);
+    if has_about {
         place.drop_about(name);
     }
-    match finished {
-        Ok(local) => Ok((outcome, local)),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(Error::Exists),
-        Err(error) if error.kind() == io::ErrorKind::IsADirectory => Err(Error::NotAFile),
-        Err(error) => Err(error.into()),
-    }
+    Ok((outcome, finished?))
 }
 
 /// Whether a file is there with exactly this content. What cannot be read is not the same.
@@ -713,25 +701,19 @@ impl Writing {
 struct Writer {
     part: Part,
     digest: Option<Sha256>,
-    /// It was written what is to be known of the part.
-    told: bool,
 }
 
 impl Writer {
     /// A new part with this beginning.
     fn begin(place: &Place, name: &str, beginning: &[u8]) -> Result<Self, Error> {
-        let part = place.part(name).map_err(busy)?;
-        if part.length > 0 {
-            place.drop_about(name);
-            part.file.set_len(0)?;
-        }
-        let mut writer = Self { part, digest: None, told: false };
-        writer.write(beginning).inspect_err(|_| place.drop_part(&writer.part, name))?;
+        let part = place.new_part(name).map_err(busy)?;
+        let mut writer = Self { part, digest: None };
+        writer.write(beginning)?;
         Ok(writer)
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.part.file.write_all(bytes)?;
+        self.part.pending.file.write_all(bytes)?;
         if let Some(digest) = &mut self.digest {
             digest.update(bytes);
         }
@@ -753,12 +735,12 @@ impl Incoming {
                 transfer
                     .within(blocking(move || {
                         let digest = if digest {
-                            Some(digest_of(&mut part.file, length)?)
+                            Some(digest_of(&mut part.pending.file, length)?)
                         } else {
-                            part.file.seek(SeekFrom::Start(length))?;
+                            part.pending.file.seek(SeekFrom::Start(length))?;
                             None
                         };
-                        Ok(Writer { part, digest, told: true })
+                        Ok(Writer { part, digest })
                     }))
                     .await?,
             );
@@ -794,12 +776,17 @@ impl Incoming {
                 if let Some(about) = about {
                     // Without it, the part cannot be gone on from, and no more.
                     let about = serde_json::to_vec(&about).unwrap_or_default();
-                    writer.told = place.write_about(&name, &about).is_ok();
+                    writer.part.pending.keep_on_drop = place.write_about(&name, &about).is_ok();
                 }
                 writer
             };
-            writer.write(&rest).inspect_err(|_| place.drop_part(&writer.part, &name))?;
-            Ok(writer)
+            match writer.write(&rest) {
+                Ok(()) => Ok(writer),
+                Err(error) => {
+                    place.drop_part(writer.part, &name);
+                    Err(error.into())
+                }
+            }
         }));
         Ok(())
     }
@@ -816,9 +803,9 @@ impl Incoming {
         }
         let writer = std::mem::replace(&mut self.writer, Writing::Nothing).done().await;
         if let Ok(Some(writer)) = writer
-            && !(keep && writer.told)
+            && !(keep && writer.part.pending.keep_on_drop)
         {
-            self.place.drop_part(&writer.part, &self.name);
+            self.place.drop_part(writer.part, &self.name);
         }
     }
 }

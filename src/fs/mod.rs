@@ -1,0 +1,4 @@
+//! Files and folders on any file system.
+
+pub mod atomic;
+pub mod created_dirs;
