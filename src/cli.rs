@@ -56,7 +56,8 @@ Examples:
   handout check --config config/handout.toml
   handout check --connect                   also try the server of every mail and SMS channel
 
-Exit codes: 0 no fault, 1 a channel cannot be used, 2 wrong usage, 78 wrong configuration.")]
+Exit codes: 0 no fault, 1 a channel cannot be used or a file system does not answer, 2 wrong usage,
+78 wrong configuration.")]
     Check(Check),
     /// Reload the configuration of the running daemon, wait, and print the outcome
     #[command(after_help = "\
@@ -172,6 +173,9 @@ pub struct Reload {
     /// How long to wait for the outcome
     #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = config::duration)]
     pub timeout: Duration,
+    /// Say only what failed
+    #[arg(short, long)]
+    pub quiet: bool,
 }
 
 /// What to send as a mail.

@@ -278,6 +278,7 @@ async fn reload(arguments: cli::Reload) -> ExitCode {
     let path = arguments.socket.unwrap_or_else(control::default_path);
     let limit = arguments.timeout;
     match timeout(limit, control::request_reload(&path)).await {
+        Ok(Ok(Reply::Reloaded { .. })) if arguments.quiet => ExitCode::SUCCESS,
         Ok(Ok(Reply::Reloaded { summary })) => print(format!("{summary}\n").as_bytes()),
         Ok(Ok(Reply::Rejected { faults })) => {
             faults.iter().for_each(|fault| complain(fault));

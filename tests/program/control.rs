@@ -100,6 +100,8 @@ fn a_reload_prints_its_summary_and_exits_with_0() {
     assert!(said.starts_with("reloaded: ") && said.contains("time.more"), "{said}");
     daemon.wait_for_message("reloaded: ");
     UnixStream::connect(daemon.path("m")).unwrap();
+    let output = run(reload_command(&daemon.path(SOCKET)).arg("--quiet"));
+    assert!(output.status.success() && output.stdout.is_empty(), "{output:?}");
 }
 
 #[test]
