@@ -360,7 +360,7 @@ pub struct Download {
     /// is the place for what is secret
     #[arg(long = "header", value_name = "NAME: VALUE")]
     pub headers: Vec<String>,
-    /// Trust these authorities, in PEM form, besides those of the system
+    /// Trust these certificates (PEM) besides those of the system: issuers, or the server's own
     #[arg(long, value_name = "FILE")]
     pub ca_file: Option<PathBuf>,
     /// Ask this proxy, and none that the environment names; it looks up the names, so that only

@@ -60,6 +60,8 @@ pub mod document;
 pub mod errors;
 pub mod files;
 pub mod fs;
+#[cfg(any(feature = "alert", feature = "mirror"))]
+pub mod http;
 pub mod kernel;
 pub mod limits;
 pub mod linger;

@@ -20,6 +20,7 @@ use super::names::escape;
 use super::progress::style;
 use crate::cli::{Cli, Download};
 use crate::fs::atomic::OverwritePolicy;
+use crate::http::tls::CaFile;
 use crate::outbound::batch::{self, Error, Observer, Order, Source, Summary};
 use crate::outbound::headers;
 use crate::outbound::listing::{Entry, Faulty, Pointers};
@@ -100,7 +101,7 @@ pub fn order(arguments: &Download) -> Result<Order, clap::Error> {
         anybody: true,
         headers: read_headers(&arguments.headers).map_err(wrong)?,
         bearer_token: None,
-        ca_file: arguments.ca_file.clone(),
+        ca_file: CaFile::of_option(arguments.ca_file.clone()),
         proxy,
     })
 }

@@ -21,10 +21,10 @@ use super::http::{BuildError, Client, Options};
 use super::listing::{self, Entry, Faulty, Pointers};
 use super::place::{Place, There};
 use super::reach::{Host, Reach, shown};
-use super::roots;
 use super::state::{self, Known, State, Validators};
 use super::transfer::{self, Budget, Done, Outcome, Shared, Terms, transfer};
 use crate::fs::created_dirs::CreatedDirs;
+use crate::http::tls::{self, CaFile, CaFileError};
 use crate::secret::Secret;
 
 /// The largest listing that is taken, in bytes, as it comes and as it is decoded.
@@ -91,8 +91,8 @@ pub struct Order {
     pub headers: HeaderMap,
     /// Where the token is that shows who asks.
     pub bearer_token: Option<PathBuf>,
-    /// Where roots are besides those of the system.
-    pub ca_file: Option<PathBuf>,
+    /// Certificates that are trusted besides those of the system.
+    pub ca_file: CaFile,
     /// Whom to ask to ask.
     pub proxy: Option<Url>,
 }
@@ -121,6 +121,9 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
+    /// The trusted certificates cannot be used.
+    #[error(transparent)]
+    CaFile(#[from] CaFileError),
     /// There is no client.
     #[error(transparent)]
     Build(#[from] BuildError),
@@ -238,13 +241,6 @@ pub fn read_token(path: &Path) -> Result<HeaderValue, String> {
 pub fn prepare(order: &Order) -> Result<(Client, Arc<Reach>), Error> {
     let urls = order.source.urls();
     let reach = Arc::new(Reach::new(urls, &order.hosts, order.anybody));
-    let roots = order.ca_file.as_deref().map(|path| {
-        roots::read(path).map_err(|problem| Error::File {
-            key: "ca-file",
-            path: path.to_owned(),
-            problem,
-        })
-    });
     let mut headers = order.headers.clone();
     if let Some(path) = &order.bearer_token {
         let token = read_token(path).map_err(|problem| Error::File {
@@ -255,7 +251,7 @@ pub fn prepare(order: &Order) -> Result<(Client, Arc<Reach>), Error> {
         headers.insert(AUTHORIZATION, token);
     }
     let options = Options {
-        roots: roots.transpose()?.unwrap_or_default(),
+        tls: tls::client_config(&order.ca_file)?,
         proxy: order.proxy.clone(),
         headers,
         sources: urls.to_vec(),

@@ -11,15 +11,18 @@ use std::time::Duration;
 
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::header::{HeaderMap, HeaderValue, LOCATION, USER_AGENT};
-use reqwest::{Body, Certificate, Method, Proxy, Request, Response, StatusCode, Url};
-use rustls::pki_types::CertificateDer;
+use reqwest::{Body, Method, Proxy, Request, Response, StatusCode, Url};
+use rustls::ClientConfig;
 use tokio::time::timeout;
 
 use super::reach::{self, Reach, Refused};
-use super::roots;
+use crate::http::tls_error::{TlsError, TlsErrorKind};
 
 /// How many redirects are followed.
 const MAX_REDIRECTS: usize = 5;
+
+/// The largest number of header fields in a reply, as in curl. hyper bounds their size (408 KiB).
+const MAX_HEADERS: usize = 5000;
 
 /// The largest body that is read only so that its connection can be used again.
 const MAX_DRAINED: usize = 16 << 10;
@@ -67,9 +70,12 @@ pub enum Error {
     /// No connection.
     #[error("cannot connect: {0}")]
     Connect(String),
-    /// The server cannot show who it is.
-    #[error("{0}")]
-    Certificate(String),
+    /// No encrypted connection.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The server's reply violates HTTP.
+    #[error("the server's reply is malformed: {0}")]
+    Malformed(String),
     /// The connection ended or failed before the end of the reply.
     #[error("the connection failed: {0}")]
     Network(String),
@@ -79,13 +85,14 @@ impl Error {
     /// Whether it may be better a little later.
     pub fn is_temporary(&self) -> bool {
         match self {
-            Self::Refused(_) | Self::Nowhere | Self::Redirects | Self::Certificate(_) => false,
+            Self::Refused(_) | Self::Nowhere | Self::Redirects | Self::Malformed(_) => false,
+            Self::Tls(error) => error.kind == TlsErrorKind::Transient,
             Self::Silent(_) | Self::Lookup { .. } | Self::Connect(_) | Self::Network(_) => true,
         }
     }
 
     /// What reqwest says, without the URL, which it would repeat with its query.
-    fn of(error: &reqwest::Error) -> Self {
+    fn of(error: &reqwest::Error, host: &str) -> Self {
         let mut innermost = None;
         let mut cause = error.source();
         while let Some(error) = cause {
@@ -95,11 +102,19 @@ impl Error {
             if let Some(LookupError { host, cause }) = error.downcast_ref() {
                 return Self::Lookup { host: host.clone(), cause: cause.to_string() };
             }
-            // An error that is wrapped in an I/O error is not among its sources.
-            let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-            let tls = wrapped.and_then(|wrapped| wrapped.downcast_ref::<rustls::Error>());
-            if let Some(rustls::Error::InvalidCertificate(why)) = tls {
-                return Self::Certificate(roots::not_taken(why));
+            if let Some(io) = error.downcast_ref::<io::Error>() {
+                if let Some(error) = TlsError::of_io(io, host) {
+                    return Self::Tls(error);
+                }
+                // hyper reports faults of a chunked body as these.
+                if matches!(io.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData) {
+                    return Self::Malformed(io.to_string());
+                }
+            }
+            if let Some(error) = error.downcast_ref::<hyper::Error>()
+                && error.is_parse()
+            {
+                return Self::Malformed(error.to_string());
             }
             innermost = Some(error.to_string());
             cause = error.source();
@@ -110,10 +125,10 @@ impl Error {
 }
 
 /// How a client asks.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Options {
-    /// Roots besides those of the system.
-    pub roots: Vec<CertificateDer<'static>>,
+    /// How servers are verified.
+    pub tls: ClientConfig,
     /// Whom it asks to ask.
     pub proxy: Option<Url>,
     /// What it says besides, to the origins of `sources` only.
@@ -140,47 +155,36 @@ impl Client {
     /// One that asks whom `reach` permits.
     ///
     /// # Errors
-    /// If the roots or the proxy cannot be used.
+    /// If the proxy cannot be used.
     pub fn new(options: Options, reach: Arc<Reach>) -> Result<Self, BuildError> {
-        // Fails only if it was done before.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let Options { roots, proxy, headers, sources, timeout, connections } = options;
+        let Options { tls, proxy, headers, sources, timeout, connections } = options;
         let resolver = Resolver {
             reach: Arc::clone(&reach),
             // The operator has named it, and what it may ask is its own affair.
             proxy: proxy.as_ref().map(reach::host_of),
         };
-        let builder = || {
-            let mut builder = reqwest::Client::builder()
-                .redirect(reqwest::redirect::Policy::none())
-                .retry(reqwest::retry::never())
-                .referer(false)
-                .http1_only()
-                // The environment does not say whom we ask.
-                .no_proxy()
-                .pool_idle_timeout(KEEP_IDLE)
-                .pool_max_idle_per_host(connections)
-                .dns_resolver(resolver.clone());
-            if let Some(timeout) = timeout {
-                builder = builder.connect_timeout(timeout);
-            }
-            Ok(match &proxy {
-                None => builder,
-                Some(proxy) => {
-                    builder.proxy(Proxy::all(proxy.clone()).map_err(|_| BuildError::Proxy)?)
-                }
-            })
-        };
-        let other = |error: reqwest::Error| BuildError::Other(crate::errors::chain(&error));
-        let roots = roots.iter().map(|root| Certificate::from_der(root));
-        let roots = roots.collect::<Result<Vec<_>, _>>().map_err(other)?;
-        let client = builder()?.tls_certs_merge(roots.clone()).build();
-        let client = match client {
-            // A machine without any root can still ask over plain HTTP.
-            Err(_) if roots.is_empty() => builder()?.tls_certs_only([]).build(),
-            built => built,
-        };
-        let client = client.map_err(other)?;
+        let mut builder = reqwest::Client::builder()
+            .redirect(reqwest::redirect::Policy::none())
+            .retry(reqwest::retry::never())
+            .referer(false)
+            .http1_only()
+            .http1_allow_obsolete_multiline_headers_in_responses(true)
+            .http1_allow_spaces_after_header_name_in_responses(true)
+            .http1_max_headers(MAX_HEADERS)
+            .tls_backend_preconfigured(tls)
+            // The environment does not say whom we ask.
+            .no_proxy()
+            .pool_idle_timeout(KEEP_IDLE)
+            .pool_max_idle_per_host(connections)
+            .dns_resolver(resolver);
+        if let Some(timeout) = timeout {
+            builder = builder.connect_timeout(timeout);
+        }
+        if let Some(proxy) = proxy {
+            builder = builder.proxy(Proxy::all(proxy).map_err(|_| BuildError::Proxy)?);
+        }
+        let client = builder.build();
+        let client = client.map_err(|error| BuildError::Other(crate::errors::chain(&error)))?;
         let sources = sources.iter().map(url_origin::of).collect();
         Ok(Self { inner: client, reach, headers, sources, timeout })
     }
@@ -246,19 +250,20 @@ impl Client {
             said.extend(self.headers.clone());
         }
         said.extend(headers.clone());
-        self.unless_silent(self.inner.execute(request)).await
+        self.unless_silent(&reach::host_of(url), self.inner.execute(request)).await
     }
 
     /// What comes of `reply`, if it comes in time.
     async fn unless_silent<T>(
         &self,
+        host: &str,
         reply: impl Future<Output = reqwest::Result<T>>,
     ) -> Result<T, Error> {
         let replied = match self.timeout {
             None => reply.await,
             Some(silence) => timeout(silence, reply).await.map_err(|_| Error::Silent(silence))?,
         };
-        replied.map_err(|error| Error::of(&error))
+        replied.map_err(|error| Error::of(&error, host))
     }
 
     /// Reads a small body of which nothing is wanted, so that its connection can be used again.
@@ -281,7 +286,8 @@ impl Client {
     /// # Errors
     /// If it does not come, or the body ends before its end.
     pub async fn piece(&self, response: &mut Response) -> Result<Option<bytes::Bytes>, Error> {
-        self.unless_silent(response.chunk()).await
+        let host = reach::host_of(response.url());
+        self.unless_silent(&host, response.chunk()).await
     }
 }
 

@@ -18,6 +18,7 @@ use super::roots;
 use super::smtp::{self, Connection, Doing, Login, Place, Security};
 use crate::client::Server;
 use crate::config::{self, Context, Noted, Table};
+use crate::http::tls::CaFile;
 use crate::secret;
 
 /// The most recipients of a mail; servers take that many at least (RFC 5321, 4.5.3.1.8).
@@ -100,7 +101,13 @@ impl Settings {
             Some(noted) => Err(noted),
             None => Ok(Self {
                 name: format!("mail.{name}").into(),
-                place: Place { server, security, allow_plaintext, ca_file, login },
+                place: Place {
+                    server,
+                    security,
+                    allow_plaintext,
+                    ca_file: CaFile::of_key(ca_file),
+                    login,
+                },
                 from,
                 to,
                 timeout,

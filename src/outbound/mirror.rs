@@ -30,6 +30,7 @@ use crate::config::{self, Context, Noted, Table};
 use crate::errors::chain;
 use crate::files::canonical;
 use crate::fs::atomic::OverwritePolicy;
+use crate::http::tls::CaFile;
 use crate::mirrors::{Counts, File, Run, Summary};
 use crate::secret;
 use crate::workers::EventLoop;
@@ -121,7 +122,7 @@ impl Settings {
                 anybody: false,
                 headers: headers?.into_iter().collect::<HeaderMap>(),
                 bearer_token: bearer_token?,
-                ca_file: ca_file?,
+                ca_file: CaFile::of_key(ca_file?),
                 proxy: proxy?,
             },
         })

@@ -20,6 +20,7 @@ use super::pointer::Pointer;
 use super::reach::{self, Reach, shown};
 use super::{back_off, roots};
 use crate::config::{self, Context, Located, Noted, Table};
+use crate::http::tls::{self, CaFile};
 use crate::secret::{self, Secret, Secrets};
 
 /// The most recipients of one text.
@@ -52,7 +53,7 @@ pub struct Settings {
     pub to: Vec<Number>,
     timeout: Duration,
     max_segments: usize,
-    ca_file: Option<PathBuf>,
+    ca_file: CaFile,
 }
 
 /// Who sends.
@@ -357,7 +358,7 @@ impl Settings {
             to: to?,
             timeout: timeout?,
             max_segments: usize::try_from(max_segments?).unwrap_or(1),
-            ca_file: ca_file?,
+            ca_file: CaFile::of_key(ca_file?),
         })
     }
 
@@ -474,14 +475,17 @@ impl Settings {
     async fn client(&self) -> Result<Client, Failure> {
         let (ca_file, url) = (self.ca_file.clone(), self.url.clone());
         let build = move || {
-            let roots = ca_file.map(|path| {
-                roots::read(&path).map_err(|error| {
-                    Failure::unusable(words(&format!("ca-file: {}: {error}", path.display())))
-                })
-            });
-            let roots = roots.transpose()?.unwrap_or_default();
+            let tls = tls::client_config(&ca_file);
+            let tls = tls.map_err(|error| Failure::unusable(words(&error.to_string())))?;
             let reach = Arc::new(Reach::new([&url], [], false));
-            let options = Options { roots, connections: 1, ..Options::default() };
+            let options = Options {
+                tls,
+                proxy: None,
+                headers: HeaderMap::new(),
+                sources: Vec::new(),
+                timeout: None,
+                connections: 1,
+            };
             Client::new(options, reach).map_err(|error| Failure::unusable(error.to_string()))
         };
         // Files of roots are read, which can take its time.
@@ -674,7 +678,7 @@ fn failed(error: http::Error) -> Failure {
     let words = error.to_string();
     match error {
         // After it was asked, perhaps.
-        http::Error::Network(_) => Failure::doubtful(words),
+        http::Error::Network(_) | http::Error::Malformed(_) => Failure::doubtful(words),
         error if error.is_temporary() => Failure::temporary(words),
         _ => Failure::unusable(words),
     }
@@ -985,7 +989,7 @@ mod tests {
             to: Vec::new(),
             timeout: Duration::from_secs(1),
             max_segments,
-            ca_file: None,
+            ca_file: CaFile::of_key(None),
         }
     }
 

@@ -7,7 +7,7 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,17 +18,18 @@ use lettre::transport::smtp::authentication::{Credentials, DEFAULT_MECHANISMS};
 use lettre::transport::smtp::client::{AsyncSmtpConnection, AsyncTokioStream};
 use lettre::transport::smtp::extension::ClientId;
 use lettre::transport::smtp::response::{Response, Severity};
+use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
-use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::channel::{self, Failure, words};
-use super::roots;
 use crate::client::Server;
 use crate::errors::chain;
+use crate::http::tls::{self, CaFile};
+use crate::http::tls_error::{TlsError, TlsErrorKind};
 use crate::secret::{Secret, Secrets};
 
 /// How much a server may say in one connection, in bytes.
@@ -96,8 +97,8 @@ pub struct Place {
     pub security: Security,
     /// Whether one that is not may lead to another machine.
     pub allow_plaintext: bool,
-    /// Authorities besides those of the system.
-    pub ca_file: Option<PathBuf>,
+    /// Certificates that are trusted besides those of the system.
+    pub ca_file: CaFile,
     /// Who is said to ask, if anybody.
     pub login: Option<Login>,
 }
@@ -328,31 +329,13 @@ struct Tls {
 }
 
 /// Prepares the encryption; the files of roots are read, which can take its time.
-async fn tls(ca_file: Option<PathBuf>, server: &Server) -> Result<Tls, Failure> {
+async fn tls(ca_file: CaFile, server: &Server) -> Result<Tls, Failure> {
     let unusable = |error: &dyn fmt::Display| Failure::unusable(error.to_string());
     let name = ServerName::try_from(server.host().to_owned()).map_err(|error| unusable(&error))?;
-    let store = tokio::task::spawn_blocking(move || root_store(ca_file.as_deref()));
-    let store = store.await.map_err(|error| Failure::temporary(error.to_string()))?;
-    let store = store.map_err(Failure::unusable)?;
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| unusable(&error))?
-        .with_root_certificates(store)
-        .with_no_client_auth();
+    let config = tokio::task::spawn_blocking(move || tls::client_config(&ca_file));
+    let config = config.await.map_err(|error| Failure::temporary(error.to_string()))?;
+    let config = config.map_err(|error| Failure::unusable(words(&error.to_string())))?;
     Ok(Tls { config: Arc::new(config), name })
-}
-
-fn root_store(ca_file: Option<&Path>) -> Result<RootCertStore, String> {
-    let mut store = RootCertStore::empty();
-    // What cannot be read of the system's is missed when a server shows a certificate of it.
-    store.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-    if let Some(path) = ca_file {
-        let further = roots::read(path)
-            .map_err(|error| words(&format!("ca-file: {}: {error}", path.display())))?;
-        store.add_parsable_certificates(further);
-    }
-    Ok(store)
 }
 
 async fn encrypt(
@@ -361,17 +344,17 @@ async fn encrypt(
     doing: &Doing,
 ) -> Result<TlsStream<TcpStream>, Failure> {
     doing.set("agreeing on the encryption (TLS)");
+    let host = name.to_str().into_owned();
     TlsConnector::from(config).connect(name, stream).await.map_err(|error| {
-        let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
-        match tls {
-            Some(rustls::Error::InvalidCertificate(why)) => {
-                Failure::unusable(roots::not_taken(why))
-            }
-            Some(rustls::Error::InvalidMessage(_)) => Failure::unusable(
+        match TlsError::of_io(&error, &host) {
+            Some(TlsError { kind: TlsErrorKind::NotTls, .. }) => Failure::unusable(
                 "the server does not answer with TLS: is it the right port, or security = \
                  \"starttls\"?",
             ),
-            Some(error) => Failure::unusable(words(&format!("no encryption (TLS): {error}"))),
+            Some(error) if error.kind == TlsErrorKind::Transient => {
+                Failure::temporary(error.to_string())
+            }
+            Some(error) => Failure::unusable(error.to_string()),
             None if error.kind() == io::ErrorKind::UnexpectedEof => {
                 Failure::temporary("the server closed the connection before it was encrypted (TLS)")
             }

@@ -61,4 +61,6 @@ mod supply;
 mod systemd;
 mod time;
 #[cfg(feature = "mirror")]
+mod tls;
+#[cfg(feature = "mirror")]
 mod web;

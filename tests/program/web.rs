@@ -281,7 +281,8 @@ prompt = no
 CN = handout's test
 [ca]
 basicConstraints = critical, CA:TRUE
-keyUsage = critical, keyCertSign
+keyUsage = critical, keyCertSign, digitalSignature
+subjectAltName = DNS:localhost, IP:127.0.0.1
 subjectKeyIdentifier = hash
 [leaf]
 basicConstraints = critical, CA:FALSE
