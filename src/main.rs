@@ -127,9 +127,8 @@ async fn time(arguments: &cli::Time) -> ExitCode {
         let answer = client::time::ask(arguments.question()).await?;
         let mut lines = answer.line()? + "\n";
         if arguments.offset {
-            let (offset, round_trip) = answer.offset(&arguments.timezone()?)?;
-            let (offset, round_trip) = (offset.as_secs_f64(), round_trip.as_secs_f64());
-            lines += &format!("offset {offset:+.6} s, round trip {round_trip:.6} s\n");
+            let offset = answer.offset(&arguments.timezone()?)?;
+            lines += &format!("offset {offset}\n");
         }
         Ok::<_, Box<dyn Error>>(lines)
     };

@@ -4,12 +4,14 @@
 //! |---|---|
 //! | `time` | asks a time service |
 //! | `reply` | the time in what it says |
+//! | `clock_offset` | how far two clocks are apart, and the bound of the measurement |
 //! | `fetch` | asks a file service |
 //! | `progress` | how the fetching goes, for a person |
 //! | `download` | asks HTTP(S) servers for files |
 //! | `send` | sends mail and SMS |
 //! | `names` | which names of a server's choice are taken, and how they are printed |
 
+pub mod clock_offset;
 #[cfg(feature = "mirror")]
 pub mod download;
 pub mod fetch;
@@ -126,6 +128,15 @@ impl Server {
         default_port: u16,
         time: Duration,
     ) -> Result<TcpStream, ConnectError> {
+        Ok(self.connect_timed(default_port, time).await?.0)
+    }
+
+    /// Like [`Server::connect`]; also returns the moment before the attempt that succeeded.
+    async fn connect_timed(
+        &self,
+        default_port: u16,
+        time: Duration,
+    ) -> Result<(TcpStream, Instant), ConnectError> {
         let deadline = Instant::now() + time;
         let addresses = self.addresses(default_port).await?;
         let mut causes = Vec::new();
@@ -133,8 +144,9 @@ impl Server {
             // One that does not answer leaves time for those behind it.
             let left = deadline.saturating_duration_since(Instant::now());
             let untried = u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
+            let begun = Instant::now();
             match timeout(left / untried, TcpStream::connect(address)).await {
-                Ok(Ok(stream)) => return Ok(stream),
+                Ok(Ok(stream)) => return Ok((stream, begun)),
                 Ok(Err(error)) => causes.push(format!("{address}: {error}")),
                 Err(_) => causes.push(format!("{address}: no answer in time")),
             }

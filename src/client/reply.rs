@@ -9,22 +9,50 @@ use crate::clock::SECONDS_1900_TO_1970;
 /// A time that was told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Told {
-    /// The instant; of a form that tells whole seconds, the beginning of the second.
+    /// The instant as written, without digits that the form leaves out.
     pub instant: Timestamp,
-    /// Whether the form tells parts of a second.
-    pub fraction: bool,
+    /// The unit of the last digit.
+    pub resolution: SignedDuration,
 }
 
 impl Told {
-    /// The best guess of the instant: a form that drops the fraction is half a second late on
-    /// average.
-    pub fn estimate(&self) -> Timestamp {
-        if self.fraction {
-            return self.instant;
-        }
-        let half = SignedDuration::from_millis(500);
-        self.instant.checked_add(half).unwrap_or(self.instant)
+    /// The range of instants that are written like this.
+    ///
+    /// Whole seconds come from time(2) or strftime(3), which drop the fraction; fractions may also
+    /// come from a printf(3), which rounds.
+    pub fn range(&self) -> (Timestamp, Timestamp) {
+        let below = match self.resolution {
+            SECOND => SignedDuration::ZERO,
+            part => part / 2,
+        };
+        let earliest = self.instant.checked_sub(below).unwrap_or(self.instant);
+        (earliest, self.instant.checked_add(self.resolution).unwrap_or(self.instant))
     }
+}
+
+const SECOND: SignedDuration = SignedDuration::from_secs(1);
+
+/// Returns the first line of a reply that is not blank, without white space around it.
+pub fn first_line(reply: &[u8]) -> &[u8] {
+    let mut lines = reply.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
+    lines.find(|line| !line.is_empty()).unwrap_or_default()
+}
+
+/// Returns the unit of the last digit of a fraction.
+fn resolution_of(fraction: &str) -> SignedDuration {
+    let digits = fraction.bytes().take_while(u8::is_ascii_digit).count();
+    let parts = u32::try_from(digits).ok().and_then(|digits| 10_i32.checked_pow(digits));
+    parts.map_or(SignedDuration::from_nanos(1), |parts| SECOND / parts)
+}
+
+/// Returns the unit of the last digit in an ISO 8601 date and time, if that tells the second.
+fn iso_resolution(text: &str) -> Option<SignedDuration> {
+    let (_, time) = text.split_once(['T', 't', ' '])?;
+    let end = time.find(|c: char| !(c.is_ascii_digit() || c == ':')).unwrap_or(time.len());
+    let (clock, rest) = time.split_at(end);
+    let tells_seconds = clock.bytes().filter(u8::is_ascii_digit).count() == 6;
+    let fraction = rest.strip_prefix(['.', ',']).unwrap_or_default();
+    tells_seconds.then(|| resolution_of(fraction))
 }
 
 /// Reads the time in a text; a form that does not say its zone is taken to be in `zone`.
@@ -45,7 +73,7 @@ pub fn read_rfc868(reply: &[u8]) -> Option<Told> {
     let seconds = u32::from_be_bytes(reply.try_into().ok()?);
     let since_1970 = i64::from(seconds) - SECONDS_1900_TO_1970;
     let since_1970 = if since_1970 < 0 { since_1970 + (1 << 32) } else { since_1970 };
-    Some(Told { instant: Timestamp::from_second(since_1970).ok()?, fraction: false })
+    Some(Told { instant: Timestamp::from_second(since_1970).ok()?, resolution: SECOND })
 }
 
 fn json(text: &str) -> Option<Told> {
@@ -54,15 +82,15 @@ fn json(text: &str) -> Option<Told> {
 }
 
 fn rfc3339(text: &str) -> Option<Told> {
-    Some(Told { instant: text.parse().ok()?, fraction: text.contains('.') })
+    Some(Told { instant: text.parse().ok()?, resolution: iso_resolution(text)? })
 }
 
-/// Python's `str(datetime.now())`, which drops the fraction when it is zero: what has none is
-/// taken for a whole number of seconds, which it is, from Python.
+/// Python's `str(datetime.now())`. Without a fraction it may be Python's, which drops one of zero, or
+/// a form of whole seconds: the range of the latter contains the former.
 fn civil(text: &str, zone: &TimeZone) -> Option<Told> {
     let time: DateTime = text.parse().ok()?;
     let instant = zone.to_timestamp(time).ok()?;
-    Some(Told { instant, fraction: true })
+    Some(Told { instant, resolution: iso_resolution(text)? })
 }
 
 fn unix(text: &str) -> Option<Told> {
@@ -75,7 +103,7 @@ fn unix(text: &str) -> Option<Told> {
     let nanoseconds: i32 = format!("{fraction:0<9}").parse().ok()?;
     let sign = if seconds.starts_with('-') { -1 } else { 1 };
     let instant = Timestamp::new(seconds.parse().ok()?, nanoseconds * sign).ok()?;
-    Some(Told { instant, fraction: !fraction.is_empty() })
+    Some(Told { instant, resolution: resolution_of(fraction) })
 }
 
 /// The example of RFC 867, `Tuesday, February 22, 1982 17:37:43-PST`. Letters stand for different
@@ -88,7 +116,7 @@ fn daytime(text: &str, zone: &TimeZone) -> Option<Told> {
         "UTC" | "GMT" | "Z" => TimeZone::UTC,
         _ => numeric_offset(abbreviation).map_or_else(|| zone.clone(), TimeZone::fixed),
     };
-    Some(Told { instant: zone.to_timestamp(time).ok()?, fraction: false })
+    Some(Told { instant: zone.to_timestamp(time).ok()?, resolution: SECOND })
 }
 
 /// An offset such as `+08` or `-0330`, which is what zones without letters are called.
@@ -114,7 +142,7 @@ fn nist(text: &str) -> Option<Told> {
     let (day, date, time) = (fields.next()?, fields.next()?, fields.next()?);
     let _: u32 = day.parse().ok()?;
     let instant = format!("20{date}T{time}Z").parse().ok()?;
-    Some(Told { instant, fraction: false })
+    Some(Told { instant, resolution: SECOND })
 }
 
 #[cfg(test)]
@@ -123,23 +151,34 @@ mod tests {
     use crate::clock::Format;
     use proptest::prelude::*;
 
-    fn told(text: &str) -> Option<(String, bool)> {
+    fn told(text: &str) -> Option<(String, SignedDuration)> {
         let zone = TimeZone::get("Asia/Shanghai").unwrap();
-        read_text(text, &zone).map(|told| (told.instant.to_string(), told.fraction))
+        read_text(text, &zone).map(|told| (told.instant.to_string(), told.resolution))
     }
 
     #[test]
     fn python_s_form_is_read_with_and_without_fraction() {
-        let with = Some(("2026-11-22T05:46:01.123456Z".to_owned(), true));
+        let micros = SignedDuration::from_micros(1);
+        let with = Some(("2026-11-22T05:46:01.123456Z".to_owned(), micros));
         assert_eq!(told("2026-11-22 13:46:01.123456\n"), with);
-        assert_eq!(told("2026-11-22 13:46:01"), Some(("2026-11-22T05:46:01Z".to_owned(), true)));
+        assert_eq!(told("2026-11-22 13:46:01"), Some(("2026-11-22T05:46:01Z".to_owned(), SECOND)));
     }
 
     #[test]
     fn what_tells_no_time_is_not_read() {
-        for text in
-            ["", "hello", "13:46", "2026-13-01 00:00:00", "{}", "{\"time\":3}", "1.2.3", "-"]
-        {
+        for text in [
+            "",
+            "hello",
+            "13:46",
+            "2026-13-01 00:00:00",
+            "{}",
+            "{\"time\":3}",
+            "1.2.3",
+            "-",
+            "2026-11-22",
+            "2026-11-22 13:46",
+            "2026-11-22T13:46Z",
+        ] {
             assert_eq!(told(text), None, "{text}");
         }
         assert_eq!(read_rfc868(b"abc"), None);
@@ -170,7 +209,7 @@ mod tests {
                 let text = String::from_utf8(reply).unwrap();
                 let told = read_text(&text, &zone).unwrap();
                 let whole = Timestamp::from_second(seconds).unwrap();
-                let expected = if told.fraction { now } else { whole };
+                let expected = if told.resolution == SECOND { whole } else { now };
                 // A local time that comes twice, when clocks go back, has two readings.
                 let twice = told.instant.duration_since(expected).abs()
                     == SignedDuration::from_hours(1);

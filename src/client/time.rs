@@ -4,14 +4,15 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, SystemTime};
 
+use jiff::Timestamp;
 use jiff::tz::TimeZone;
-use jiff::{SignedDuration, Timestamp};
 use tokio::io::AsyncReadExt;
 use tokio::net::UdpSocket;
 use tokio::time::{Instant, timeout};
 
+use super::clock_offset::ClockOffset;
 use super::names::escape_bytes;
-use super::reply::{Told, read_rfc868, read_text};
+use super::reply::{Told, first_line, read_rfc868, read_text};
 use super::{ConnectError, Server};
 
 /// The port of time services, by custom.
@@ -19,6 +20,9 @@ pub const PORT: u16 = 6789;
 
 /// The longest reply that is taken for a time.
 const MAX_REPLY: usize = 4096;
+
+/// The length of an RFC 868 reply.
+const RFC868_LENGTH: usize = 4;
 
 /// How long a datagram's answer is waited for before it is asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
@@ -74,9 +78,10 @@ pub enum Error {
 pub struct Answer {
     question: Question,
     reply: Vec<u8>,
-    /// This machine's time in the middle between the question and the answer.
-    middle: Timestamp,
-    round_trip: Duration,
+    /// This machine's time when it asked.
+    asked_at: Timestamp,
+    /// This machine's time when the reply was complete.
+    received_at: Timestamp,
 }
 
 impl Answer {
@@ -88,17 +93,16 @@ impl Answer {
         if self.question.rfc868 {
             return Ok(self.told(&TimeZone::UTC)?.instant.to_string());
         }
-        Ok(escape_bytes(self.reply.trim_ascii()))
+        Ok(escape_bytes(&self.reply))
     }
 
-    /// By how much the service's clock is ahead of this machine's, and how long the question and
-    /// the answer were under way. A form that does not say its zone is taken to be in `zone`.
+    /// By how much the service's clock is ahead of this machine's. A form that does not say its
+    /// zone is taken to be in `zone`.
     ///
     /// # Errors
     /// If the reply tells no time that is understood.
-    pub fn offset(&self, zone: &TimeZone) -> Result<(SignedDuration, Duration), Error> {
-        let told = self.told(zone)?.estimate();
-        Ok((told.duration_since(self.middle), self.round_trip))
+    pub fn offset(&self, zone: &TimeZone) -> Result<ClockOffset, Error> {
+        Ok(ClockOffset::new(self.told(zone)?, self.asked_at, self.received_at))
     }
 
     fn told(&self, zone: &TimeZone) -> Result<Told, Error> {
@@ -114,7 +118,7 @@ impl Answer {
     }
 }
 
-/// A reply, with when it came and how long question and answer were under way.
+/// A reply, the time when it was complete, and how long after the question that was.
 struct Received {
     reply: Vec<u8>,
     at: SystemTime,
@@ -131,38 +135,52 @@ pub async fn ask(question: Question) -> Result<Answer, Error> {
     };
     let asked = timeout(question.timeout, asking).await;
     let received = asked.map_err(|_| Error::Timeout(question.server.clone()))??;
-    let Received { reply, at, round_trip } = received;
+    let Received { mut reply, at, round_trip } = received;
+    if !question.rfc868 {
+        reply = first_line(&reply).to_owned();
+    }
     if reply.is_empty() {
         return Err(Error::Empty(question.server));
     }
-    let middle = Timestamp::try_from(at)
-        .and_then(|at| at.checked_sub(round_trip / 2))
-        .map_err(|error| question.network(io::Error::other(error)))?;
-    Ok(Answer { question, reply, middle, round_trip })
+    let clock_error = |error| question.network(io::Error::other(error));
+    let received_at = Timestamp::try_from(at).map_err(clock_error)?;
+    let asked_at = received_at.checked_sub(round_trip).map_err(clock_error)?;
+    Ok(Answer { question, reply, asked_at, received_at })
 }
 
 impl Question {
     fn network(&self, source: io::Error) -> Error {
         Error::Network { server: self.server.clone(), source }
     }
+
+    /// Whether `reply` needs no more bytes. The server may leave the close to the client: RFC 868
+    /// has four bytes, and a text ends with its first line. NIST's servers begin with a newline.
+    fn is_answered_by(&self, reply: &[u8]) -> bool {
+        if self.rfc868 {
+            reply.len() >= RFC868_LENGTH
+        } else {
+            reply.trim_ascii_start().contains(&b'\n')
+        }
+    }
 }
 
-/// The service looks at its clock when it accepts: in the middle between the moment at which the
-/// connection is there for us and that of the answer.
+/// The server may read its clock as soon as the first packet of the handshake has arrived, which is
+/// before the connect returns here, and as late as just before the reply is complete.
 async fn ask_by_tcp(question: &Question) -> Result<Received, Error> {
-    let mut stream = question.server.connect(PORT, question.timeout).await?;
-    let asked_at = Instant::now();
+    let (mut stream, asked_at) = question.server.connect_timed(PORT, question.timeout).await?;
     let mut reply = Vec::new();
-    let mut first = None;
+    let (mut at, mut round_trip) = (SystemTime::now(), asked_at.elapsed());
     loop {
         let reading = stream.read_buf(&mut reply).await;
         let read = reading.map_err(|error| question.network(error))?;
-        let (at, round_trip) =
-            *first.get_or_insert_with(|| (SystemTime::now(), asked_at.elapsed()));
-        if reply.len() > MAX_REPLY {
+        if read > 0 {
+            (at, round_trip) = (SystemTime::now(), asked_at.elapsed());
+        }
+        let complete = question.is_answered_by(&reply);
+        if !complete && reply.len() > MAX_REPLY {
             return Err(Error::Long(question.server.clone()));
         }
-        if read == 0 {
+        if complete || read == 0 {
             return Ok(Received { reply, at, round_trip });
         }
     }

@@ -15,22 +15,22 @@ fn ask(server: impl ToString, arguments: &[&str]) -> Outcome {
     Outcome::of(run(&mut command))
 }
 
-/// The offset and the round trip in seconds, behind the line with the time.
-fn offset(outcome: &Outcome) -> (f64, f64) {
+/// The offset, its bound and the round trip in seconds, behind the line with the time.
+fn offset(outcome: &Outcome) -> [f64; 3] {
     let lines: Vec<_> = outcome.succeeded().text().lines().collect();
     assert_eq!(lines.len(), 2, "{outcome:?}");
     let read = || {
-        let (offset, round_trip) =
-            lines[1].strip_prefix("offset ")?.strip_suffix(" s")?.split_once(" s, round trip ")?;
-        Some((offset.parse().ok()?, round_trip.parse().ok()?))
+        let (offset, rest) = lines[1].strip_prefix("offset ")?.split_once(" s ± ")?;
+        let (bound, round_trip) = rest.strip_suffix(" s")?.split_once(" s, round trip ")?;
+        Some([offset.parse().ok()?, bound.parse().ok()?, round_trip.parse().ok()?])
     };
     read().unwrap_or_else(|| panic!("{outcome:?}"))
 }
 
-/// A time service that tells the right time has nearly no offset.
+/// Checks that the bound of a service with this machine's clock contains zero.
 fn is_right(outcome: &Outcome) {
-    let (offset, round_trip) = offset(outcome);
-    assert!(offset.abs() < 2.0, "{outcome:?}");
+    let [offset, bound, round_trip] = offset(outcome);
+    assert!(offset.abs() <= bound, "{outcome:?}");
     assert!((0.0..60.0).contains(&round_trip), "{outcome:?}");
 }
 
@@ -110,8 +110,9 @@ fn a_clock_that_is_wrong_has_its_offset() {
             crate::servers::end(stream);
         });
         let outcome = ask(server.address, &["--offset"]);
-        let (offset, _) = offset(&outcome);
-        assert!((offset - f64::from(i32::try_from(ahead).unwrap())).abs() < 2.0, "{outcome:?}");
+        let [offset, bound, _] = offset(&outcome);
+        let ahead = f64::from(i32::try_from(ahead).unwrap());
+        assert!((offset - ahead).abs() <= bound + 1e-9, "{outcome:?}");
         // The sign is always there.
         let signed = if sign > 0.0 { "offset +" } else { "offset -" };
         assert!(outcome.text().contains(signed), "{outcome:?}");
@@ -133,18 +134,78 @@ fn a_text_that_tells_no_time_is_printed_but_has_no_offset() {
 
 #[test]
 fn what_a_terminal_would_obey_is_printed_as_one_escaped_line() {
-    let server = Server::sends(&b"12:00\x1b[31m\n\x07now\r\n\xff\xc2\x9b\xe2\x80\xaex\n"[..]);
+    let server = Server::sends(&b"12:00\x1b[31m\x07now\r\xff\xc2\x9b\xe2\x80\xaex\n"[..]);
     let outcome = ask(server.address, &[]);
-    assert_eq!(
-        outcome.succeeded().text(),
-        "12:00\\u{1b}[31m\\n\\u{7}now\\r\\n\\xff\\u{9b}\\u{202e}x\n"
-    );
+    assert_eq!(outcome.succeeded().text(), "12:00\\u{1b}[31m\\u{7}now\\r\\xff\\u{9b}\\u{202e}x\n");
     let outcome = ask(server.address, &["--offset"]);
     outcome.failed_with(&["no time that is understood"]);
     let stderr = outcome.stderr.strip_suffix('\n').unwrap();
     assert!(!stderr.contains(|c: char| c.is_control() || c == '\u{202e}'), "{outcome:?}");
     // Escaped once, not twice.
-    assert!(stderr.contains("12:00\\u{1b}[31m\\n"), "{outcome:?}");
+    assert!(stderr.contains("12:00\\u{1b}[31m\\u{7}"), "{outcome:?}");
+}
+
+#[test]
+fn takes_a_complete_reply_from_a_server_that_leaves_the_close_to_the_client() {
+    let four = Server::stalls_after(2_208_988_800_u32.to_be_bytes());
+    let outcome = ask(four.address, &["--rfc868", "--timeout", "60s"]);
+    assert_eq!(outcome.succeeded().text(), "1970-01-01T00:00:00Z\n");
+    let nist = "61366 26-11-22 05:46:01 00 0 0   0.0 UTC(NIST) *";
+    let json = "{\"time\":\"2026-11-22T05:46:01.123456Z\",\"unix\":1795326361.123456}";
+    for (reply, line) in [
+        ("2026-11-22 13:46:01.123456\n".to_owned(), "2026-11-22 13:46:01.123456"),
+        (
+            "Sunday, November 22, 2026 13:46:01-UTC\r\n".to_owned(),
+            "Sunday, November 22, 2026 13:46:01-UTC",
+        ),
+        (format!("\n{nist} \n"), nist),
+        (format!("\r\n\r\n{nist}\n"), nist),
+        (format!("{json}\n"), json),
+    ] {
+        let server = Server::stalls_after(reply);
+        let outcome = ask(server.address, &["--offset", "--timeout", "60s"]);
+        assert_eq!(outcome.succeeded().text().lines().next(), Some(line), "{outcome:?}");
+    }
+}
+
+#[test]
+fn takes_the_first_line_of_several() {
+    for more in [&b"second line\r\n"[..], &[b'x'; 100_000], b"\n\n\n"] {
+        let server = Server::sends([&b"\r\n 2026-11-22 13:46:01\r\n"[..], more].concat());
+        assert_eq!(ask(server.address, &[]).succeeded().text(), "2026-11-22 13:46:01\n");
+    }
+    for blank in ["\n", "\r\n \n"] {
+        let server = Server::sends(blank);
+        ask(server.address, &[]).failed_with(&["without telling the time"]);
+    }
+}
+
+#[test]
+fn prints_an_offset_whose_bound_fits_the_resolution() {
+    let server = Server::answers(|mut stream| {
+        let seconds = jiff::Timestamp::now().as_second() + 2_208_988_800;
+        let _ = stream.write_all(&u32::try_from(seconds).unwrap().to_be_bytes());
+    });
+    for _ in 0..5 {
+        let outcome = ask(server.address, &["--offset", "--rfc868"]);
+        is_right(&outcome);
+        let [offset, bound, _] = offset(&outcome).map(|number| number.to_string());
+        // One digit.
+        assert!(offset.len() <= 4 && bound.len() <= 4, "{outcome:?}");
+    }
+}
+
+#[test]
+fn the_offset_over_tcp_is_within_half_the_round_trip() {
+    let daemon = Daemon::start("[time.clock]\nlisten = [\"127.0.0.1:0\"]\nformat = \"unix\"");
+    for _ in 0..30 {
+        let outcome = ask(daemon.tcp("time.clock"), &["--offset"]);
+        is_right(&outcome);
+        let [offset, bound, round_trip] = offset(&outcome);
+        assert!(offset.abs() <= round_trip / 2.0 + 1e-6, "{outcome:?}");
+        assert!(bound <= round_trip / 2.0 + 3e-6, "{outcome:?}");
+        assert!(!outcome.text().contains("-0.000000"), "{outcome:?}");
+    }
 }
 
 #[test]
