@@ -3,21 +3,21 @@
 //! Pure but for [`Health::read`]: an instant goes in, bytes come out. Nothing of sockets.
 
 mod replies;
+mod strftime;
+mod zone;
 
-use std::env;
 use std::fmt;
-use std::fs;
 use std::io;
 use std::io::Write as _;
 use std::str::FromStr;
 
 use jiff::Timestamp;
-use jiff::fmt::strtime::BrokenDownTime;
 use jiff::tz::{Offset, TimeZone};
 
 use crate::kernel;
 
 pub use replies::ReplyShapes;
+pub use zone::{current_zone, find_zone};
 
 /// The longest text that a strftime pattern may make: a reply fits one datagram with ease.
 const MAX_TEXT: usize = 512;
@@ -132,9 +132,11 @@ impl FromStr for Format {
         // in the zone with the longest name: what works there works at any time.
         let sample = Timestamp::new(1_790_164_800, 123_456_789).unwrap_or_default();
         let zone = TimeZone::get("America/Argentina/ComodRivadavia").unwrap_or(TimeZone::UTC);
-        let sample = BrokenDownTime::from(&sample.to_zoned(zone));
-        match sample.to_string(text) {
-            Err(error) => Err(FormatError(format!("expected a strftime pattern: {error}"))),
+        let wrong =
+            |problem: String| FormatError(format!("expected a strftime pattern: {problem}"));
+        strftime::check(text).map_err(wrong)?;
+        match strftime::format(text, sample, &zone) {
+            Err(error) => Err(wrong(error.to_string())),
             Ok(told) if told.len() > MAX_TEXT => {
                 Err(FormatError(format!("expected a pattern of at most {MAX_TEXT} bytes of text")))
             }
@@ -156,31 +158,6 @@ impl fmt::Display for Format {
             },
         }
     }
-}
-
-/// Finds a time zone: the system's own, or one by its name in the system's database or, on a
-/// machine without one, in the copy that is built in.
-///
-/// # Errors
-/// Says what was expected.
-pub fn find_zone(name: &str) -> Result<TimeZone, String> {
-    match name {
-        // As localtime(5) has it.
-        "local" if env::var_os("TZ").is_none() && is_missing("/etc/localtime") => Ok(TimeZone::UTC),
-        "local" => TimeZone::try_system().map_err(|error| {
-            format!(
-                "the zone of this machine (TZ, /etc/localtime) cannot be read: {error}; \
-                 expected one that can, or \"UTC\" instead"
-            )
-        }),
-        "UTC" => Ok(TimeZone::UTC),
-        name => TimeZone::get(name)
-            .map_err(|error| format!("expected \"local\", \"UTC\" or a zone by its name: {error}")),
-    }
-}
-
-fn is_missing(path: &str) -> bool {
-    fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
 /// How well the kernel's clock is kept, from adjtimex(2): whoever disciplines the clock (chrony,
@@ -234,8 +211,7 @@ impl From<kernel::Timex> for Health {
 }
 
 fn pattern(text: &str, now: Timestamp, zone: &TimeZone, reply: &mut Vec<u8>) -> io::Result<()> {
-    let time = BrokenDownTime::from(&now.to_zoned(zone.clone()));
-    let told = time.to_string(text).map_err(io::Error::other)?;
+    let told = strftime::format(text, now, zone).map_err(io::Error::other)?;
     if told.len() > MAX_TEXT {
         return Err(io::Error::other(format!("the pattern makes more than {MAX_TEXT} bytes")));
     }

@@ -519,9 +519,13 @@ mod tests {
     async fn pauses_grow_to_a_second_and_begin_anew() {
         let mut pause = Pause::default();
         let error = Errno::MFILE.into();
-        let settings =
-            Settings { format: Format::Python, zone: jiff::tz::TimeZone::UTC, newline: true };
-        let service = Service::Time(TimeService::new(settings).into());
+        let settings = Settings {
+            format: Format::Python,
+            timezone: "UTC".to_owned(),
+            zone: jiff::tz::TimeZone::UTC,
+            newline: true,
+        };
+        let service = Service::Time(TimeService::new("time.clock".into(), settings).into());
         let limits = Limits::default();
         let served = Served::new("time.clock".into(), service, limits, Shutdown::default());
         let start = tokio::time::Instant::now();

@@ -237,7 +237,12 @@ mod tests {
     use std::num::NonZeroU32;
 
     fn service(name: &str, listen: &[Listen], newline: bool, max: u32) -> Service {
-        let settings = time::Settings { format: Format::Python, zone: TimeZone::UTC, newline };
+        let settings = time::Settings {
+            format: Format::Python,
+            timezone: "UTC".to_owned(),
+            zone: TimeZone::UTC,
+            newline,
+        };
         let max_connections = NonZeroU32::new(max).unwrap();
         Service {
             name: name.into(),

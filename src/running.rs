@@ -341,6 +341,9 @@ impl Running {
         }
         // What is not among the new ones ends by being dropped.
         self.services = services;
+        for RunningService { config, served, .. } in &self.services {
+            served.service.refresh(&config.settings);
+        }
         self.sockets = sockets;
         self.begin_work();
         self.give_orders();

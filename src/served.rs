@@ -169,8 +169,13 @@ mod tests {
     use std::task::{Context, Poll, Waker};
 
     fn service() -> Service {
-        let settings = Settings { format: Format::Python, zone: TimeZone::UTC, newline: true };
-        Service::Time(Arc::new(TimeService::new(settings)))
+        let settings = Settings {
+            format: Format::Python,
+            timezone: "UTC".to_owned(),
+            zone: TimeZone::UTC,
+            newline: true,
+        };
+        Service::Time(Arc::new(TimeService::new("time.clock".into(), settings)))
     }
 
     /// What one connection has, as the listener takes it.

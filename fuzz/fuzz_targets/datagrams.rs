@@ -7,7 +7,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use handout::clock::{Format, find_zone};
+use handout::clock::Format;
 use handout::datagram::may_be_answered;
 use handout::services::time::{Settings, TimeService};
 use jiff::Timestamp;
@@ -42,16 +42,21 @@ fn is_a_client(source: SocketAddr) -> bool {
 fuzz_target!(|input: &[u8]| {
     let mut lines = input.splitn(5, |byte| *byte == b'\n');
     let mut line = || lines.next().and_then(|line| str::from_utf8(line).ok());
-    let (Some(format), Some(zone), Some(now), Some(source)) = (line(), line(), line(), line())
+    let (Some(format), Some(zone_name), Some(now), Some(source)) = (line(), line(), line(), line())
     else {
         return;
     };
     let datagram = lines.next().unwrap_or_default();
-    let (Ok(format), Ok(zone)) = (format.parse::<Format>(), find_zone(zone)) else { return };
+    let (Ok(format), Ok(zone)) = (format.parse::<Format>(), TimeZone::get(zone_name)) else { return };
     let (Some(now), Ok(source)) = (clock(now), source.parse::<SocketAddr>()) else { return };
 
-    let settings = Settings { format: format.clone(), zone: zone.clone(), newline: true };
-    let service = TimeService::new(settings);
+    let settings = Settings {
+        format: format.clone(),
+        timezone: zone_name.to_owned(),
+        zone: zone.clone(),
+        newline: true,
+    };
+    let service = TimeService::new("time.clock".into(), settings);
     let answered = |source, datagram: &[u8]| {
         may_be_answered(source, None, &[PORT], || service.resembles_reply(datagram))
     };

@@ -177,7 +177,7 @@ mod tests {
     fn pattern() -> impl Strategy<Value = Format> {
         // Words, marks and numbers of all lengths, and those that change from moment to moment.
         let part = prop_oneof![
-            4 => "%[AaBbDdeFfHIjklMmNnPpRSsTtUuVWwYyZz%]",
+            4 => "%[AaBbcDdeFfHIjklMmNnPpRrSsTtUuVWwXxYyZz%]",
             1 => "%[-_^#]?[0-9]?[dHjMSY]",
             1 => Just("%.f".to_owned()),
             1 => Just("%6f".to_owned()),

@@ -233,8 +233,8 @@ impl Service {
     pub fn start(name: Arc<str>, settings: Settings, monitor: Arc<Monitor>) -> io::Result<Self> {
         Ok(match settings {
             Settings::Time(settings) => {
-                let time = time::TimeService::new(settings);
-                time.warn_of_unknown_health(&name);
+                let time = time::TimeService::new(name, settings);
+                time.warn_of_unknown_health();
                 Self::Time(Arc::new(time))
             }
             Settings::File(settings) => {
@@ -292,10 +292,18 @@ impl Service {
         }
     }
 
+    /// Applies what a reload has found outside of the configuration.
+    pub fn refresh(&self, settings: &Settings) {
+        if let (Self::Time(time), Settings::Time(settings)) = (self, settings) {
+            time.use_zone(settings.zone.clone());
+        }
+    }
+
     /// What the service does by itself while it runs; it does not end.
     pub async fn work(&self) {
         match self {
-            Self::Time(_) | Self::Metrics(_) => std::future::pending().await,
+            Self::Metrics(_) => std::future::pending().await,
+            Self::Time(time) => time.follow().await,
             Self::File(file) => file.follow().await,
             Self::Folder(folder) => folder.follow().await,
         }

@@ -1,21 +1,31 @@
 //! The time service: on connect, the time; to a datagram, the time in a datagram.
 
 use std::io;
-use std::time::SystemTime;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
+use tokio::time::{MissedTickBehavior, interval};
 
-use crate::clock::{Format, Health, ReplyShapes, find_zone};
+use crate::clock::{Format, Health, ReplyShapes, current_zone, find_zone};
 use crate::config::{Noted, Table};
 use crate::connection::{Broken, Connection, Stream};
+use crate::readers::{Readers, UNANSWERED, if_slow};
+
+use super::trouble::Trouble;
+
+/// How often the files of a zone are checked: `/etc/localtime` and the system's zone database.
+const CHECK_ZONE_EVERY: Duration = Duration::from_secs(5);
 
 /// The settings of one time service.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
     /// How the time is told.
     pub format: Format,
-    /// The zone in which it is told.
+    /// The name of the zone in which it is told.
+    pub timezone: String,
+    /// What that name stood for when the settings were read.
     pub zone: TimeZone,
     /// Whether text ends with a newline.
     pub newline: bool,
@@ -28,30 +38,107 @@ impl Settings {
     /// If a fault was noted.
     pub fn read(table: &mut Table<'_>) -> Result<Self, Noted> {
         let format = table.text_or("format", "python", str::parse);
-        let zone = table.text_or("timezone", "local", find_zone);
+        let zone = table.text_or("timezone", "local", |name| {
+            find_zone(name).map(|zone| (name.to_owned(), zone))
+        });
         let newline = table.boolean_or("newline", true);
-        Ok(Self { format: format?, zone: zone?, newline: newline? })
+        let (timezone, zone) = zone?;
+        Ok(Self { format: format?, timezone, zone, newline: newline? })
     }
 }
 
 /// A time service that is ready to answer.
 #[derive(Debug)]
 pub struct TimeService {
+    name: Arc<str>,
     settings: Settings,
+    current: RwLock<Current>,
+    readers: Readers,
+    trouble: Trouble,
+}
+
+/// The zone at the moment, and what depends on it.
+#[derive(Debug)]
+struct Current {
+    zone: TimeZone,
     shapes: ReplyShapes,
 }
 
+impl Current {
+    fn new(format: &Format, zone: TimeZone) -> Self {
+        Self { shapes: ReplyShapes::new(format, &zone), zone }
+    }
+}
+
 impl TimeService {
-    /// Prepares what does not change from reply to reply.
-    pub fn new(settings: Settings) -> Self {
-        let shapes = ReplyShapes::new(&settings.format, &settings.zone);
-        Self { settings, shapes }
+    /// Prepares what does not change from reply to reply. `name` is the service's in the log.
+    pub fn new(name: Arc<str>, settings: Settings) -> Self {
+        let current = RwLock::new(Current::new(&settings.format, settings.zone.clone()));
+        Self { name, settings, current, readers: Readers::default(), trouble: Trouble::default() }
+    }
+
+    fn current(&self) -> RwLockReadGuard<'_, Current> {
+        // It is replaced as a whole.
+        self.current.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Follows the zone: after `timedatectl set-timezone` or an update of tzdata, replies are in the
+    /// new one. While it cannot be read, the last one is used.
+    pub async fn follow(&self) {
+        let mut checks = interval(CHECK_ZONE_EVERY);
+        checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            checks.tick().await;
+            let name = self.settings.timezone.clone();
+            let check = self.readers.run("", move || current_zone(&name));
+            match if_slow(check, || self.complain(UNANSWERED)).await {
+                Ok(Ok(zone)) => self.use_zone(zone),
+                Ok(Err(cause)) => self.complain(&cause),
+                Err(error) => self.complain(&error.to_string()),
+            }
+        }
+    }
+
+    /// Replies in this zone from now on.
+    pub fn use_zone(&self, zone: TimeZone) {
+        let (service, timezone) = (&*self.name, &*self.settings.timezone);
+        if self.trouble.end() {
+            tracing::info!(
+                service,
+                timezone,
+                "{service}: time zone \"{timezone}\" can be read again"
+            );
+        }
+        let is_same = {
+            let current = self.current();
+            current.zone == zone && current.zone.iana_name() == zone.iana_name()
+        };
+        if is_same {
+            return;
+        }
+        let zone_name = zone.iana_name().unwrap_or("a zone without a name").to_owned();
+        let current = Current::new(&self.settings.format, zone);
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = current;
+        let message =
+            format_args!("{service}: time zone changed: \"{timezone}\" is now {zone_name}");
+        tracing::info!(service, timezone, zone = zone_name, "{message}");
+    }
+
+    /// Logs once why the zone cannot be read.
+    fn complain(&self, cause: &str) {
+        let (service, timezone) = (&*self.name, &*self.settings.timezone);
+        if self.trouble.begin(cause) {
+            let message = format_args!(
+                "{service}: time zone \"{timezone}\" cannot be read: {cause}; keeping the last one"
+            );
+            tracing::warn!(service, timezone, cause, "{message}");
+        }
     }
 
     /// Says it in the log if the format tells how the clock is kept but the kernel may not be asked,
-    /// so that every reply will say that the clock is not synchronized. `service` is the service's
-    /// name there.
-    pub fn warn_of_unknown_health(&self, service: &str) {
+    /// so that every reply will say that the clock is not synchronized.
+    pub fn warn_of_unknown_health(&self) {
+        let service = &*self.name;
         let format = &self.settings.format;
         if format.tells_health()
             && let Err(error) = Health::read()
@@ -72,18 +159,18 @@ impl TimeService {
     /// If the clock is set to a year that cannot be told.
     pub fn tell(&self, reply: &mut Vec<u8>) -> io::Result<()> {
         let now = Timestamp::try_from(SystemTime::now()).map_err(io::Error::other)?;
-        let Settings { format, zone, newline } = &self.settings;
-        format.write(now, zone, *newline, reply)
+        let Settings { format, newline, .. } = &self.settings;
+        format.write(now, &self.current().zone, *newline, reply)
     }
 
     /// Whether a datagram could be the reply of another time service.
     pub fn resembles_reply(&self, datagram: &[u8]) -> bool {
-        self.shapes.match_datagram(datagram)
+        self.current().shapes.match_datagram(datagram)
     }
 
     /// Whether `reply` may be the answer to a datagram that resembles none: see [`ReplyShapes`].
     pub fn outranks(&self, reply: &[u8], datagram: &[u8]) -> bool {
-        self.shapes.outranks(reply, datagram)
+        self.current().shapes.outranks(reply, datagram)
     }
 
     /// Sends the time.

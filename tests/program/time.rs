@@ -1,16 +1,20 @@
 //! The time service: every format, over TCP, UDP and Unix sockets.
 
 use std::collections::HashSet;
+use std::fs;
 use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use jiff::{SignedDuration, Timestamp};
 use rustix::process::Signal;
+use serde_json::Value;
 
-use crate::common::{DEADLINE, Daemon, eventually, metric, read_all, refuse, run, says};
+use crate::common::{DEADLINE, Daemon, eventually, metric, read_all, refuse, replace, run, says};
+use crate::mounts::{self, with_own_mounts};
 
 fn now() -> Timestamp {
     Timestamp::try_from(SystemTime::now()).unwrap()
@@ -188,6 +192,79 @@ fn the_zone_of_the_machine_is_what_tz_says() {
         },
     );
     assert_eq!(read_all(daemon.tcp("time.clock")), b"+05:45 Asia/Kathmandu\n");
+}
+
+/// What a service with `format = "%:z"` says of its zone.
+fn offset_told(daemon: &Daemon) -> String {
+    String::from_utf8(read_all(daemon.tcp("time.clock"))).unwrap().trim().to_owned()
+}
+
+fn zone_file(name: &str) -> Vec<u8> {
+    fs::read(Path::new("/usr/share/zoneinfo").join(name)).unwrap()
+}
+
+/// Replaces a symbolic link as timedatectl does.
+fn replace_link(target: &str, link: &Path) {
+    let beside = link.with_extension("new");
+    symlink(target, &beside).unwrap();
+    fs::rename(beside, link).unwrap();
+}
+
+#[test]
+fn follows_the_zone_of_the_machine_within_a_minute_and_at_once_on_reload() {
+    with_own_mounts(|| {
+        mounts::empty("/etc", c"mode=755");
+        let localtime = Path::new("/etc/localtime");
+        replace_link("../usr/share/zoneinfo/Asia/Shanghai", localtime);
+        let config = "[time.clock]\nlisten = [\"127.0.0.1:0\"]\nformat = \"%:z\"\n";
+        let daemon = Daemon::start_with(config, &[], |command| {
+            command.env_remove("TZ");
+        });
+        let named = Daemon::start_with(config, &[], |command| {
+            command.env("TZ", "Asia/Kathmandu");
+        });
+        assert_eq!(offset_told(&daemon), "+08:00");
+        replace_link("/usr/share/zoneinfo/Asia/Tokyo", localtime);
+        eventually("another link", || offset_told(&daemon) == "+09:00");
+        assert_eq!(offset_told(&named), "+05:45");
+        daemon.wait_for_message("\"local\" is now Asia/Tokyo");
+        // A file instead of a link, as of containers, and another with the same name.
+        for (zone, offset) in [("Asia/Kathmandu", "+05:45"), ("Asia/Kolkata", "+05:30")] {
+            replace(localtime, &zone_file(zone));
+            eventually("another file", || offset_told(&daemon) == offset);
+        }
+        // Absent or malformed: the last one stays, and the log says it once.
+        fs::remove_file(localtime).unwrap();
+        daemon.wait_for_message("cannot be read");
+        assert_eq!(offset_told(&daemon), "+05:30");
+        replace(localtime, b"no zone");
+        assert!(says(&daemon.reload(config), "reload failed"));
+        assert_eq!(offset_told(&daemon), "+05:30");
+        replace_link("/usr/share/zoneinfo/Asia/Shanghai", localtime);
+        assert!(says(&daemon.reload(config), "reloaded: "));
+        assert_eq!(offset_told(&daemon), "+08:00");
+        let warnings = |line: &&Value| line["level"] == "WARN" && says(line, "time zone");
+        assert_eq!(daemon.lines().iter().filter(warnings).count(), 1);
+    });
+}
+
+#[test]
+fn follows_an_update_of_the_zone_database_within_a_minute_and_at_once_on_reload() {
+    let database = tempfile::tempdir().unwrap();
+    let file = database.path().join("Asia/Shanghai");
+    fs::create_dir(file.parent().unwrap()).unwrap();
+    fs::write(&file, zone_file("Asia/Shanghai")).unwrap();
+    let config = "[time.clock]\nlisten = [\"127.0.0.1:0\"]\nformat = \"%:z\"\n\
+                  timezone = \"asia/shanghai\"\n";
+    let daemon = Daemon::start_with(config, &[], |command| {
+        command.env("TZDIR", database.path());
+    });
+    assert_eq!(offset_told(&daemon), "+08:00");
+    replace(&file, &zone_file("Asia/Tokyo"));
+    eventually("the update", || offset_told(&daemon) == "+09:00");
+    replace(&file, &zone_file("Asia/Kathmandu"));
+    assert!(says(&daemon.reload(config), "reloaded: "));
+    assert_eq!(offset_told(&daemon), "+05:45");
 }
 
 #[test]
