@@ -17,6 +17,7 @@ use crate::clock::Health;
 use crate::counts::{Counter, Ending, Label};
 use crate::mirrors;
 use crate::served::Served;
+use crate::text::counted;
 
 #[cfg(feature = "alert")]
 pub use crate::outbound::{alert::Settings, teller::Alerts};
@@ -297,8 +298,8 @@ impl Watch {
             let at = at.filter(|at| now.duration_since(*at) < PANIC_LASTS);
             self.panics.insert(Arc::clone(name), (panics, at));
             if at.is_some() {
-                let what =
-                    format!("{panics} connections ended by a fault of the program; see the log");
+                let connections = counted(panics, "connection");
+                let what = format!("{connections} ended by a fault of the program; see the log");
                 add(Kind::ServiceFailed, what);
             }
             if let Some(what) = served.service.trouble() {
@@ -309,9 +310,8 @@ impl Watch {
                 self.full.insert(Arc::clone(name), since);
                 if now.duration_since(since) >= FULL_FOR {
                     let places = served.limits.max_connections;
-                    let what = format!(
-                        "all {places} places (max-connections) are taken, clients wait in the queue"
-                    );
+                    let what =
+                        format!("its connection limit is reached ({places}): new clients wait");
                     add(Kind::Overloaded, what);
                 }
             }

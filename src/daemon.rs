@@ -26,6 +26,7 @@ use crate::readers::Readers;
 use crate::running::{self, Running, Summary};
 use crate::sockets::Inherited;
 use crate::systemd;
+use crate::text::{agree, counted, tally};
 use crate::workers::{self, Workers};
 
 use control::{ReloadQueue, Reply};
@@ -174,10 +175,13 @@ impl Daemon {
                 self.reload_trouble = None;
                 let Summary { added, changed, removed, kept } = summary;
                 let status = self.status();
-                let summary = format!(
-                    "reloaded: {added} services added, {changed} changed, {removed} removed, \
-                     {kept} as before; {status}"
-                );
+                let services = [
+                    (added, "added"),
+                    (changed, "changed"),
+                    (removed, "removed"),
+                    (kept, "unchanged"),
+                ];
+                let summary = format!("reloaded: {}; {status}", tally("service", &services));
                 tracing::info!(added, changed, removed, kept, "{summary}");
                 (status, Reply::Reloaded { summary })
             }
@@ -254,7 +258,7 @@ impl Daemon {
                 changed,
                 ended,
                 kept,
-                "mirrors: {started} started, {changed} changed, {ended} ended, {kept} as before"
+                "mirrors: {started} started, {changed} changed, {ended} ended, {kept} unchanged"
             );
         }
     }
@@ -272,7 +276,8 @@ impl Daemon {
             () = orders.stop_now.cancelled() => {}
         }
         let under_way = connections.len();
-        tracing::info!(connections = under_way, "stopping: {under_way} connections may finish");
+        let draining = counted(under_way, "connection");
+        tracing::info!(connections = under_way, "stopping: {draining} may finish");
         let (mirrors, alerts) = (&mut self.mirrors, &mut self.alerts);
         let outbound = async {
             // What they have brought is told, too.
@@ -289,7 +294,7 @@ impl Daemon {
         let reset = connections.len();
         self.running.end(RESET_TIME).await;
         self.sum_up();
-        tracing::info!(reset, "stopped: {reset} connections reset");
+        tracing::info!(reset, "stopped: {} reset", counted(reset, "connection"));
     }
 
     fn sum_up(&self) {
@@ -297,7 +302,8 @@ impl Daemon {
         let all = self.log.lost();
         let lost = all - self.running.monitor.note_lost_lines(all);
         if lost > 0 {
-            tracing::warn!(lost, "{lost} lines of the log were lost, as nobody took them");
+            let (lines, were) = (counted(lost, "log line"), agree(lost, "was", "were"));
+            tracing::warn!(lost, "{lines} {were} lost: the log's reader is too slow or gone");
         }
     }
 
@@ -305,8 +311,8 @@ impl Daemon {
     fn status(&self) -> String {
         let names: Vec<&str> = self.running.services().map(|served| &**served.name()).collect();
         let addresses = self.running.addresses();
-        let plural = if addresses == 1 { "address" } else { "addresses" };
-        let serving = format!("serving {} on {addresses} {plural}", names.join(", "));
+        let addresses = counted(addresses, "address");
+        let serving = format!("serving {} on {addresses}", names.join(", "));
         let mirroring = format!("mirroring {}", self.mirrored.join(", "));
         match (names.is_empty(), self.mirrored.is_empty()) {
             (_, true) => serving,

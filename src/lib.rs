@@ -34,6 +34,7 @@
 //! | [`files`] | regular files, and folders that no name leads out of |
 //! | [`memory_file`] | files that are only in memory, and are sent without being copied |
 //! | [`errors`] | errors as people read them |
+//! | `text` | wording shared by messages, such as counts with their nouns |
 //! | [`clock`] | the forms of the time, and the health of the kernel's clock |
 //! | [`kernel`] | the only unsafe code: what no safe function exists for |
 //! | [`logging`], [`systemd`] | what the operator and the service manager are told |
@@ -83,4 +84,5 @@ pub mod served;
 pub mod services;
 pub mod sockets;
 pub mod systemd;
+mod text;
 pub mod workers;

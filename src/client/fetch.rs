@@ -27,6 +27,7 @@ use crate::fs::atomic::{
     DirHandle, NEW_FILE, OverwritePolicy, PendingFile, SaveError, is_special, sync_data,
 };
 use crate::fs::created_dirs::CreatedDirs;
+use crate::text::counted;
 
 /// The port of file services, by custom.
 pub const PORT: u16 = 5566;
@@ -119,7 +120,7 @@ pub enum Error {
         cause: NameError,
     },
     /// The document is shorter or longer than it said.
-    #[error("the server promised {promised} bytes and sent {sent}")]
+    #[error("the server promised {} and sent {sent}", counted(*promised, "byte"))]
     Size {
         /// What it said.
         promised: u64,

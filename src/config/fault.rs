@@ -4,6 +4,7 @@
 use std::fmt;
 
 use crate::readers::UNANSWERED;
+use crate::text::counted;
 
 /// Where a fault is.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -72,7 +73,7 @@ impl fmt::Display for Faults {
         }
         match self.0.len().saturating_sub(MAX_TOLD) {
             0 => Ok(()),
-            more => write!(f, "\nand {more} more faults"),
+            more => write!(f, "\nand {}", counted(more, "more fault")),
         }
     }
 }

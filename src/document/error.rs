@@ -4,6 +4,8 @@
 //! Offsets count the document's bytes from 0 and name the byte at which the fault shows, so that
 //! they do not depend on the pieces in which the document arrived.
 
+use crate::text::counted;
+
 /// Why a document is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ReadError {
@@ -11,7 +13,7 @@ pub enum ReadError {
     #[error("there is no document: the input ends before its `{{`")]
     Empty,
     /// The input ended inside the document.
-    #[error("the document ends early, in {within}, after {length} bytes")]
+    #[error("the document ends early, in {within}, after {}", counted(*length, "byte"))]
     Cut {
         /// The part of the document that is not whole.
         within: &'static str,
@@ -49,7 +51,7 @@ pub enum ReadError {
         at: u64,
     },
     /// A string longer than its key allows.
-    #[error("expected {key} to be at most {limit} bytes long, at offset {at}")]
+    #[error("expected {key} to be at most {} long, at offset {at}", counted(*limit, "byte"))]
     TooLong {
         /// The key.
         key: &'static str,
@@ -101,7 +103,7 @@ pub enum ReadError {
         at: u64,
     },
     /// More data than the caller wants.
-    #[error("the file is larger than the limit of {limit} bytes")]
+    #[error("the file is larger than the limit of {}", counted(*limit, "byte"))]
     TooMuchData {
         /// The caller's limit, in bytes of the file.
         limit: u64,

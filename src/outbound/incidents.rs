@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::alerts::{Change, Event, Kind};
 use crate::client::names::escape;
 use crate::counts::Label;
+use crate::text::{agree, counted};
 
 /// What begins so often within [`FLAPPING_TIME`] comes and goes.
 const FLAPPING: usize = 4;
@@ -451,9 +452,10 @@ impl Report {
         let mut text = format!("{host}: {}\n", self.lines().join("\n"));
         let Withheld { count, lines } = withheld;
         if *count > 0 {
-            let messages = if *count == 1 { "message was" } else { "messages were" };
+            let messages = counted(*count, "message");
+            let were = agree(*count, "was", "were");
             // Writing to a string does not fail.
-            let _ = writeln!(text, "\n{count} {messages} withheld before this one:");
+            let _ = writeln!(text, "\n{messages} {were} withheld before this one:");
             for line in lines {
                 let _ = writeln!(text, "{line}");
             }
@@ -483,8 +485,7 @@ impl Withheld {
     /// A report of nothing else, to be told when there is a place for it.
     pub fn report(&self) -> Report {
         let Self { count, lines } = self;
-        let messages = if *count == 1 { "message" } else { "messages" };
-        let subject = format!("{count} {messages} withheld (max-per-hour)");
+        let subject = format!("{} withheld (max-per-hour)", counted(*count, "message"));
         let last = lines.back().map_or(String::new(), |last| format!("; the last: {last}"));
         let mut report = Report::default();
         report.add(subject.clone(), &format!("{subject}{last}"), None);

@@ -15,6 +15,7 @@ use serde::de::{
 use super::pointer::Pointer;
 use super::reach::{self, Reach, Refused, shown};
 use crate::client::names::{NameError, escape, file_name};
+use crate::text::counted;
 
 /// How long all URLs together may be, in bytes: a short one that is relative to a long one takes as
 /// much as that.
@@ -63,7 +64,7 @@ pub enum Error {
     #[error("the listing has no array at \"{0}\" (`list`)")]
     NoArray(Pointer),
     /// It is too long.
-    #[error("the listing has more than {0} entries (`max-files`)")]
+    #[error("the listing has more than {} (`max-files`)", counted(*.0, "entry"))]
     Long(usize),
     /// Its URLs, joined with where it is, take too much memory.
     #[error("the URLs of the listing are longer than {} together", ByteSize(MAX_URLS as u64))]

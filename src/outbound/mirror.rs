@@ -33,6 +33,7 @@ use crate::fs::atomic::OverwritePolicy;
 use crate::http::tls::CaFile;
 use crate::mirrors::{Counts, File, Run, Summary};
 use crate::secret;
+use crate::text::counted;
 use crate::workers::EventLoop;
 
 /// How many downloads there may be at one time.
@@ -441,7 +442,7 @@ impl Log {
         if !summary.interrupted {
             let trouble = |first| match summary.failed {
                 1 => first,
-                failed => format!("{failed} files failed, first {first}"),
+                failed => format!("{} failed, first {first}", counted(failed, "file")),
             };
             self.counts.set_trouble(first.filter(|_| summary.failed > 0).map(trouble));
         }

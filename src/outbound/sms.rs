@@ -398,7 +398,7 @@ impl Settings {
         if count > self.max_segments {
             return Err(format!(
                 "the text takes {count} segments of {size} characters each ({alphabet}), which are \
-                 paid for one by one; at most {} are sent (max-segments)",
+                 paid for one by one: more than {} (max-segments)",
                 self.max_segments
             ));
         }

@@ -27,6 +27,7 @@ use super::{mail, sms};
 use crate::alerts::{Change, Counts, Event, Events, Kind, Outcome, Reporter};
 use crate::client::names::escape;
 use crate::files::OpenFile;
+use crate::text::counted;
 use crate::workers::EventLoop;
 
 /// How long is waited after the first failure of a channel, and at most after the next.
@@ -272,7 +273,7 @@ impl Job {
         }
         let waiting = self.waiting();
         if waiting > 0 {
-            tracing::info!(waiting, "{waiting} alerts stay in the queue");
+            tracing::info!(waiting, "{} left in the queue", counted(waiting, "alert"));
         }
     }
 
@@ -361,8 +362,9 @@ impl Job {
                 tracing::warn!(
                     channel,
                     waiting,
-                    "{waiting} alerts wait for {channel}, which there is no more; they are given up \
-                     when they are old, if it does not come back"
+                    "{channel}: no such channel any more: {} in its queue, to be given up unless \
+                     the channel comes back within three days",
+                    counted(waiting, "alert")
                 );
             }
         }
@@ -370,10 +372,11 @@ impl Job {
             self.outlets.keys().filter(|name| settings.is_told(name)).map(|name| &**name).collect();
         let waiting = self.waiting();
         let to = told.join(", ");
+        let queued = counted(waiting, "alert");
         if self.on {
-            tracing::info!(to, waiting, "alerts to {to}; {waiting} wait to be sent");
+            tracing::info!(to, waiting, "alerts to {to}; {queued} waiting");
         } else {
-            tracing::info!(waiting, "no alerts any more; {waiting} wait to be sent");
+            tracing::info!(waiting, "no alerts any more; {queued} waiting");
         }
     }
 
@@ -616,7 +619,8 @@ impl Job {
         let lost = self.reporter.lost();
         let more = lost - std::mem::replace(&mut self.lost, lost);
         if more > 0 {
-            tracing::warn!(events = more, "{more} events found no place and are told later or not");
+            let events = counted(more, "event");
+            tracing::warn!(events = more, "too many alerts at once: {events} delayed or lost");
         }
     }
 }
@@ -702,7 +706,8 @@ async fn deliver_mail(mail: &mail::Settings, message: Message) -> Delivery {
         && attached > 0
     {
         // What happened is told, rather than nothing.
-        let _ = write!(text, "\nNot attached: {attached} files, with which it is refused: {words}");
+        let files = counted(attached, "file");
+        let _ = write!(text, "\nNot attached: {files}, which the server refuses: {words}");
         sent = attempt(letter(&text, Vec::new())).await;
     }
     let refused = sent.iter().flat_map(|sent| &sent.refused);

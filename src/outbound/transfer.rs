@@ -29,6 +29,7 @@ use super::place::{Local, Part, Place, There};
 use super::state::{self, Ask, Known, Validators, identity};
 use crate::client::names::escape;
 use crate::fs::atomic::{OverwritePolicy, SaveError};
+use crate::text::counted;
 
 /// How much is received before it is written.
 const PIECE: usize = 256 << 10;
@@ -111,7 +112,7 @@ pub enum Error {
     #[error("all files together would be larger than max-total")]
     Total,
     /// It is shorter or longer than announced.
-    #[error("{promised} bytes were announced and {received} came")]
+    #[error("the server announced {} and sent {received}", counted(*promised, "byte"))]
     Length {
         /// What was announced.
         promised: u64,

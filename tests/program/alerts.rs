@@ -624,7 +624,7 @@ fn a_mail_that_is_refused_with_its_files_is_sent_without_them() {
     let mail = postbox.wait_for(0);
     assert!(subject(&mail).starts_with("mirror-updated: mirror.m, at "), "{mail}");
     assert_eq!(mail["attachments"], json!([]));
-    let why = "Not attached: 1 files, with which it is refused: 552 5.3.4 message size exceeds";
+    let why = "Not attached: 1 file, which the server refuses: 552 5.3.4 message size exceeds";
     assert!(text(&mail).contains(why), "{mail}");
 }
 

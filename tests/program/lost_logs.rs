@@ -95,7 +95,8 @@ fn a_full_disk_costs_lines_and_nothing_else_and_the_log_goes_on_when_there_is_ro
         fs::remove_file(&others).unwrap();
         eventually("the log to go on", || {
             daemon.ask(1);
-            fs::read_to_string(&log).is_ok_and(|text| text.contains("lines of the log were lost"))
+            fs::read_to_string(&log)
+                .is_ok_and(|text| text.contains("lost: the log's reader is too slow or gone"))
         });
         daemon.stop();
         // Every line is whole, also where it was interrupted.

@@ -1,0 +1,80 @@
+//! Wording shared by log messages, the status line and command output.
+
+use std::fmt::Write as _;
+
+/// Returns `count` with the singular or plural of `noun`: `1 file`, `2 addresses`, `0 entries`.
+/// Knows the regular English plurals.
+pub(crate) fn counted(count: impl TryInto<u64>, noun: &str) -> String {
+    // Larger than 64 bits is plural, too.
+    let count = count.try_into().unwrap_or(u64::MAX);
+    if count == 1 { format!("1 {noun}") } else { format!("{count} {}", plural(noun)) }
+}
+
+/// Returns `singular` for a count of one, else `plural`, for verbs and pronouns.
+pub(crate) fn agree<'a>(count: u64, singular: &'a str, plural: &'a str) -> &'a str {
+    if count == 1 { singular } else { plural }
+}
+
+/// Returns what became of how many: `1 service added, 2 removed, 3 unchanged`. Counts of zero are
+/// left out; if all are zero, the last one is stated.
+pub(crate) fn tally<T: TryInto<u64> + Copy>(noun: &str, parts: &[(T, &str)]) -> String {
+    let mut text = String::new();
+    for (position, (count, became)) in parts.iter().enumerate() {
+        let count = (*count).try_into().unwrap_or(u64::MAX);
+        let is_last = position + 1 == parts.len();
+        // Writing to a string does not fail.
+        let _ = match (count, text.is_empty()) {
+            (0, false) => Ok(()),
+            (0, true) if !is_last => Ok(()),
+            (_, true) => write!(text, "{} {became}", counted(count, noun)),
+            (_, false) => write!(text, ", {count} {became}"),
+        };
+    }
+    text
+}
+
+fn plural(noun: &str) -> String {
+    let after_consonant =
+        |stem: &str| stem.chars().last().is_some_and(|letter| !"aeiou".contains(letter));
+    match noun.strip_suffix('y') {
+        Some(stem) if after_consonant(stem) => format!("{stem}ies"),
+        _ if ["s", "x", "ch", "sh"].iter().any(|end| noun.ends_with(end)) => format!("{noun}es"),
+        _ => format!("{noun}s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nouns_agree_with_their_count() {
+        let cases = [
+            (0, "file", "0 files"),
+            (1, "file", "1 file"),
+            (2, "address", "2 addresses"),
+            (1, "entry", "1 entry"),
+            (3, "entry", "3 entries"),
+            (2, "reply", "2 replies"),
+            (2, "day", "2 days"),
+            (2, "batch", "2 batches"),
+        ];
+        for (count, noun, expected) in cases {
+            assert_eq!(counted(count, noun), expected);
+        }
+        assert_eq!(counted(1_usize, "log line"), "1 log line");
+        assert_eq!((agree(1, "was", "were"), agree(0, "was", "were")), ("was", "were"));
+    }
+
+    #[test]
+    fn a_tally_leaves_out_what_did_not_happen() {
+        let services = |added, removed, unchanged| {
+            tally("service", &[(added, "added"), (removed, "removed"), (unchanged, "unchanged")])
+        };
+        assert_eq!(services(1, 1, 2), "1 service added, 1 removed, 2 unchanged");
+        assert_eq!(services(2, 0, 1), "2 services added, 1 unchanged");
+        assert_eq!(services(0, 0, 1), "1 service unchanged");
+        assert_eq!(services(0, 2, 0), "2 services removed");
+        assert_eq!(services(0, 0, 0), "0 services unchanged");
+    }
+}
