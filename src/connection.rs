@@ -3,7 +3,8 @@
 //! A service writes with [`Connection::send`]; whoever runs it ends with [`Connection::finish`].
 //! A connection that is dropped without having been finished, whatever the reason (a deadline, a
 //! panic, the end of the process), is reset, so that a client never takes a part for the whole.
-//! Every connection leaves one line in the log when it is dropped.
+//! Every connection leaves one line in the log when it is dropped, unless its client took nothing:
+//! those are summed up.
 //!
 //! What services say, and who may connect, is not decided here.
 
@@ -50,6 +51,15 @@ const HEADER_TIME: Duration = Duration::from_secs(5);
 
 /// The same when the daemon is to stop.
 const HEADER_TIME_AT_STOP: Duration = Duration::from_secs(1);
+
+/// A kernel acknowledges this much before its program has read anything (`tcp_rmem`). If a reply
+/// that is no longer is followed by a reset at once, it was not read: a program that has read
+/// everything ends with a FIN.
+const PROBE_BYTES: u64 = 64 << 10;
+
+/// The longest connection of a health check or a port scan that does not read; from then on, a reset
+/// is worth a line.
+const PROBE_TIME: Duration = Duration::from_millis(100);
 
 /// The shortest and the longest wait between two looks at what the client has acknowledged.
 const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
@@ -635,6 +645,19 @@ impl<S: Stream> Connection<S> {
     }
 }
 
+impl<S: Stream> Connection<S> {
+    /// Whether the connection ended before the client took anything, as health checks and port
+    /// scans do. `bytes` were acknowledged; [`PROBE_BYTES`] says why that alone does not tell.
+    fn is_unserved(&self, ending: Ending, bytes: u64) -> bool {
+        let only_buffered = ending == Ending::Reset
+            && self.half_closed
+            && bytes == self.written
+            && bytes <= PROBE_BYTES
+            && self.started.elapsed() <= PROBE_TIME;
+        !matches!(ending, Ending::Failed | Ending::Panic) && (bytes == 0 || only_buffered)
+    }
+}
+
 impl<S: Stream> Drop for Connection<S> {
     fn drop(&mut self) {
         let mut bytes = self.written;
@@ -659,7 +682,11 @@ impl<S: Stream> Drop for Connection<S> {
         }
         // The message alone is what `journalctl` shows.
         let message = format_args!("{service}: {peer} {outcome}");
-        if self.terms.log_at_debug {
+        let unserved = self.is_unserved(ending, bytes);
+        if unserved && !self.terms.log_at_debug {
+            self.terms.counts.add_unserved(ending, self.peer);
+        }
+        if unserved || self.terms.log_at_debug {
             tracing::debug!(service, %peer, bytes, duration, outcome, "{message}");
         } else {
             tracing::info!(service, %peer, bytes, duration, outcome, "{message}");

@@ -4,9 +4,13 @@
 //! They only grow, also across a reload that changes the service.
 
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::num::NonZeroU32;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use crate::connection::Peer;
+use crate::text::counted;
 
 /// After a listener's fault, the service is called not well for so long; longer than the longest
 /// pause after which it tries again.
@@ -136,6 +140,16 @@ impl<L: Label> Counter<L> {
             .map(|((label, _), n)| (*label, n.load(Ordering::Relaxed)))
     }
 
+    /// How many there have been of each since the last call with the same `before`.
+    fn take_new(&self, before: &mut Vec<u64>) -> Vec<(L, u64)> {
+        before.resize(self.numbers.len(), 0);
+        let new = self
+            .each()
+            .zip(before)
+            .map(|((label, now), before)| (label, now - std::mem::replace(before, now)));
+        new.collect()
+    }
+
     /// How many there have been of one.
     pub fn get(&self, label: L) -> u64 {
         self.each().find(|(counted, _)| *counted == label).map_or(0, |(_, number)| number)
@@ -195,8 +209,23 @@ pub struct Counts {
     pub durations: Durations,
     sent: AtomicU64,
     trouble: Mutex<Trouble>,
+    /// Connections that ended before the client took anything, as a rule health checks and port
+    /// scans. They are counted among `endings`, too.
+    unserved: Counter<Ending>,
+    /// One of their peers, as an example for the log.
+    unserved_peer: Mutex<Option<Peer>>,
     /// What the log has been told.
-    summed_up: Mutex<Sums>,
+    summed_up: Mutex<SummedUp>,
+    limit: LimitState,
+}
+
+/// Whether clients have to wait because all of a service's connections are in use.
+#[derive(Debug, Default)]
+struct LimitState {
+    /// A client had to wait since the last look.
+    waited: AtomicBool,
+    /// The log says that the limit is reached.
+    reported: AtomicBool,
 }
 
 /// When the listeners of a service last had a fault, and when that was last said.
@@ -206,15 +235,12 @@ struct Trouble {
     said: Option<Instant>,
 }
 
-/// What strangers can cause at will, which the log sums up.
-#[derive(Debug, Default, Clone, Copy)]
-struct Sums {
-    answered: u64,
-    dropped: u64,
-    denied: u64,
-    crowded: u64,
-    headless: u64,
-    aborted: u64,
+/// The counts that are in the log already, in the order of their labels.
+#[derive(Debug, Default)]
+struct SummedUp {
+    datagrams: Vec<u64>,
+    refusals: Vec<u64>,
+    unserved: Vec<u64>,
 }
 
 impl Counts {
@@ -251,46 +277,40 @@ impl Counts {
         self.sent.load(Ordering::Relaxed)
     }
 
-    /// Logs what strangers have caused since the last time, if anything.
-    pub fn sum_up(&self, service: &str) {
-        let dropped = self.datagrams.each().filter(|(became, _)| *became != Datagram::Answered);
-        let now = Sums {
-            answered: self.datagrams.get(Datagram::Answered),
-            dropped: dropped.map(|(_, number)| number).sum(),
-            denied: self.refusals.get(Refusal::Access),
-            crowded: self.refusals.get(Refusal::MaxPerClient),
-            headless: self.refusals.get(Refusal::ProxyProtocol),
-            aborted: self.refusals.get(Refusal::Aborted),
-        };
-        let mut summed_up = self.summed_up.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = std::mem::replace(&mut *summed_up, now);
-        drop(summed_up);
+    /// Counts a connection that ended before its client took anything. It has no line of its own.
+    pub fn add_unserved(&self, ending: Ending, peer: Peer) {
+        self.unserved.add(ending);
+        // Any of them will do: no connection waits for another's.
+        if let Ok(mut example) = self.unserved_peer.try_lock() {
+            *example = Some(peer);
+        }
+    }
 
-        let (answered, dropped) = (now.answered - before.answered, now.dropped - before.dropped);
-        if answered + dropped > 0 {
-            let message =
-                format_args!("{service}: {answered} datagrams answered, {dropped} dropped");
-            tracing::info!(service, answered, dropped, "{message}");
-        }
-        let (denied, crowded) = (now.denied - before.denied, now.crowded - before.crowded);
-        if denied + crowded > 0 {
-            let message = format_args!(
-                "{service}: connections reset: {denied} not permitted, {crowded} over max-per-client"
-            );
-            tracing::info!(service, denied, crowded, "{message}");
-        }
-        let headless = now.headless - before.headless;
-        if headless > 0 {
-            let message = format_args!(
-                "{service}: {headless} connections reset: no PROXY header of a balancer"
-            );
-            tracing::info!(service, headless, "{message}");
-        }
-        let aborted = now.aborted - before.aborted;
-        if aborted > 0 {
-            let message = format_args!("{service}: {aborted} connections given up in the queue");
-            tracing::info!(service, aborted, "{message}");
-        }
+    /// Logs what strangers have caused since the last time, if anything.
+    pub fn sum_up(&self, service: &str, max_per_client: NonZeroU32) {
+        let mut before = self.summed_up.lock().unwrap_or_else(PoisonError::into_inner);
+        let datagrams = self.datagrams.take_new(&mut before.datagrams);
+        let refusals = self.refusals.take_new(&mut before.refusals);
+        let unserved = self.unserved.take_new(&mut before.unserved);
+        drop(before);
+        sum_up_datagrams(service, &datagrams);
+        sum_up_refusals(service, &refusals, max_per_client);
+        let example = self.unserved_peer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        sum_up_unserved(service, &unserved, example);
+    }
+
+    /// A client has to wait, as all connections are in use. True if it is time to say so.
+    pub fn note_limit_reached(&self) -> bool {
+        self.limit.waited.store(true, Ordering::Relaxed);
+        !self.limit.reported.swap(true, Ordering::Relaxed)
+    }
+
+    /// Whether the log is to say that the limit is not reached any more: no client had to wait
+    /// since the last call, so that a service at its limit does not fill the log. `is_full` is
+    /// whether all connections are in use now.
+    pub fn take_limit_recovered(&self, is_full: bool) -> bool {
+        let waited = self.limit.waited.swap(false, Ordering::Relaxed);
+        !is_full && !waited && self.limit.reported.swap(false, Ordering::Relaxed)
     }
 
     /// A listener ran into a fault that is not its clients'. True if it is time to say so.
@@ -310,6 +330,78 @@ impl Counts {
         let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
         trouble.last.is_some_and(|last| last.elapsed() < TROUBLE_LASTS)
     }
+}
+
+fn sum_up_datagrams(service: &str, new: &[(Datagram, u64)]) {
+    let (answered, dropped): (Vec<_>, Vec<_>) =
+        new.iter().partition(|(became, _)| *became == Datagram::Answered);
+    let reasons = list_reasons(&dropped, |became| match became {
+        Datagram::Unanswerable => "without a safe reply",
+        Datagram::Access => "by the access lists",
+        Datagram::Rate => "over the rate",
+        Datagram::Answered | Datagram::Failed => "failed",
+    });
+    let (answered, dropped) = (total(&answered), total(&dropped));
+    if answered + dropped > 0 {
+        let reasons = if dropped > 0 { format!(" ({reasons})") } else { String::new() };
+        let message =
+            format_args!("{service}: datagrams answered: {answered}, dropped: {dropped}{reasons}");
+        tracing::info!(service, answered, dropped, "{message}");
+    }
+}
+
+fn sum_up_refusals(service: &str, new: &[(Refusal, u64)], max_per_client: NonZeroU32) {
+    let of = |reason| total(&new.iter().filter(|(label, _)| *label == reason).collect::<Vec<_>>());
+    let (denied, crowded) = (of(Refusal::Access), of(Refusal::MaxPerClient));
+    let (headless, aborted) = (of(Refusal::ProxyProtocol), of(Refusal::Aborted));
+    let connections = |count| counted(count, "connection");
+    if denied + crowded > 0 {
+        let reasons = [(denied, "not permitted"), (crowded, "over max-per-client")];
+        let occurred = reasons.iter().filter(|(count, _)| *count > 0);
+        let reasons: Vec<_> = occurred.map(|(count, why)| format!("{count} {why}")).collect();
+        let limit = if crowded > 0 { format!(" ({max_per_client})") } else { String::new() };
+        let (connections, reasons) = (connections(denied + crowded), reasons.join(", "));
+        let message = format_args!("{service}: {connections} reset: {reasons}{limit}");
+        tracing::info!(service, denied, crowded, max_per_client, "{message}");
+    }
+    if headless > 0 {
+        let connections = connections(headless);
+        let message = format_args!("{service}: {connections} reset: no PROXY header");
+        tracing::info!(service, headless, "{message}");
+    }
+    if aborted > 0 {
+        let connections = connections(aborted);
+        let message = format_args!("{service}: {connections} aborted by the client while queued");
+        tracing::info!(service, aborted, "{message}");
+    }
+}
+
+fn sum_up_unserved(service: &str, new: &[(Ending, u64)], example: Option<Peer>) {
+    let new: Vec<_> = new.iter().collect();
+    let unserved = total(&new);
+    if unserved > 0 {
+        let connections = counted(unserved, "connection");
+        let reasons = list_reasons(&new, Label::name);
+        let peer = example.map(tracing::field::display);
+        let from = example.map_or(String::new(), |peer| format!(", one from {peer}"));
+        let message = format_args!(
+            "{service}: {connections} ended before the client took anything ({reasons}{from})"
+        );
+        tracing::info!(service, unserved, peer, "{message}");
+    }
+}
+
+fn total<L>(counts: &[&(L, u64)]) -> u64 {
+    counts.iter().map(|(_, count)| count).sum()
+}
+
+/// Lists the reasons that occurred with their counts: `3 reset, 1 complete`.
+fn list_reasons<L: Label>(counts: &[&(L, u64)], name: impl Fn(L) -> &'static str) -> String {
+    let occurred = counts.iter().filter(|(_, count)| *count > 0);
+    occurred
+        .map(|(label, count)| format!("{count} {}", name(*label)))
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 #[cfg(test)]
@@ -346,5 +438,26 @@ mod tests {
         assert_eq!(counts.active(), 2);
         counts.end(Ending::Reset, Duration::ZERO);
         assert_eq!((counts.active(), counts.endings.get(Ending::Reset)), (1, 1));
+    }
+
+    #[test]
+    fn only_what_is_new_is_summed_up() {
+        let counter = Counter::default();
+        let mut before = Vec::new();
+        let mut new = || counter.take_new(&mut before).into_iter().map(|(_, new)| new).sum::<u64>();
+        assert_eq!(new(), 0);
+        counter.add(Refusal::Access);
+        counter.add(Refusal::Aborted);
+        assert_eq!((new(), new()), (2, 0));
+    }
+
+    #[test]
+    fn a_limit_is_reported_once_until_a_whole_interval_without_waiting_clients() {
+        let counts = Counts::default();
+        assert!(counts.note_limit_reached() && !counts.note_limit_reached());
+        // Clients waited in this interval; in the next, all connections are still in use.
+        assert!(!counts.take_limit_recovered(false) && !counts.take_limit_recovered(true));
+        assert!(counts.take_limit_recovered(false) && !counts.take_limit_recovered(false));
+        assert!(counts.note_limit_reached());
     }
 }

@@ -149,6 +149,7 @@ impl Daemon {
                 error = self.running.failure() => break Err(Ended(error)),
                 _ = sums.tick() => {
                     self.sum_up();
+                    self.running.services().for_each(|served| served.note_limit_recovered());
                     self.running.forget_who_has_left();
                 }
                 _ = looks.tick(), if !self.told.is_empty() => self.look(),
@@ -298,7 +299,7 @@ impl Daemon {
     }
 
     fn sum_up(&self) {
-        self.running.services().for_each(|served| served.counts().sum_up(served.name()));
+        self.running.services().for_each(|served| served.sum_up());
         let all = self.log.lost();
         let lost = all - self.running.monitor.note_lost_lines(all);
         if lost > 0 {

@@ -202,7 +202,18 @@ impl Listener {
     ) -> io::Result<(Accepted, Place)> {
         loop {
             let mut ready = self.socket.readable().await?;
-            let place = served.place().await.map_err(io::Error::other)?;
+            let place = match served.free_place() {
+                Some(place) => place,
+                None if !self.has_waiting() => {
+                    ready.clear_ready();
+                    *queue = Queue::WasEmpty;
+                    continue;
+                }
+                None => {
+                    served.note_limit_reached();
+                    served.place().await.map_err(io::Error::other)?
+                }
+            };
             let accepted = ready.try_io(|_| match queue {
                 Queue::Unknown if !self.has_waiting() => Err(ErrorKind::WouldBlock.into()),
                 _ => self.accept_next(),

@@ -458,7 +458,7 @@ impl Running {
 
 /// Lets the connections of a service that is gone finish what they have begun.
 async fn drain(served: Arc<Served>, grace: Duration) {
-    served.counts().sum_up(served.name());
+    served.sum_up();
     let Shutdown { drain, abort } = &served.terms.shutdown;
     drain.cancel();
     let gone = async {
@@ -469,6 +469,7 @@ async fn drain(served: Arc<Served>, grace: Duration) {
     if timeout(grace, gone).await.is_err() {
         abort.cancel();
     }
+    served.sum_up();
 }
 
 /// Sockets that are about to be closed and let new ones be bound in their place, until this is

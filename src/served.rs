@@ -99,6 +99,34 @@ impl Served {
         self.places.free() == 0
     }
 
+    /// Logs, once, that clients wait because all connections are in use.
+    pub fn note_limit_reached(&self) {
+        if self.counts().note_limit_reached() {
+            let (service, limit) = (&**self.name(), self.limits.max_connections);
+            let message = format_args!(
+                "{service}: connection limit reached ({limit}): new clients wait; \
+                 raise max-connections if this persists"
+            );
+            tracing::warn!(service, limit, "{message}");
+        }
+    }
+
+    /// Logs, once, that clients do not have to wait any more. Called at regular intervals.
+    pub fn note_limit_recovered(&self) {
+        if self.counts().take_limit_recovered(self.is_full()) {
+            let (service, limit) = (&**self.name(), self.limits.max_connections);
+            let active = self.counts().active();
+            let message =
+                format_args!("{service}: below the connection limit again ({active} of {limit})");
+            tracing::info!(service, active, limit, "{message}");
+        }
+    }
+
+    /// Logs what strangers have caused since the last call, if anything.
+    pub fn sum_up(&self) {
+        self.counts().sum_up(self.name(), self.limits.max_per_client);
+    }
+
     /// Waits for a place for one more connection.
     ///
     /// # Errors

@@ -481,7 +481,8 @@ mod tests {
             (r#"{"x":[1,"filedata"#, "the value of an unknown key"),
         ] {
             let length = document.len();
-            let expected = format!("the document ends early, in {within}, after {length} bytes");
+            let length = crate::text::counted(length, "byte");
+            let expected = format!("the document ends early, in {within}, after {length}");
             assert_eq!(fault(document), expected);
         }
     }

@@ -45,6 +45,43 @@ fn clients_over_the_limit_wait_in_the_queue_and_are_served_as_places_free_up() {
 }
 
 #[test]
+fn a_reached_connection_limit_is_logged_once_and_its_end_once() {
+    let mut daemon = Daemon::start_with(
+        "[file.picture]\nlisten = [\"127.0.0.1:0\", \"unix:picture.sock\"]\npath = \"picture.jpg\"\n\
+         max-connections = 2",
+        &[("picture.jpg", &sample(7, 20_000_000))],
+        |_| {},
+    );
+    let address = daemon.tcp("file.picture");
+    let begin = || {
+        let mut stream = connect(address);
+        stream.read_exact(&mut [0; 100]).unwrap();
+        stream
+    };
+    let reached = "file.picture: connection limit reached (2): new clients wait; raise \
+                   max-connections if this persists";
+    let (first, second) = (begin(), begin());
+    // The limit is no trouble as long as nobody waits.
+    assert!(!daemon.lines().iter().any(|line| says(line, "limit reached")));
+    let mut waiting: Vec<_> = (0..5).map(|_| connect(address)).collect();
+    let line = daemon.wait_for_message(reached);
+    assert_eq!((&line["level"], &line["limit"]), (&"WARN".into(), &2.into()));
+    drop((first, second));
+    // Each in its turn, so that the limit is reached again and again.
+    for stream in &mut waiting {
+        stream.read_exact(&mut [0; 100]).unwrap();
+        stream.shutdown(std::net::Shutdown::Both).unwrap();
+    }
+    drop(waiting);
+    daemon.wait_for_message("file.picture: below the connection limit again (0 of 2)");
+    drop((begin(), begin()));
+    assert!(daemon.stop().success());
+    for message in ["connection limit reached", "below the connection limit"] {
+        assert_eq!(daemon.lines().iter().filter(|line| says(line, message)).count(), 1);
+    }
+}
+
+#[test]
 fn two_listeners_share_one_place_without_starving_each_other() {
     let daemon = Daemon::start(
         "[time.clock]\nlisten = [\"127.0.0.1:0\", \"unix:clock.sock\"]\nmax-connections = 1",
@@ -111,6 +148,7 @@ fn a_client_with_too_many_connections_is_reset_and_others_are_served() {
     assert!(daemon.stop().success());
     let line = daemon.wait_for_message("over max-per-client");
     assert!(line["crowded"].as_u64().unwrap() >= 1, "{line}");
+    assert!(says(&line, "over max-per-client (2)"), "{line}");
 }
 
 #[test]

@@ -46,6 +46,7 @@ mod no_mirror;
 mod package;
 #[cfg(all(feature = "alert", feature = "mirror"))]
 mod postbox;
+mod probes;
 mod promises;
 mod proxy_protocol;
 mod reload;
