@@ -159,7 +159,7 @@ pub struct Check {
     /// Where the configuration is.
     #[command(flatten)]
     pub config: ConfigFile,
-    /// Also try the server, the encryption and the login of every channel, and send nothing
+    /// Also try the server, encryption, login and mail recipients of every channel, sending nothing
     #[arg(long)]
     pub connect: bool,
 }

@@ -27,6 +27,7 @@
 //! | [`mirrors`] | the mirrors as the daemon knows them, in every build |
 //! | [`alerts`] | what the operator is told of, as the daemon knows it, in every build |
 //! | `outbound` | what is done to the outside: with the feature `mirror`, mirrors and `download`; with the feature `alert`, mail, SMS and alerts |
+//! | `notify` | with the feature `alert`, the SMTP client |
 //! | [`secret`] | secrets, which are read from files and not printed |
 //! | [`document`] | the document that carries a file: written here, read by the client |
 //! | [`readers`] | the threads that read files, and may be kept waiting |
@@ -72,6 +73,8 @@ pub mod manual;
 pub mod memory_file;
 pub mod metrics;
 pub mod mirrors;
+#[cfg(feature = "alert")]
+pub mod notify;
 #[cfg(any(feature = "alert", feature = "mirror"))]
 pub mod outbound;
 pub mod places;

@@ -159,7 +159,7 @@ async fn fetch(arguments: &cli::Fetch, order: &Order) -> ExitCode {
 #[cfg(feature = "alert")]
 fn mail(arguments: &cli::Mail) -> ExitCode {
     match client::send::mail(arguments) {
-        Ok(mail) if arguments.dry_run => print(&mail.formatted()),
+        Ok(mail) if arguments.dry_run => print(mail.formatted()),
         Ok(mail) => in_client(|stop| until(stop, async move { told(mail.send().await) })),
         Err(error) => not_begun(error),
     }

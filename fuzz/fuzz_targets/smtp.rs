@@ -6,16 +6,16 @@
 #![no_main]
 
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::LazyLock;
 
 use handout::config::load_part;
+use handout::notify::address::EmailAddress;
+use handout::notify::smtp_client::SmtpClient;
 use handout::outbound::channel::Failure;
 use handout::outbound::mail::Settings;
-use handout::outbound::smtp::{Doing, greet, start_tls};
+use handout::outbound::smtp::{Doing, start_tls};
 use handout::secret::{Secret, Secrets};
 use handout_fuzz::{Memory, block_on, folder, is_one_line, pieces};
-use lettre::Address;
 use libfuzzer_sys::fuzz_target;
 
 const CHANNEL: &str = r#"
@@ -47,21 +47,26 @@ static PASSWORD: LazyLock<Secret> = LazyLock::new(|| {
     Secret::read(&file).unwrap()
 });
 
-/// Sends a mail over what stands; returns for whom it was not taken.
+const NAME: &str = "[127.0.0.1]";
+
+/// Sends a mail to `to` recipients over an open connection; returns the refusals.
 async fn send(server: Memory, with_login: bool, to: usize) -> Result<Vec<Failure>, Failure> {
-    let peer = SocketAddr::from((Ipv4Addr::LOCALHOST, 25));
-    let login = with_login.then(|| ("me", &*PASSWORD));
     let doing = Doing::default();
-    let mut connection = greet(server, peer, b"", login, &doing).await?;
-    let to: Vec<Address> =
+    let mut client = SmtpClient::new(server, NAME.to_owned());
+    client.greeting(&doing).await?;
+    client.hello(with_login, &doing).await?;
+    if with_login {
+        client.log_in("me", &PASSWORD, &doing).await?;
+    }
+    let to: Vec<EmailAddress> =
         (0..to).map(|number| format!("{number}@example.org").parse().unwrap()).collect();
-    let refused = SETTINGS.deliver(&mut connection, &to, MAIL, &doing).await?;
+    let refused = SETTINGS.deliver(&mut client, &to, MAIL, &doing).await?;
     Ok(refused.into_iter().map(|(_, failure)| failure).collect())
 }
 
 /// Asks for STARTTLS.
 async fn encrypt(server: Memory, said: &[u8]) -> Result<(), Failure> {
-    let server = start_tls(server, &Doing::default()).await;
+    let server = start_tls(server, NAME.to_owned(), &Doing::default()).await;
     let server = server.map_err(|failure| failure.told(&Secrets::default()))?;
     let heard = String::from_utf8(server.heard.clone()).unwrap();
     let lines: Vec<_> = heard.split_inclusive("\r\n").collect();

@@ -9,11 +9,11 @@ use std::time::SystemTime;
 use bytesize::ByteSize;
 use clap::CommandFactory;
 use clap::error::ErrorKind;
-use lettre::message::Message;
 
 use super::names::escape;
 use crate::cli::{Cli, ConfigFile, Mail, Sms};
 use crate::config::{Faults, load_part};
+use crate::notify::address::EmailAddress;
 use crate::outbound::alert;
 use crate::outbound::channel::Channel;
 use crate::outbound::message::{self, Attachment, Letter, Mailbox};
@@ -48,7 +48,8 @@ fn wrong(problem: impl std::fmt::Display) -> Error {
 pub struct ReadyMail {
     channel: mail::Settings,
     id: String,
-    message: Message,
+    to: Vec<EmailAddress>,
+    message: Vec<u8>,
 }
 
 /// Makes the mail that a command line orders.
@@ -68,9 +69,10 @@ pub fn mail(arguments: &Mail) -> Result<ReadyMail, Error> {
     let attachments = read_attachments(attach, channel.max_attachment)?;
     let text = read_text(text.as_deref())?;
     let id = message::new_id(&channel.from);
+    let to = if to.is_empty() { &channel.to } else { &to };
     let letter = Letter {
         from: &channel.from,
-        to: if to.is_empty() { &channel.to } else { &to },
+        to,
         subject,
         text: &text,
         attachments,
@@ -79,13 +81,14 @@ pub fn mail(arguments: &Mail) -> Result<ReadyMail, Error> {
         automatic: false,
     };
     let message = message::compose(letter).map_err(Error::Other)?;
-    Ok(ReadyMail { channel, id, message })
+    let to = to.iter().map(|to| to.address.clone()).collect();
+    Ok(ReadyMail { channel, id, to, message })
 }
 
 impl ReadyMail {
     /// The mail as it goes.
-    pub fn formatted(&self) -> Vec<u8> {
-        self.message.formatted()
+    pub fn formatted(&self) -> &[u8] {
+        &self.message
     }
 
     /// Sends it.
@@ -93,8 +96,7 @@ impl ReadyMail {
     /// # Errors
     /// If nobody got it, as far as is known.
     pub async fn send(&self) -> Result<Sent, Failure> {
-        let to = self.message.envelope().to();
-        self.channel.send(&self.id, to, &self.message.formatted()).await
+        self.channel.send(&self.id, &self.to, &self.message).await
     }
 }
 

@@ -1,5 +1,6 @@
 //! A way to a person: how sending over it ends.
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -78,6 +79,15 @@ impl Failure {
     #[must_use]
     pub fn told(self, secrets: &Secrets) -> Self {
         Self { words: words(&secrets.without(&self.words)), ..self }
+    }
+
+    /// A broken connection. Whether that is temporary, the server does not say.
+    pub fn lost(error: &io::Error) -> Self {
+        Self::temporary(if error.kind() == io::ErrorKind::UnexpectedEof {
+            "the server closed the connection without a reply".to_owned()
+        } else {
+            format!("the connection failed: {error}")
+        })
     }
 
     /// One that has taken too long.

@@ -6,27 +6,24 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use lettre::Address;
-use lettre::transport::smtp::commands::{Data, Mail, Rcpt};
-use lettre::transport::smtp::extension::{Extension, MailBodyParameter, MailParameter};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
 use super::channel::{Failure, Lasting, Sent};
 use super::message::{Mailbox, header_text};
 use super::reach;
 use super::roots;
-use super::smtp::{self, Connection, Doing, Login, Place, Security};
+use super::smtp::{self, Doing, Login, Place, Security};
 use crate::client::Server;
 use crate::config::{self, Context, Noted, Table};
 use crate::http::tls::CaFile;
+use crate::notify::address::EmailAddress;
+use crate::notify::helo;
+use crate::notify::smtp_client::{SmtpClient, TRANSFER};
 use crate::secret;
 
 /// The most recipients of a mail; servers take that many at least (RFC 5321, 4.5.3.1.8).
 const MAX_RECIPIENTS: usize = 100;
-
-/// From the first byte of a mail to the reply to its end.
-const TAKING: &str =
-    "waiting until the mail is taken, which it may be, although the server does not say so";
 
 /// The checked settings of a mail channel.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,6 +57,7 @@ impl Settings {
         let to = table.texts("to", Mailbox::from_str);
         let timeout = table.text_or("timeout", "30s", config::duration);
         let ca_file = table.text("ca-file", |name| roots::file(name, context));
+        let helo = table.text("helo", helo::parse);
         let max_attachment = table.text_or("max-attachment", "10MiB", config::size);
         let to = to.and_then(|to| match to {
             None => Err(table.fault("to", "missing; expected at least one address")),
@@ -97,6 +95,7 @@ impl Settings {
         table.finish();
         let (from, to, login) = (from?, to?, login?);
         let (timeout, ca_file, max_attachment) = (timeout?, ca_file?, max_attachment?);
+        let helo = helo?;
         match far {
             Some(noted) => Err(noted),
             None => Ok(Self {
@@ -106,6 +105,7 @@ impl Settings {
                     security,
                     allow_plaintext,
                     ca_file: CaFile::of_key(ca_file),
+                    helo,
                     login,
                 },
                 from,
@@ -121,16 +121,30 @@ impl Settings {
         &self.place.server
     }
 
-    /// Connects, encrypts and logs in, and sends nothing; returns what was done.
+    /// Goes as far as a mail can go without being sent: connects, encrypts, logs in, and names the
+    /// sender and every recipient. Returns what was done.
     ///
     /// # Errors
-    /// If that cannot be done.
+    /// If a step fails or the server refuses a recipient.
     pub async fn try_out(&self) -> Result<String, Failure> {
         let doing = Doing::default();
-        let connected = smtp::connect(&self.place, self.timeout, &doing);
+        let to: Vec<_> = self.to.iter().map(|to| to.address.clone()).collect();
+        let try_out = async {
+            let mut connection = smtp::connect(&self.place, self.timeout, &doing).await?;
+            let begun = connection.begin_mail(&self.from.address, &to, &doing).await;
+            if begun.is_ok() {
+                doing.set("waiting for the reply to RSET");
+                connection.reset().await?;
+            }
+            Ok((connection, begun))
+        };
         let late = |_| Err(Failure::late(self.timeout, doing.get()));
-        let connection = timeout(self.timeout, connected).await.unwrap_or_else(late)?;
-        connection.leave().await;
+        let (connection, begun) = timeout(self.timeout, try_out).await.unwrap_or_else(late)?;
+        smtp::leave(connection).await;
+        let refused = begun?;
+        if !refused.is_empty() {
+            return Err(Failure::of_all(&refused));
+        }
         let Place { server, security, login, .. } = &self.place;
         let encrypted = match security {
             Security::Tls => ", encrypted",
@@ -138,7 +152,11 @@ impl Settings {
             Security::Plaintext => ", not encrypted",
         };
         let logged_in = if login.is_some() { ", logged in" } else { "" };
-        Ok(format!("connected to {server}{encrypted}{logged_in}"))
+        let recipients = match to.len() {
+            1 => "1 recipient".to_owned(),
+            count => format!("{count} recipients"),
+        };
+        Ok(format!("connected to {server}{encrypted}{logged_in}, {recipients} accepted"))
     }
 
     /// Sends a mail, which is known by `id`, to these recipients. One that is larger than the server
@@ -146,7 +164,7 @@ impl Settings {
     ///
     /// # Errors
     /// If nobody got it, as far as is known.
-    pub async fn send(&self, id: &str, to: &[Address], mail: &[u8]) -> Result<Sent, Failure> {
+    pub async fn send(&self, id: &str, to: &[EmailAddress], mail: &[u8]) -> Result<Sent, Failure> {
         let doing = Doing::default();
         let deliver = async {
             let mut connection = smtp::connect(&self.place, self.timeout, &doing).await?;
@@ -158,11 +176,11 @@ impl Settings {
         };
         let late = |_| {
             let late = Failure::late(self.timeout, doing.get());
-            Err(if doing.get() == TAKING { Failure::doubtful(late.words) } else { late })
+            Err(if doing.get() == TRANSFER { Failure::doubtful(late.words) } else { late })
         };
         let (connection, delivered) = timeout(self.timeout, deliver).await.unwrap_or_else(late)?;
         // What the server has said is certain, whether it hears us go or not.
-        connection.leave().await;
+        smtp::leave(connection).await;
         Ok(Sent { ids: vec![id.to_owned()], refused: delivered? })
     }
 
@@ -170,54 +188,21 @@ impl Settings {
     ///
     /// # Errors
     /// If nobody got it, as far as is known.
-    pub async fn deliver(
+    pub async fn deliver<S: AsyncRead + AsyncWrite + Unpin>(
         &self,
-        connection: &mut Connection,
-        to: &[Address],
+        connection: &mut SmtpClient<S>,
+        to: &[EmailAddress],
         mail: &[u8],
         doing: &Doing,
     ) -> Result<Vec<(String, Failure)>, Failure> {
-        let Connection { inner: connection, secrets, .. } = connection;
-        let fail = |error| Failure::from_smtp(&error, Failure::refused).told(secrets);
-        let eight_bit = !mail.is_ascii();
-        let mut parameters = Vec::new();
-        if eight_bit && connection.server_info().supports_feature(Extension::EightBitMime) {
-            parameters.push(MailParameter::Body(MailBodyParameter::EightBitMime));
-        }
-        doing.set("waiting for the reply to MAIL");
-        let from = Mail::new(Some(self.from.address.clone()), parameters);
-        // Who may not send, may send nothing.
-        let sender_refused = |error| Failure::from_smtp(&error, Failure::unusable).told(secrets);
-        connection.command(from).await.map_err(sender_refused)?;
-        doing.set("waiting for the reply to RCPT");
-        let mut refused = Vec::new();
-        for recipient in to {
-            let answer = connection.command(Rcpt::new(recipient.clone(), Vec::new())).await;
-            match answer {
-                Ok(_) => {}
-                Err(error) if error.status().is_some() => {
-                    refused.push((recipient.to_string(), fail(error)));
-                }
-                Err(error) => return Err(fail(error)),
-            }
-        }
+        let refused = connection.begin_mail(&self.from.address, to, doing).await?;
         if refused.len() == to.len() {
             // Of whatever else, too.
             let Failure { lasting, words } = Failure::of_all(&refused);
             let lasting = if lasting == Lasting::Refused { Lasting::Unusable } else { lasting };
             return Err(Failure { lasting, words });
         }
-        doing.set("waiting for the reply to DATA");
-        connection.command(Data).await.map_err(fail)?;
-        doing.set(TAKING);
-        // It ends the last line by itself.
-        let mail = mail.strip_suffix(b"\r\n").unwrap_or(mail);
-        connection.message(mail).await.map_err(|error| {
-            // Without a reply, nobody knows.
-            let is_known = error.status().is_some();
-            let failure = fail(error);
-            if is_known { failure } else { Failure::doubtful(failure.words) }
-        })?;
+        connection.send_content(mail, doing).await?;
         Ok(refused)
     }
 }

@@ -1,20 +1,20 @@
 //! A mail as it is sent: plain text with attachments (RFC 5322, MIME).
 //!
-//! What ends a line never reaches a header: it is refused here, before lettre sees it. Texts that are
-//! not plain ASCII become encoded words (RFC 2047), names of files also parameters of RFC 2231.
+//! What ends a line never reaches a header: it is refused here. Texts that are not plain ASCII become
+//! encoded words (RFC 2047), names of files also parameters of RFC 2231.
 
 use std::fmt;
 use std::str::FromStr;
 use std::time::SystemTime;
 
 use base64::prelude::{BASE64_STANDARD, Engine as _};
-use lettre::address::{Address, Envelope};
-use lettre::message::header::{
-    ContentDisposition, ContentTransferEncoding, ContentType, Header, HeaderName, HeaderValue,
-};
-use lettre::message::{Body, Message, MultiPart, SinglePart};
+use mail_builder::MessageBuilder;
+use mail_builder::headers::date::Date;
+use mail_builder::headers::raw::Raw;
+use mail_builder::mime::MimePart;
 
 use crate::client::names::escape;
+use crate::notify::address::EmailAddress;
 
 /// The longest subject, or name of a person, in bytes.
 const MAX_TEXT: usize = 1000;
@@ -34,14 +34,13 @@ const MAX_LINE: usize = 76;
 pub struct Mailbox {
     name: Option<String>,
     /// The address.
-    pub address: Address,
+    pub address: EmailAddress,
 }
 
 impl FromStr for Mailbox {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let expected = "expected an address, as \"ops@example.org\" or \"Ops <ops@example.org>\"";
         header_text(text)?;
         let text = text.trim();
         let (name, address) = match text.strip_suffix('>').and_then(|text| text.rsplit_once('<')) {
@@ -53,19 +52,7 @@ impl FromStr for Mailbox {
                 Some(quoted) => quoted.replace("\\\"", "\"").replace("\\\\", "\\"),
                 None => name.to_owned(),
             });
-        let address: Address = address.parse().map_err(|_| expected)?;
-        // RFC 6531 has others, which few servers take.
-        if !address.user().is_ascii() {
-            return Err("expected an address whose part before the @ is ASCII".to_owned());
-        }
-        // A domain of another script has a form in ASCII.
-        let address = if address.domain().is_ascii() {
-            address
-        } else {
-            let domain = reqwest::Url::parse(&format!("http://{}/", address.domain()));
-            let domain = domain.ok().and_then(|url| url.host_str().map(str::to_owned));
-            Address::new(address.user(), domain.ok_or(expected)?).map_err(|_| expected)?
-        };
+        let address = address.parse()?;
         Ok(Self { name: name.filter(|name| !name.is_empty()), address })
     }
 }
@@ -89,7 +76,7 @@ impl Mailbox {
             Some(name) => {
                 let (words, address) = (encoded_words(name), &self.address);
                 let column = words.rsplit('\n').next().map_or(0, str::len) + "From: ".len();
-                let fits = column + AsRef::<str>::as_ref(address).len() + " <>,".len() <= MAX_LINE;
+                let fits = column + address.to_string().len() + " <>,".len() <= MAX_LINE;
                 format!("{words}{}<{address}>", if fits { " " } else { "\r\n " })
             }
         }
@@ -171,95 +158,68 @@ pub fn attachment_name(name: &str) -> Result<(), String> {
 ///
 /// # Errors
 /// Says what is wrong with it.
-pub fn compose(letter: Letter<'_>) -> Result<Message, String> {
+pub fn compose(letter: Letter<'_>) -> Result<Vec<u8>, String> {
     let Letter { from, to, subject, text, attachments, id, date, automatic } = letter;
     header_text(subject).map_err(|problem| format!("subject: {problem}"))?;
     for attachment in &attachments {
         attachment_name(&attachment.name)
             .map_err(|problem| format!("attachment {}: {problem}", escape(&attachment.name)))?;
     }
-    let addresses = to.iter().map(|mailbox| mailbox.address.clone()).collect();
-    let envelope = Envelope::new(Some(from.address.clone()), addresses);
     let to: Vec<_> = to.iter().map(Mailbox::encoded).collect();
-    // `dangerous`, as it takes what it gets for what is sent: nothing here can end a line.
-    let raw = |name: &'static str, encoded: String| {
-        let raw = from.address.to_string();
-        HeaderValue::dangerous_new_pre_encoded(HeaderName::new_from_ascii_str(name), raw, encoded)
-    };
-    let mut builder = Message::builder()
-        .envelope(envelope.map_err(|error| error.to_string())?)
-        .raw_header(raw("From", from.encoded()))
-        .raw_header(raw("To", to.join(",\r\n ")))
-        .raw_header(raw("Subject", unstructured(subject)))
-        .raw_header(raw("Message-ID", id.to_owned()))
-        .date(date);
+    let date = date.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let mut builder = MessageBuilder::new()
+        .header("From", Raw::new(from.encoded()))
+        .header("To", Raw::new(to.join(",\r\n ")))
+        .header("Subject", Raw::new(unstructured(subject)))
+        .header("Message-ID", Raw::new(id))
+        .date(Date::new(i64::try_from(date).unwrap_or(i64::MAX)));
     if automatic {
-        builder = builder.raw_header(raw("Auto-Submitted", "auto-generated".to_owned()));
+        builder = builder.header("Auto-Submitted", Raw::new("auto-generated"));
     }
-    let text = SinglePart::builder().header(ContentType::TEXT_PLAIN).body(body_of(text));
-    let message = if attachments.is_empty() {
-        builder.singlepart(text)
+    let text = text_part(text);
+    let body = if attachments.is_empty() {
+        text
     } else {
-        let parts = attachments.into_iter().map(part_of);
-        let mixed = MultiPart::mixed().singlepart(text);
-        builder.multipart(parts.fold(mixed, MultiPart::singlepart))
+        let parts = std::iter::once(text).chain(attachments.into_iter().map(part_of));
+        MimePart::new("multipart/mixed", parts.collect::<Vec<_>>())
     };
-    message.map_err(|error| error.to_string())
+    builder.body(body).write_to_vec().map_err(|error| error.to_string())
 }
 
-fn body_of(text: &str) -> Body {
+fn text_part(text: &str) -> MimePart<'static> {
     // Every line ends in one way.
     let text = text.replace("\r\n", "\n");
-    // The last line needs none: where it is not encoded, the end of the mail or of the part is one.
-    let text = text.strip_suffix('\n').unwrap_or(&text).to_owned();
     let plain = |c: char| matches!(c, '\n' | '\t') || !c.is_control();
     if text.chars().all(plain) {
-        return Body::new(text);
+        return MimePart::new("text/plain", text);
     }
-    base64_of(text.replace('\n', "\r\n").into_bytes())
+    base64_part("text/plain; charset=\"utf-8\"".to_owned(), text.replace('\n', "\r\n").into_bytes())
 }
 
-fn base64_of(content: Vec<u8>) -> Body {
-    // Base64 takes whatever there is.
-    Body::new_with_encoding(content, ContentTransferEncoding::Base64).unwrap_or_else(Body::new)
+/// A part in Base64, whatever its content. A type that is `Raw` is not looked at; that of a text
+/// would let control characters through as they are.
+fn base64_part(kind: String, content: Vec<u8>) -> MimePart<'static> {
+    MimePart::raw(content).header("Content-Type", Raw::new(kind))
 }
 
-fn part_of(Attachment { name, content }: Attachment) -> SinglePart {
-    SinglePart::builder()
-        .header(NamedContent(name.clone()))
-        .header(ContentDisposition::attachment(&name))
-        .body(base64_of(content))
+fn part_of(Attachment { name, content }: Attachment) -> MimePart<'static> {
+    base64_part(named_type(&name), content).attachment(name)
 }
 
 /// `Content-Type` of a file, with its name for those who do not know RFC 2231.
-#[derive(Debug, Clone)]
-struct NamedContent(String);
-
-impl Header for NamedContent {
-    fn name() -> HeaderName {
-        HeaderName::new_from_ascii_str("Content-Type")
-    }
-
-    fn parse(text: &str) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
-        Ok(Self(text.to_owned()))
-    }
-
-    fn display(&self) -> HeaderValue {
-        let Self(file) = self;
-        let kind = if file.to_ascii_lowercase().ends_with(".txt") {
-            // In which character set it is, nobody has said.
-            "text/plain"
-        } else {
-            "application/octet-stream"
-        };
-        let encoded = if is_plain(file) && file.chars().all(is_of_phrase) {
-            file.clone()
-        } else {
-            encoded_words(file)
-        };
-        let encoded = format!("{kind};\r\n name=\"{encoded}\"");
-        HeaderValue::dangerous_new_pre_encoded(Self::name(), encoded.clone(), encoded)
-    }
+fn named_type(file: &str) -> String {
+    let kind = if file.to_ascii_lowercase().ends_with(".txt") {
+        // In which character set it is, nobody has said.
+        "text/plain"
+    } else {
+        "application/octet-stream"
+    };
+    let encoded = if is_plain(file) && file.chars().all(is_of_phrase) {
+        file.to_owned()
+    } else {
+        encoded_words(file)
+    };
+    format!("{kind};\r\n name=\"{encoded}\"")
 }
 
 /// Whether a text can stand in a header as it is, and is read as it is.
@@ -270,33 +230,12 @@ fn is_plain(text: &str) -> bool {
         && text.trim() == text
 }
 
-/// A text of a header that is nothing but text.
+/// The value of an unstructured header. Plain words stay as they are; the builder folds between
+/// them.
 fn unstructured(text: &str) -> String {
-    if is_plain(text) { text.to_owned() } else { folded(text) }
-}
-
-/// The same, in lines of words if it is ASCII and nothing else is to be watched.
-fn folded(text: &str) -> String {
-    let words: Vec<&str> = text.split(' ').collect();
-    let foldable =
-        words.iter().all(|word| !word.is_empty() && word.len() <= MAX_WORD && is_plain(word));
-    if !foldable {
-        return encoded_words(text);
-    }
-    let mut folded = String::new();
-    let mut column = "Subject: ".len();
-    for word in words {
-        if column + 1 + word.len() > MAX_LINE {
-            folded.push_str("\r\n ");
-            column = 1;
-        } else if !folded.is_empty() {
-            folded.push(' ');
-            column += 1;
-        }
-        folded.push_str(word);
-        column += word.len();
-    }
-    folded
+    let mut words = text.split(' ');
+    let is_foldable = words.all(|word| !word.is_empty() && is_plain(word));
+    if is_foldable || is_plain(text) { text.to_owned() } else { encoded_words(text) }
 }
 
 /// A text as encoded words (RFC 2047), a line for each; no character is divided.
@@ -332,7 +271,7 @@ mod tests {
             date: SystemTime::UNIX_EPOCH,
             automatic: true,
         };
-        compose(letter).map(|message| String::from_utf8(message.formatted()).unwrap())
+        compose(letter).map(|message| String::from_utf8(message).unwrap())
     }
 
     /// The value of a header, unfolded.
@@ -380,7 +319,7 @@ mod tests {
                 (value, &quoted[behind..])
             } else {
                 let (value, behind) = behind.split_at(behind.find(';').unwrap_or(behind.len()));
-                let value = value.strip_prefix("utf-8''").unwrap_or(value);
+                let value = value.strip_prefix("UTF-8''").unwrap_or(value);
                 (percent_encoding::percent_decode_str(value).collect(), behind)
             };
             assert!(key.starts_with(name), "{key}");
@@ -399,7 +338,7 @@ mod tests {
         assert_eq!(decoded(&header(&mail, "To")), "汇总 <hui@example.com>");
         assert_eq!(header(&mail, "From"), "a@example.org");
         assert_eq!(header(&mail, "Message-ID"), "<1@example.org>");
-        assert_eq!(header(&mail, "Date"), "Thu, 01 Jan 1970 00:00:00 +0000");
+        assert_eq!(header(&mail, "Date"), "Thu, 1 Jan 1970 00:00:00 +0000");
         assert_eq!(header(&mail, "MIME-Version"), "1.0");
         assert_eq!(header(&mail, "Auto-Submitted"), "auto-generated");
         assert!(mail.contains("AA0KLg0K"), "{mail}");
@@ -476,7 +415,9 @@ mod tests {
         fn any_name_of_a_file_is_read_as_it_was_written(name in visible(MAX_FILE_NAME)) {
             prop_assume!(attachment_name(&name).is_ok());
             let attachment = Attachment { name: name.clone(), content: Vec::new() };
-            let part = String::from_utf8(part_of(attachment).formatted()).unwrap();
+            let mut part = Vec::new();
+            part_of(attachment).write_part(&mut part);
+            let part = String::from_utf8(part).unwrap();
             prop_assert!(part.is_ascii());
             prop_assert_eq!(parameter(&header(&part, "Content-Disposition"), "filename"), &*name);
             let kind = header(&part, "Content-Type");

@@ -693,13 +693,14 @@ async fn deliver_mail(mail: &mail::Settings, message: Message) -> Delivery {
             automatic: true,
         })
     };
-    let attempt = async |composed: Result<lettre::Message, String>| {
+    let attempt = async |composed: Result<Vec<u8>, String>| {
         let composed = composed.map_err(Failure::refused)?;
-        let rest = to.as_ref().map(|to| to.iter().map(|to| to.parse()).collect());
-        let rest: Option<Vec<_>> =
-            rest.transpose().map_err(|_| Failure::refused("an address is none"))?;
-        let to = rest.as_deref().unwrap_or(composed.envelope().to());
-        mail.send(&id, to, &composed.formatted()).await
+        let to: Vec<_> = match &to {
+            Some(rest) => rest.iter().map(|to| to.parse()).collect::<Result<_, _>>(),
+            None => Ok(mail.to.iter().map(|to| to.address.clone()).collect()),
+        }
+        .map_err(Failure::refused)?;
+        mail.send(&id, &to, &composed).await
     };
     let mut sent = attempt(letter(&text, attachments)).await;
     if let Err(Failure { lasting: Lasting::Refused, words }) = &sent

@@ -386,7 +386,7 @@ fn a_server_that_is_not_there_closes_or_speaks_otherwise_is_told_of() {
         (closes("EHLO"), "the server closed the connection without a reply"),
         (closes("DATA"), "the server closed the connection without a reply"),
         (closes("END"), "the server closed the connection without a reply"),
-        (Server::sends("HTTP/1.1 400 Bad Request\r\n\r\n"), "no SMTP"),
+        (Server::sends("HTTP/1.1 400 Bad Request\r\n\r\n"), "does not speak SMTP: HTTP/1.1 400"),
         (Server::sends("554 5.7.1 not for you\r\n"), "554 5.7.1 not for you"),
         (Server::sends("421 4.3.2 closing\r\n"), "421 4.3.2 closing"),
     ] {
@@ -602,9 +602,15 @@ fn check_connect_tells_of_every_channel_and_sends_nothing() {
     let outcome = place.check();
     outcome.failed_with(&["mail.d: ", "refused"]);
     for line in [
-        format!("mail.a: connected to {}, encrypted, logged in\n", secure.address),
-        format!("mail.b: connected to {}, encrypted after STARTTLS, logged in\n", later.address),
-        format!("mail.c: connected to {}, not encrypted\n", plain.address),
+        format!(
+            "mail.a: connected to {}, encrypted, logged in, 1 recipient accepted\n",
+            secure.address
+        ),
+        format!(
+            "mail.b: connected to {}, encrypted after STARTTLS, logged in, 1 recipient accepted\n",
+            later.address
+        ),
+        format!("mail.c: connected to {}, not encrypted, 1 recipient accepted\n", plain.address),
     ] {
         assert!(outcome.text().contains(&line), "{line:?} in {outcome:?}");
     }
@@ -625,4 +631,186 @@ fn a_server_in_the_clear_is_one_of_this_machine_unless_it_is_said_otherwise() {
     assert_eq!(outcome.code, Some(78), "{outcome:?}");
     assert!(outcome.stderr.contains("allow-plaintext"), "{outcome:?}");
     Place::new(&config("allow-plaintext = true")).send(&["--dry-run"]).succeeded();
+}
+
+/// The commands that a server heard, without those of the mail's content.
+type Heard = Arc<std::sync::Mutex<Vec<String>>>;
+
+/// A server with these replies to some commands that notes every command.
+fn listening(
+    answer: impl Fn(&str) -> Option<&'static str> + Send + Sync + 'static,
+) -> (Server, Heard) {
+    let heard = Heard::default();
+    let notes = Arc::clone(&heard);
+    let server = smtp(move |word, line| {
+        notes.lock().unwrap().push(line.to_owned());
+        answer(word).map(str::to_owned).or_else(|| usual(word))
+    });
+    (server, heard)
+}
+
+#[test]
+fn accepts_replies_of_the_code_alone_and_sends_the_mail_once() {
+    for reply in [
+        |code: &str| code.to_owned(),
+        |code: &str| format!("{code}-\r\n{code}"),
+        |code: &str| format!("{code} "),
+        |code: &str| format!("{code}-\r\n{code} "),
+    ] {
+        let contents = Arc::<AtomicUsize>::default();
+        let count = Arc::clone(&contents);
+        let server = smtp(move |word, _| {
+            count.fetch_add(usize::from(word == "END"), Ordering::SeqCst);
+            Some(reply(if word == "DATA" { "354" } else { "250" }))
+        });
+        Place::new(&channel_of(&server, "")).send(&[]).succeeded();
+        assert_eq!(contents.load(Ordering::SeqCst), 1);
+    }
+}
+
+#[test]
+fn answers_login_prompts_in_order_whatever_their_text() {
+    let postbox = Postbox::down("none");
+    let login = format!("username = \"{USER}\"\npassword-file = \"{}\"", postbox.password_file());
+    let (user, password) = (STANDARD.encode(USER), STANDARD.encode(PASSWORD));
+    for (offered, first, second) in [
+        ("AUTH LOGIN", "334 VXNlcm5hbWU6", "334 UGFzc3dvcmQ6"),
+        ("AUTH LOGIN", "334 ", "334 "),
+        ("AUTH LOGIN", "334", "334"),
+        ("auth login", "334 dXNlciBuYW1l", "334 a2V5"),
+        ("AUTH=LOGIN", "334 user?", "334 password?"),
+        ("AUTH CRAM-MD5 Login", "334-\r\n334 ", "334 \u{540d}"),
+    ] {
+        let (first, second) = (first.to_owned(), second.to_owned());
+        let (user, password) = (user.clone(), password.clone());
+        let server = smtp(move |word, line| match word {
+            "EHLO" => Some(format!("250-mail.example.org\r\n250 {offered}")),
+            "AUTH" if line == "AUTH LOGIN" => Some(first.clone()),
+            _ if word == user => Some(second.clone()),
+            _ if word == password => Some("235".to_owned()),
+            "MAIL" | "RCPT" | "DATA" | "END" | "QUIT" => usual(word),
+            _ => Some("535 no".to_owned()),
+        });
+        Place::new(&channel_of(&server, &login)).send(&[]).succeeded();
+    }
+}
+
+#[test]
+fn a_login_is_given_up_if_the_server_asks_without_end() {
+    let postbox = Postbox::down("none");
+    let login = format!("username = \"{USER}\"\npassword-file = \"{}\"", postbox.password_file());
+    for mechanism in ["PLAIN", "LOGIN"] {
+        let server = smtp(move |word, _| match word {
+            "EHLO" => Some(format!("250-mail.example.org\r\n250 AUTH {mechanism}")),
+            "*" => Some("501 cancelled".to_owned()),
+            "QUIT" => usual(word),
+            _ => Some("334 more".to_owned()),
+        });
+        let outcome = Place::new(&channel_of(&server, &login)).send(&[]);
+        outcome.failed_with(&["the login is refused: 501 cancelled"]);
+    }
+}
+
+#[test]
+fn greets_servers_without_ehlo_with_helo() {
+    let (server, heard) = listening(|word| (word == "EHLO").then_some("500 unknown command"));
+    Place::new(&channel_of(&server, "")).send(&[]).succeeded();
+    let heard = heard.lock().unwrap();
+    assert_eq!(heard[1].strip_prefix("HELO "), heard[0].strip_prefix("EHLO "), "{heard:?}");
+}
+
+#[test]
+fn the_helo_key_is_announced_and_checked() {
+    let (server, heard) = listening(|_| None);
+    for name in ["mail.example.org", "[192.0.2.1]", "[IPv6:2001:db8::1]"] {
+        Place::new(&channel_of(&server, &format!("helo = \"{name}\""))).send(&[]).succeeded();
+        let heard = std::mem::take(&mut *heard.lock().unwrap());
+        assert_eq!(heard[0], format!("EHLO {name}"));
+    }
+    for name in ["", "box", "192.0.2.1", "a b.example.org", "a.org\\r\\nRSET"] {
+        let outcome = Place::new(&channel_of(&server, &format!("helo = \"{name}\""))).check();
+        assert_eq!(outcome.code, Some(78), "{outcome:?}");
+        assert!(outcome.stderr.contains("mail.ops.helo: "), "{outcome:?}");
+    }
+    assert!(heard.lock().unwrap().is_empty());
+}
+
+/// `handout mail` on a machine of this name, with this content of /etc/hosts.
+fn send_as(place: &Place, name: &str, hosts: &str) -> Outcome {
+    fs::write(place.path("hosts"), hosts).unwrap();
+    let script = "hostname \"$0\" && mount --bind hosts /etc/hosts && exec \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args(["--map-root-user", "--mount", "--uts", "sh", "-c", script, name]);
+    command.arg(program().get_program());
+    let arguments = ["mail", "ops", "--subject", "Test", "text"];
+    Outcome::of(run(&mut place.prepare(command, &arguments)))
+}
+
+#[test]
+fn announces_the_full_host_name_or_the_address_literal() {
+    let probe = ["--map-root-user", "--mount", "--uts", "sh", "-c", "mount -t tmpfs none /tmp"];
+    let probe = Command::new("unshare").args(probe).stdin(Stdio::null()).output();
+    if !probe.is_ok_and(|output| output.status.success()) {
+        eprintln!("SKIPPED: no machine can be simulated here");
+        return;
+    }
+    let (server, heard) = listening(|_| None);
+    let place = Place::new(&channel_of(&server, ""));
+    for (name, hosts, announced) in [
+        ("mail.example.org", "", "mail.example.org"),
+        ("box", "127.0.1.1 box.example.org box\n", "box.example.org"),
+        ("box", "127.0.1.1 box\n", "[127.0.0.1]"),
+        ("box", "127.0.0.1 localhost.localdomain box\n", "[127.0.0.1]"),
+    ] {
+        send_as(&place, name, hosts).succeeded();
+        let heard = std::mem::take(&mut *heard.lock().unwrap());
+        assert_eq!(heard[0], format!("EHLO {announced}"), "{name}: {hosts}");
+    }
+}
+
+#[test]
+fn check_connect_names_every_refused_recipient() {
+    let postbox = Postbox::start("tls");
+    let to = "to = [\"nobody@example.com\", \"ops@example.org\", \"later@example.com\"]";
+    let config = postbox.channel("").replace("to = [\"ops@example.org\"]", to);
+    let outcome = Place::new(&config).check();
+    outcome.failed_with(&[
+        "mail.ops: nobody@example.com: 550 5.1.1 no such user here",
+        "later@example.com: 451 4.2.0 the mailbox is busy",
+    ]);
+    assert!(!outcome.stderr.contains("ops@example.org"), "{outcome:?}");
+    let (server, heard) = listening(|word| (word == "MAIL").then_some("553 not from you"));
+    let place = Place::new(&channel_of(&server, ""));
+    place.check().failed_with(&["mail.ops: 553 not from you"]);
+    let (server, begun) = listening(|_| None);
+    Place::new(&channel_of(&server, "")).check().succeeded();
+    let words = |heard: &Heard| -> Vec<String> {
+        let heard = heard.lock().unwrap();
+        heard.iter().map(|line| line.split(' ').next().unwrap().to_owned()).collect()
+    };
+    assert_eq!(words(&heard), ["EHLO", "MAIL", "QUIT"]);
+    assert_eq!(words(&begun), ["EHLO", "MAIL", "RCPT", "RSET", "QUIT"]);
+    assert!(postbox.mails().is_empty());
+}
+
+#[test]
+fn mails_go_from_and_to_address_literals() {
+    let postbox = Postbox::start("tls");
+    let to = "to = [\"ops@[192.0.2.1]\", \"Ops <ops@[IPv6:2001:db8::1]>\"]";
+    let config = postbox.channel("").replace("sender@example.org>", "handout@[127.0.0.1]>");
+    let config = config.replace("to = [\"ops@example.org\"]", to);
+    let outcome = Place::new(&config).send(&[]);
+    assert!(outcome.succeeded().text().trim_end().ends_with("@[127.0.0.1]>"), "{outcome:?}");
+    let mail = postbox.wait_for(0);
+    let envelope = json!(["handout@[127.0.0.1]", ["ops@[192.0.2.1]", "ops@[IPv6:2001:db8::1]"]]);
+    assert_eq!(mail["envelope"], envelope);
+    assert_eq!(mail["from"], json!([["handout", "handout@[127.0.0.1]"]]));
+    assert_eq!(mail["defects"], json!([]));
+    for address in
+        ["ops@[192.0.2]", "ops@[mail.example.org]", "ops@[IPv6:192.0.2.1]", "ops@192.0.2.1"]
+    {
+        let config = postbox.channel("").replace("ops@example.org", address);
+        let outcome = Place::new(&config).check();
+        assert_eq!(outcome.code, Some(78), "{outcome:?}");
+    }
 }
