@@ -271,7 +271,7 @@ impl Snapshot {
     }
 
     fn daemon(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let help = "Reloads (SIGHUP), by how they ended";
+        let help = "Reloads, by how they ended";
         let mut reloads = to.encode_descriptor("reloads", help, None, MetricType::Counter)?;
         for (reload, count) in &self.reloads {
             let number = ConstCounter::new(*count);
