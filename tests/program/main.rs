@@ -50,6 +50,7 @@ mod probes;
 mod promises;
 mod proxy_protocol;
 mod reload;
+mod save_faults;
 mod scale_out;
 mod servers;
 mod shutdown;
