@@ -6,6 +6,7 @@ mod beneath;
 
 use std::collections::VecDeque;
 use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
@@ -18,6 +19,9 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2};
 /// The longest name of a file in a folder, in bytes, with its sub-folders.
 pub const MAX_NAME: usize = 4096;
 
+/// Largest content of a file whose size does not tell its length, in bytes.
+const MAX_UNSIZED: usize = 1 << 20;
+
 /// What tells one state of a file from another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Stamp {
@@ -28,6 +32,8 @@ pub struct Stamp {
     /// Seconds and nanoseconds.
     modified: (i64, i64),
     changed: (i64, i64),
+    /// Hash of the content of an unsized file, else 0: its times tell nothing.
+    content: u64,
 }
 
 impl Stamp {
@@ -39,7 +45,13 @@ impl Stamp {
             size: metadata.size(),
             modified: (metadata.mtime(), metadata.mtime_nsec()),
             changed: (metadata.ctime(), metadata.ctime_nsec()),
+            content: 0,
         }
+    }
+
+    /// Whether the file system does not tell the length of the content, as procfs and sysfs.
+    pub fn is_unsized(&self) -> bool {
+        self.content != 0
     }
 
     /// Unlike equality, this holds when a file got another name, or lost its only one.
@@ -65,6 +77,8 @@ pub struct OpenFile {
     file: fs::File,
     /// The state that is read.
     pub stamp: Stamp,
+    /// The content of an unsized file when it was opened.
+    snapshot: Option<Vec<u8>>,
 }
 
 impl OpenFile {
@@ -82,7 +96,14 @@ impl OpenFile {
     fn new(file: fs::File) -> io::Result<Self> {
         let metadata = file.metadata()?;
         regular(&metadata)?;
-        Ok(Self { file, stamp: Stamp::of(&metadata) })
+        let mut stamp = Stamp::of(&metadata);
+        let snapshot = read_unsized(&file, stamp.size)?;
+        if let Some(snapshot) = &snapshot {
+            let mut hasher = DefaultHasher::new();
+            snapshot.hash(&mut hasher);
+            (stamp.size, stamp.content) = (snapshot.len() as u64, hasher.finish() | 1);
+        }
+        Ok(Self { file, stamp, snapshot })
     }
 
     /// The file itself, at its beginning.
@@ -95,6 +116,12 @@ impl OpenFile {
     /// # Errors
     /// If it cannot be read, or has changed meanwhile.
     pub fn read_at(&self, piece: &mut [u8], offset: u64) -> io::Result<()> {
+        if let Some(snapshot) = &self.snapshot {
+            let from = usize::try_from(offset).ok().and_then(|offset| snapshot.get(offset..));
+            let part = from.and_then(|from| from.get(..piece.len())).ok_or_else(changed)?;
+            piece.copy_from_slice(part);
+            return Ok(());
+        }
         self.file.read_exact_at(piece, offset).map_err(|error| match error.kind() {
             io::ErrorKind::UnexpectedEof => changed(),
             _ => error,
@@ -108,6 +135,9 @@ impl OpenFile {
     /// # Errors
     /// As [`OpenFile::read_at`].
     pub fn read_at_once(&self, piece: &mut [u8], offset: u64) -> io::Result<bool> {
+        if self.snapshot.is_some() {
+            return self.read_at(piece, offset).map(|()| true);
+        }
         let length = piece.len();
         let mut pieces = [io::IoSliceMut::new(piece)];
         match preadv2(&self.file, &mut pieces, offset, ReadWriteFlags::NOWAIT) {
@@ -126,6 +156,29 @@ impl OpenFile {
             Err(changed())
         }
     }
+}
+
+/// The content of a file whose size does not tell its length: 0 on procfs and some FUSE file
+/// systems, one page on sysfs. `None` for every other file.
+fn read_unsized(file: &fs::File, size: u64) -> io::Result<Option<Vec<u8>>> {
+    if !matches!(size, 0 | 4096 | 16_384 | 65_536) {
+        return Ok(None);
+    }
+    let limit = if size == 0 { MAX_UNSIZED as u64 + 1 } else { size };
+    let (mut content, mut buffer) = (Vec::new(), vec![0; 4096]);
+    while (content.len() as u64) < limit {
+        match file.read_at(&mut buffer, content.len() as u64) {
+            Ok(0) => break,
+            Ok(read) => content.extend_from_slice(buffer.get(..read).unwrap_or_default()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    if size == 0 && content.len() > MAX_UNSIZED {
+        return Err(io::Error::other("the file has no size and more than 1 MiB"));
+    }
+    let length = content.len() as u64;
+    Ok((if size == 0 { length > 0 } else { length < size }).then_some(content))
 }
 
 fn changed() -> io::Error {

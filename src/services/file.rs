@@ -230,7 +230,12 @@ impl FileService {
                 }
                 if let Some(version) = newer {
                     let size = version.stamp.size;
-                    tracing::info!(service, %path, size, "{service}: new version of {path}");
+                    if version.stamp.is_unsized() {
+                        // Files of the kernel may change with every look.
+                        tracing::debug!(service, %path, size, "{service}: new version of {path}");
+                    } else {
+                        tracing::info!(service, %path, size, "{service}: new version of {path}");
+                    }
                     self.publish(version);
                 }
             }
@@ -258,6 +263,11 @@ impl FileService {
         if seen == current {
             *rewrite = None;
             return Ok(None);
+        }
+        if current.is_unsized() {
+            // Only the content tells whether it changed.
+            let version = Version::load(&self.settings)?;
+            return Ok((version.stamp != current).then_some(version));
         }
         // It may be half written, in place or under the name of one that was removed: it is whole
         // when it has come to rest.
