@@ -287,8 +287,15 @@ impl PendingFile {
 
     fn rename(&self, name: &Path, policy: OverwritePolicy) -> Result<(), SaveError> {
         let (dir, Some(temp)) = (&self.dir, &self.temp) else { return Ok(()) };
+        let rename = || match renameat(dir, temp, dir, name) {
+            // exFAT says so of a name with a character that it cannot store.
+            Err(error @ Errno::NOENT) if statat(dir, temp, AtFlags::SYMLINK_NOFOLLOW).is_ok() => {
+                Err(SaveError::NameRejected(error.into()))
+            }
+            renamed => Ok(renamed?),
+        };
         if policy.may_replace() {
-            return Ok(renameat(dir, temp, dir, name)?);
+            return rename();
         }
         match renameat_with(dir, temp, dir, name, RenameFlags::NOREPLACE) {
             Ok(()) => return Ok(()),
@@ -304,7 +311,7 @@ impl PendingFile {
             Err(error) => log_unsupported("linkat", Err(error)),
         }
         dir.check_target(name, policy)?;
-        Ok(renameat(dir, temp, dir, name)?)
+        rename()
     }
 }
 

@@ -1,6 +1,6 @@
 //! One run: the listing, its files so many at a time, what has left it, and the sum of it all.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,11 +18,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::back_off;
 use super::http::{BuildError, Client, Options};
-use super::listing::{self, Entry, Faulty, Pointers};
-use super::place::{Place, There};
+use super::listing::{self, Entry, Fault, Faulty, Pointers};
+use super::place::{Folding, Place, There};
 use super::reach::{Host, Reach, shown};
 use super::state::{self, Known, State, Validators};
 use super::transfer::{self, Budget, Done, Outcome, Shared, Terms, transfer};
+use crate::client::names::escape;
 use crate::fs::created_dirs::CreatedDirs;
 use crate::http::tls::{self, CaFile, CaFileError};
 use crate::secret::Secret;
@@ -454,8 +455,9 @@ pub async fn run(
     *listing = Some(listed);
     let into = order.into.clone();
     let keep_state = order.keep_state;
-    let opened = tokio::task::spawn_blocking(move || open(&into, keep_state)).await?;
-    let (place, state, created) =
+    let listed = Arc::clone(&entries);
+    let opened = tokio::task::spawn_blocking(move || open(&into, keep_state, &listed)).await?;
+    let (place, state, created, folding) =
         opened.map_err(|cause| Error::Folder { path: order.into.clone(), cause })?;
     let shared = Arc::new(Shared {
         client,
@@ -466,7 +468,7 @@ pub async fn run(
         finishing: Arc::new(Semaphore::new(MAX_FINISHING)),
         cancel: cancel.clone(),
     });
-    let mut run = Run { order, shared, observer, state, summary: Summary::default() };
+    let mut run = Run { order, shared, observer, state, folding, summary: Summary::default() };
     run.transfer_all(&entries).await?;
     run.summary.interrupted = cancel.is_cancelled();
     if !run.summary.interrupted {
@@ -482,12 +484,26 @@ pub async fn run(
     Ok(summary)
 }
 
-fn open(into: &Path, keep_state: bool) -> io::Result<(Place, Option<State>, CreatedDirs)> {
+type Opened = (Place, Option<State>, CreatedDirs, Folding);
+
+fn open(into: &Path, keep_state: bool, entries: &Entries) -> io::Result<Opened> {
     let created = CreatedDirs::create(into)?;
     let place = Place::open(into)?;
     let has_state = keep_state || !matches!(place.look(state::FILE)?, There::Nothing);
     let state = has_state.then(|| State::load(&place));
-    Ok((place, state, created))
+    let mut names = listing::names(entries);
+    names.extend(state.iter().flat_map(|state| state.files.keys()).map(String::as_str));
+    let folded: HashSet<_> = names.iter().map(|name| Folding::ALL.fold(name)).collect();
+    let folding = if folded.len() < names.len() { place.folding()? } else { Folding::default() };
+    Ok((place, state, created, folding))
+}
+
+fn alias_of(entry: &Entry, same: &Entry) -> Faulty {
+    Faulty {
+        what: format!("{} ({})", escape(&entry.name), shown(&entry.url)),
+        fault: Fault::Alias(escape(&same.name)),
+        name: Some(entry.name.clone()),
+    }
 }
 
 struct Run<'a> {
@@ -495,6 +511,7 @@ struct Run<'a> {
     shared: Arc<Shared>,
     observer: &'a Arc<dyn Observer>,
     state: Option<State>,
+    folding: Folding,
     summary: Summary,
 }
 
@@ -505,9 +522,19 @@ impl Run<'_> {
         }
         let jobs = Arc::new(Semaphore::new(self.order.jobs));
         let mut transfers = JoinSet::new();
+        let mut first = HashMap::new();
         for (id, entry) in entries.iter().enumerate() {
             let entry = match entry {
-                Ok(entry) => entry.clone(),
+                Ok(entry) => {
+                    let same = first.insert(self.folding.fold(&entry.name), entry);
+                    if let Some(same) = same {
+                        first.insert(self.folding.fold(&entry.name), same);
+                        self.summary.failed += 1;
+                        self.observer.faulty(&alias_of(entry, same));
+                        continue;
+                    }
+                    entry.clone()
+                }
                 Err(faulty) => {
                     self.summary.failed += 1;
                     self.observer.faulty(faulty);
@@ -583,9 +610,15 @@ impl Run<'_> {
             return;
         }
         let listed = listing::names(entries);
+        let folded: HashSet<_> = listed.iter().map(|name| self.folding.fold(name)).collect();
         let gone: Vec<_> =
             state.files.keys().filter(|name| !listed.contains(name.as_str())).cloned().collect();
         for name in gone {
+            // The same file under the name that it has in the listing now.
+            if folded.contains(&self.folding.fold(&name)) {
+                state.files.remove(&name);
+                continue;
+            }
             // What somebody has put there since is not ours.
             let is_ours = |local| state.files.get(&name).is_some_and(|known| known.is_of(&local));
             let there = self.shared.place.look(&name);

@@ -329,6 +329,9 @@ pub enum Fault {
     /// Another file has its name.
     #[error("the name is taken by the entry for {0}")]
     Collision(String),
+    /// The file system does not tell its name from another's.
+    #[error("the file system does not distinguish this name from \"{0}\"")]
+    Alias(String),
 }
 
 /// The entries of a listing that was found at `base`, each of which may have a fault of its own.

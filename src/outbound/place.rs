@@ -81,6 +81,26 @@ pub struct Part {
     is_locked: bool,
 }
 
+/// How a file system compares names.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Folding {
+    /// Upper and lower case are the same.
+    pub ignores_case: bool,
+    /// Dots and spaces at the end are not stored.
+    pub ignores_end: bool,
+}
+
+impl Folding {
+    /// Folds more than any file system does.
+    pub const ALL: Self = Self { ignores_case: true, ignores_end: true };
+
+    /// The text that names of one file have in common.
+    pub fn fold(self, name: &str) -> String {
+        let name = if self.ignores_end { name.trim_end_matches(['.', ' ']) } else { name };
+        if self.ignores_case { name.to_uppercase().to_lowercase() } else { name.to_owned() }
+    }
+}
+
 fn hash(name: &str) -> String {
     // Enough that no two of a folder are the same.
     hex(Sha256::digest(name.as_bytes()).iter().take(16))
@@ -302,6 +322,24 @@ impl Place {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Returns by which rule names that differ are one name here: ignored case, and ignored dots
+    /// and spaces at the end, as on FAT.
+    ///
+    /// # Errors
+    /// If no file can be created to find out.
+    pub fn folding(&self) -> io::Result<Folding> {
+        let probe = format!("{PREFIX}{}{PART}", hash("folding"));
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        retry(|| openat(&self.folder, &*probe, flags, NEW_FILE))?;
+        let exists = |name: &str| statat(&self.folder, name, AtFlags::SYMLINK_NOFOLLOW).is_ok();
+        let folding = Folding {
+            ignores_case: exists(&probe.to_uppercase()),
+            ignores_end: exists(&format!("{probe}.")),
+        };
+        self.folder.remove(Path::new(&probe));
+        Ok(folding)
     }
 
     /// Syncs the names in the folder, as far as the file system can.

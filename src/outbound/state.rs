@@ -92,8 +92,23 @@ pub struct Known {
 impl Known {
     /// Whether it is what is known of this file, as it is now.
     pub fn is_of(&self, local: &Local) -> bool {
-        (self.size, self.modified) == (local.size, local.modified)
+        self.size == local.size
+            && (self.modified == local.modified || is_rounded(local.modified, self.modified))
     }
+}
+
+/// Resolutions of file times, in nanoseconds: NTFS and CIFS, old NFS, exFAT, and FAT.
+const RESOLUTIONS: [i128; 5] = [100, 1_000, 10_000_000, 1_000_000_000, 2_000_000_000];
+
+/// Whether a file system may have stored the time `exact` as `stored`. It shows only after the file
+/// system was mounted again.
+fn is_rounded(stored: (i64, i64), exact: (i64, i64)) -> bool {
+    let [stored, exact] = [stored, exact].map(|(seconds, nanoseconds)| {
+        i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds)
+    });
+    RESOLUTIONS
+        .iter()
+        .any(|unit| stored % unit == 0 && stored.abs_diff(exact) < unit.unsigned_abs())
 }
 
 /// A URL so that it can be told from every other, and a query that may be a secret cannot be read.
@@ -198,6 +213,29 @@ mod tests {
         assert_eq!(ask(Some(&known), &LOCAL, "http://b/"), Ask::Always);
         for touched in [Local { size: 4, ..LOCAL }, Local { modified: (1, 3), ..LOCAL }] {
             assert_eq!(ask(Some(&known), &touched, "http://a/"), Ask::Always);
+        }
+    }
+
+    #[test]
+    fn recognises_times_that_a_file_system_rounds() {
+        let is_of = |stored, exact| {
+            let known = Known { modified: exact, ..known(None, None) };
+            known.is_of(&Local { modified: stored, ..LOCAL })
+        };
+        for (stored, exact) in [
+            ((1_700_000_000, 0), (1_700_000_001, 0)),
+            ((1_700_000_002, 0), (1_700_000_001, 0)),
+            ((5, 120_000_000), (5, 123_456_789)),
+            ((5, 123_456_700), (5, 123_456_789)),
+        ] {
+            assert!(is_of(stored, exact), "{stored:?} {exact:?}");
+        }
+        for (stored, exact) in [
+            ((1_700_000_001, 0), (1_700_000_000, 0)),
+            ((1_700_000_002, 0), (1_700_000_000, 0)),
+            ((5, 123_456_788), (5, 123_456_789)),
+        ] {
+            assert!(!is_of(stored, exact), "{stored:?} {exact:?}");
         }
     }
 

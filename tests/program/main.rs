@@ -22,6 +22,7 @@ mod download;
 mod faults;
 mod fetch;
 mod file;
+mod file_systems;
 mod folder;
 #[cfg(feature = "mirror")]
 mod gateway;

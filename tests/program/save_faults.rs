@@ -58,7 +58,8 @@ impl Row {
             assert_eq!(fs::read(place.path("file")).ok().as_deref(), old, "{what}");
         }
         // A temporary file stays if it cannot be removed or is another process's, else nothing.
-        if !self.calls.contains(&"unlinkat") && !(self.calls == ["flock"] && !is_saved) {
+        let may_leave = self.calls.contains(&"unlinkat") || self.calls == ["flock"] && !is_saved;
+        if !may_leave {
             let file = is_saved || old.is_some();
             assert_eq!(names, if file { &["file"][..] } else { &[] }, "{what}");
         }
