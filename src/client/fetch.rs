@@ -22,7 +22,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::names::{self, NameError, escape};
 use super::{ConnectError, Server};
-use crate::document::{File, Head, ReadError, Reader, Tail};
+use crate::document::{File, Head, ReadError, Reader, Tail, without_bom};
 use crate::fs::atomic::{
     DirHandle, NEW_FILE, OverwritePolicy, PendingFile, SaveError, is_special, sync_data,
 };
@@ -619,7 +619,7 @@ async fn read_list(session: &mut Session) -> Result<Vec<Listed>, Error> {
             break;
         }
     }
-    match serde_json::from_slice(&line) {
+    match serde_json::from_slice(without_bom(&line)) {
         Ok(Reply { files: Some(files), .. }) => Ok(files),
         Ok(Reply { error: Some(error), .. }) => Err(Error::Refused(escape(&error))),
         Ok(Reply { .. }) | Err(_) => Err(Error::NotAList),

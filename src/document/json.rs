@@ -11,6 +11,14 @@ use super::string::{Escape, Progress};
 /// How many objects and arrays may be in one another, the outermost included.
 pub const MAX_DEPTH: u32 = u64::BITS;
 
+/// The byte order mark in UTF-8, which a reader of JSON may ignore in front of it (RFC 8259, 8.1).
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// Text without the byte order mark in front of it, if there is one.
+pub fn without_bom(text: &[u8]) -> &[u8] {
+    text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text)
+}
+
 /// One part of the object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event<'a> {
@@ -41,6 +49,8 @@ pub enum Event<'a> {
 enum State {
     /// The outermost object.
     Start,
+    /// In the byte order mark: the part that is missing.
+    ByteOrderMark(&'static [u8]),
     /// Behind `{`: a key, or the end.
     FirstKey,
     /// Behind `,` in an object.
@@ -91,7 +101,7 @@ impl Scanner {
 
     /// Whether the object has begun.
     pub fn is_begun(&self) -> bool {
-        self.state != State::Start
+        !matches!(self.state, State::Start | State::ByteOrderMark(_))
     }
 
     /// Whether the object has ended. Then nothing more is taken.
@@ -111,6 +121,14 @@ impl Scanner {
                 }
                 State::Number(number) => self.number(number, byte, input)?,
                 State::Literal(rest) => self.literal(rest, byte, input)?,
+                State::Start if self.offset == 0 && BYTE_ORDER_MARK.first() == Some(&byte) => {
+                    self.state = State::ByteOrderMark(BYTE_ORDER_MARK);
+                    None
+                }
+                State::ByteOrderMark(rest) => {
+                    self.byte_order_mark(rest, byte, input)?;
+                    None
+                }
                 _ if matches!(byte, b' ' | b'\t' | b'\n' | b'\r') => {
                     self.take(input, 1);
                     None
@@ -262,9 +280,24 @@ impl Scanner {
         Ok(None)
     }
 
+    fn byte_order_mark(
+        &mut self,
+        rest: &'static [u8],
+        byte: u8,
+        input: &mut &[u8],
+    ) -> Result<(), ReadError> {
+        let (expected, rest) = rest.split_first().unwrap_or((&b'{', &[]));
+        if byte != *expected {
+            return Err(self.unexpected(byte));
+        }
+        self.take(input, 1);
+        self.state = if rest.is_empty() { State::Start } else { State::ByteOrderMark(rest) };
+        Ok(())
+    }
+
     fn unexpected(&self, found: u8) -> ReadError {
         let expected = match self.state {
-            State::Start => "`{`",
+            State::Start | State::ByteOrderMark(_) => "`{`",
             State::FirstKey => "a key or `}`",
             State::Key => "a key",
             State::Colon => "`:`",
@@ -412,7 +445,7 @@ mod tests {
         let close = r#"{"a":[1,false],"b":{}}"#;
         assert_eq!(events(spread).unwrap(), events(close).unwrap());
         for other in ['\x0b', '\x0c', '\u{a0}', '\u{feff}', '\0'] {
-            assert!(events(&format!("{other}{{}}")).is_err());
+            assert_eq!(events(&format!("{other}{{}}")).is_err(), other != '\u{feff}');
             assert!(events(&format!("{{{other}}}")).is_err());
         }
     }

@@ -34,6 +34,7 @@ use base64::engine::general_purpose::PAD;
 
 pub use error::ReadError;
 pub use head::{File, Head, Refusal};
+pub use json::without_bom;
 pub use reader::{Reader, Tail};
 pub use writer::{
     WHOLE_GROUP, append_encoded, closing, encoded_len, file_closing, file_opening, opening, refusal,

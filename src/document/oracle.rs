@@ -98,7 +98,9 @@ pub enum Verdict {
 }
 
 /// What `serde_json` and `base64` say of `input`, and what they leave open: keys, types, limits.
-pub fn verdict(input: &[u8]) -> Verdict {
+pub fn verdict(whole: &[u8]) -> Verdict {
+    let input = super::without_bom(whole);
+    let bom = whole.len() - input.len();
     let mut stream = serde_json::Deserializer::from_slice(input).into_iter::<Json>();
     let document = match stream.next() {
         Some(Ok(document)) => document,
@@ -111,7 +113,7 @@ pub fn verdict(input: &[u8]) -> Verdict {
     let is_too_deep = document.depth() > MAX_DEPTH;
     match document {
         Json::Object(members) if !is_too_deep => match head(members) {
-            Some((head, data)) => Verdict::Accept(head, data, stream.byte_offset()),
+            Some((head, data)) => Verdict::Accept(head, data, bom + stream.byte_offset()),
             None => Verdict::Refuse,
         },
         _ => Verdict::Refuse,

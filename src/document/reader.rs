@@ -544,9 +544,22 @@ mod tests {
     }
 
     #[test]
-    fn no_byte_order_mark() {
-        let message = r"expected `{` at offset 0, found '\xef'";
-        assert_eq!(fault("\u{feff}{\"filename\":\"\",\"filedata\":\"\"}"), message);
+    fn ignores_one_byte_order_mark_in_front() {
+        let document = "{\"filename\":\"\",\"filedata\":\"\"}";
+        let marked = format!("\u{feff}{document}");
+        assert_eq!(read(&marked).unwrap(), read(document).unwrap());
+        for piece in 1..4 {
+            let mut reader = Reader::new(0);
+            for piece in marked.as_bytes().chunks(piece) {
+                reader.feed(piece, &mut Vec::new()).unwrap();
+            }
+            assert!(reader.finish().is_ok());
+        }
+        let message = r"expected `{` at offset 3, found '\xef'";
+        assert_eq!(fault(&format!("\u{feff}{marked}")), message);
+        let message = r"expected `{` at offset 1, found '\xef'";
+        assert_eq!(fault(&format!(" {marked}")), message);
+        assert_eq!(read("\u{feff}").unwrap_err(), ReadError::Empty);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use flate2::write::GzDecoder;
-use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, HeaderMap, HeaderValue};
+use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, HeaderMap, HeaderValue};
 use reqwest::{Response, Url};
 use tokio::sync::Semaphore;
 use tokio::task::{JoinError, JoinSet};
@@ -25,6 +25,7 @@ use super::state::{self, Known, State, Validators};
 use super::transfer::{self, Budget, Done, Outcome, Shared, Terms, transfer};
 use crate::client::names::escape;
 use crate::fs::created_dirs::CreatedDirs;
+use crate::http::codings::{self, Codings, codings};
 use crate::http::tls::{self, CaFile, CaFileError};
 use crate::secret::Secret;
 
@@ -331,7 +332,7 @@ async fn ask(
             Err(error) => error.into(),
             Ok(mut response) => match response.status().as_u16() {
                 304 if before.is_some() => return Ok(Asked::Unchanged),
-                200 => match receive(client, &mut response).await {
+                200 | 203 => match receive(client, &mut response).await {
                     Err(SourceError::Transfer(error)) => error,
                     Err(error) => return Err(error),
                     Ok(json) => {
@@ -366,13 +367,11 @@ async fn ask(
 
 /// Receives a listing, bounded before and after it is decoded.
 async fn receive(client: &Client, response: &mut Response) -> Result<Vec<u8>, SourceError> {
-    let encoding = response.headers().get(CONTENT_ENCODING).map(HeaderValue::as_bytes);
-    let mut listing = match encoding {
-        None | Some(b"" | b"identity") => Decoder::Identity(Bounded::default()),
-        Some(b"gzip" | b"x-gzip") => Decoder::Gzip(Box::new(GzDecoder::new(Bounded::default()))),
-        Some(other) => {
-            let other = crate::client::names::escape_bytes(other);
-            return Err(SourceError::Transfer(transfer::Error::Encoded(other)));
+    let mut listing = match codings(response.headers()) {
+        Codings::Gzip(times) => Decoder::new(times),
+        Codings::Unsupported => {
+            let codings = codings::shown(response.headers());
+            return Err(SourceError::Transfer(transfer::Error::Encoded(codings)));
         }
     };
     let mut came = 0;
@@ -383,30 +382,41 @@ async fn receive(client: &Client, response: &mut Response) -> Result<Vec<u8>, So
         if came > MAX_LISTING {
             return Err(SourceError::Large);
         }
-        listing.write(&piece)?;
+        listing.write_all(&piece).map_err(decoding)?;
     }
     listing.finish()
 }
 
 enum Decoder {
     Identity(Bounded),
-    Gzip(Box<GzDecoder<Bounded>>),
+    Gzip(Box<GzDecoder<Decoder>>),
 }
 
 impl Decoder {
-    fn write(&mut self, piece: &[u8]) -> Result<(), SourceError> {
-        match self {
-            Self::Identity(bounded) => bounded.write_all(piece),
-            Self::Gzip(gzip) => gzip.write_all(piece),
-        }
-        .map_err(decoding)
+    /// A decoder of what was compressed so many times.
+    fn new(times: usize) -> Self {
+        let identity = Self::Identity(Bounded::default());
+        (0..times).fold(identity, |inner, _| Self::Gzip(Box::new(GzDecoder::new(inner))))
     }
 
     fn finish(self) -> Result<Vec<u8>, SourceError> {
         match self {
             Self::Identity(bounded) => Ok(bounded.0),
-            Self::Gzip(gzip) => Ok(gzip.finish().map_err(decoding)?.0),
+            Self::Gzip(gzip) => gzip.finish().map_err(decoding)?.finish(),
         }
+    }
+}
+
+impl Write for Decoder {
+    fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Identity(bounded) => bounded.write(piece),
+            Self::Gzip(gzip) => gzip.write(piece),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -678,16 +688,19 @@ mod tests {
     }
 
     fn decoder() -> Decoder {
-        Decoder::Gzip(Box::new(GzDecoder::new(Bounded::default())))
+        Decoder::new(1)
     }
 
     #[test]
     fn a_listing_is_decoded() {
         let mut listing = decoder();
         for piece in gzip(b"[1, 2]").chunks(3) {
-            listing.write(piece).unwrap();
+            listing.write_all(piece).unwrap();
         }
         assert_eq!(listing.finish().unwrap(), b"[1, 2]");
+        let mut twice = Decoder::new(2);
+        twice.write_all(&gzip(&gzip(b"[3]"))).unwrap();
+        assert_eq!(twice.finish().unwrap(), b"[3]");
     }
 
     #[test]
@@ -695,17 +708,18 @@ mod tests {
         let small = gzip(&vec![0; 2 * MAX_LISTING]);
         assert!(small.len() < 64 << 10);
         let mut listing = decoder();
-        let written = small.chunks(1024).try_for_each(|piece| listing.write(piece));
-        assert!(matches!(written, Err(SourceError::Large)));
+        let written = small.chunks(1024).try_for_each(|piece| listing.write_all(piece));
+        assert!(matches!(written.map_err(decoding), Err(SourceError::Large)));
     }
 
     #[test]
     fn a_listing_that_is_cut_or_junk_is_no_listing() {
         let encoded = gzip(b"[1, 2]");
         let mut listing = decoder();
-        listing.write(&encoded[..encoded.len() - 3]).unwrap();
+        listing.write_all(&encoded[..encoded.len() - 3]).unwrap();
         assert!(matches!(listing.finish(), Err(SourceError::Gzip(_))));
         let mut junk = decoder();
-        assert!(junk.write(b"no gzip at all").and_then(|()| junk.finish().map(drop)).is_err());
+        let written = junk.write_all(b"no gzip at all").map_err(decoding);
+        assert!(written.and_then(|()| junk.finish().map(drop)).is_err());
     }
 }

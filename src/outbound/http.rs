@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
-use reqwest::header::{HeaderMap, HeaderValue, LOCATION, USER_AGENT};
+use reqwest::header::{HeaderMap, HeaderValue, LOCATION, TRANSFER_ENCODING, USER_AGENT};
 use reqwest::{Body, Method, Proxy, Request, Response, StatusCode, Url};
 use rustls::ClientConfig;
 use tokio::time::timeout;
@@ -51,7 +51,7 @@ pub enum Error {
     #[error(transparent)]
     Refused(#[from] Refused),
     /// A redirect that leads nowhere.
-    #[error("it is redirected, but nowhere (no Location that is a text)")]
+    #[error("it is redirected, but nowhere (no Location)")]
     Nowhere,
     /// One redirect after the other.
     #[error("it is redirected more than {MAX_REDIRECTS} times")]
@@ -202,8 +202,9 @@ impl Client {
             if !is_redirect(response.status()) {
                 return Ok(response);
             }
-            let location = response.headers().get(LOCATION).and_then(|to| to.to_str().ok());
-            url = self.reach.next_hop(&url, location.ok_or(Error::Nowhere)?)?;
+            let location = response.headers().get(LOCATION).map(location);
+            let location = location.filter(|location| !location.trim().is_empty());
+            url = self.reach.next_hop(&url, &location.ok_or(Error::Nowhere)?)?;
             self.drain(&mut response).await;
         }
         Err(Error::Redirects)
@@ -250,7 +251,10 @@ impl Client {
             said.extend(self.headers.clone());
         }
         said.extend(headers.clone());
-        self.unless_silent(&reach::host_of(url), self.inner.execute(request)).await
+        let executed = self.inner.execute(request);
+        let response = self.unless_silent(&reach::host_of(url), executed).await?;
+        check_transfer_codings(response.headers())?;
+        Ok(response)
     }
 
     /// What comes of `reply`, if it comes in time.
@@ -289,6 +293,34 @@ impl Client {
         let host = reach::host_of(response.url());
         self.unless_silent(&host, response.chunk()).await
     }
+}
+
+/// Checks that the body can be taken out of its transfer codings (RFC 9112, 6.1): hyper leaves all in
+/// place but a `chunked` that is named last.
+fn check_transfer_codings(headers: &HeaderMap) -> Result<(), Error> {
+    let lists = headers.get_all(TRANSFER_ENCODING).iter();
+    let codings = lists.flat_map(|list| list.as_bytes().split(|byte| *byte == b','));
+    let codings: Vec<_> = codings.map(|coding| coding.trim_ascii().to_ascii_lowercase()).collect();
+    let is_known = |coding: &Vec<u8>| matches!(&**coding, b"" | b"identity" | b"chunked");
+    let chunked = codings.iter().rposition(|coding| coding == b"chunked");
+    let is_last = chunked.is_none_or(|chunked| chunked + 1 == codings.len());
+    if is_last && codings.iter().all(is_known) {
+        return Ok(());
+    }
+    Err(Error::Malformed("it has a transfer coding that is not supported".to_owned()))
+}
+
+/// A `Location` as a reference: what is not ASCII is percent-encoded byte by byte, in whatever
+/// encoding it is, as curl does. The rest, such as spaces, is the URL parser's.
+fn location(value: &HeaderValue) -> String {
+    value.as_bytes().iter().fold(String::new(), |mut location, &byte| {
+        if byte.is_ascii() {
+            location.push(byte.into());
+        } else {
+            location.push_str(percent_encoding::percent_encode_byte(byte));
+        }
+        location
+    })
 }
 
 fn is_redirect(status: StatusCode) -> bool {

@@ -15,6 +15,7 @@ use serde::de::{
 use super::pointer::Pointer;
 use super::reach::{self, Reach, Refused, shown};
 use crate::client::names::{NameError, escape, file_name};
+use crate::document::without_bom;
 use crate::text::counted;
 
 /// How long all URLs together may be, in bytes: a short one that is relative to a long one takes as
@@ -86,7 +87,7 @@ fn raw_entries(json: &[u8], pointers: &Pointers, max: usize) -> Result<Vec<Raw>,
         entries: &mut entries,
         too_long: &mut too_long,
     };
-    let mut reader = serde_json::Deserializer::from_slice(json);
+    let mut reader = serde_json::Deserializer::from_slice(without_bom(json));
     let read = list.deserialize(&mut reader).and_then(|()| reader.end());
     match (read, entries) {
         _ if too_long => Err(Error::Long(max)),
@@ -309,6 +310,9 @@ pub enum Fault {
     /// Something is not there.
     #[error("the entry has no text at \"{0}\"")]
     Missing(Pointer),
+    /// The URL leads back to the listing, as one of control characters or `#` does.
+    #[error("the entry's URL is that of the listing itself")]
+    Listing,
     /// Its URL is not asked.
     #[error(transparent)]
     Refused(#[from] Refused),
@@ -393,7 +397,15 @@ fn entry(
         Found::Text(text) => Ok(text),
         _ => Err(Fault::Missing(pointer.cloned().unwrap_or_default())),
     };
-    let url = reach::join(base, &text(url, Some(&pointers.url))?)?;
+    let url = text(url, Some(&pointers.url))?;
+    // A blank reference would be that of the listing (RFC 3986, 4.4).
+    if url.trim().is_empty() {
+        return Err(Fault::Missing(pointers.url.clone()));
+    }
+    let url = reach::join(base, &url)?;
+    if url == *base {
+        return Err(Fault::Listing);
+    }
     reach.may_ask(&url)?;
     let name = match &pointers.filename {
         None => name_of(&url)?,
@@ -532,6 +544,15 @@ mod tests {
     }
 
     #[test]
+    fn ignores_a_byte_order_mark() {
+        let reach = Reach::new([&base()], [], false);
+        let json = b"\xef\xbb\xbf[\"a.jpg\"]";
+        assert_eq!(read(json, &Pointers::default(), 9, &base(), &reach).unwrap().len(), 1);
+        let twice = b"\xef\xbb\xbf\xef\xbb\xbf[]";
+        assert!(read(twice, &Pointers::default(), 9, &base(), &reach).is_err());
+    }
+
+    #[test]
     fn an_array_may_be_the_listing_and_texts_the_entries() {
         let pointers = Pointers::default();
         let read = entries(&json!(["/x/a%20b.jpg", "c.jpg"]), &pointers);
@@ -545,6 +566,16 @@ mod tests {
         assert_eq!(fault(&json!({"picUrl": "/a"})), Fault::Missing(pointer("/title")));
         assert_eq!(fault(&json!({"picUrl": 3, "title": "a"})), Fault::Missing(pointer("/picUrl")));
         assert_eq!(fault(&json!(7)), Fault::Missing(pointer("/picUrl")));
+        for blank in ["", " ", "\t\n", "\u{3000}"] {
+            let entry = json!({"picUrl": blank, "title": "a"});
+            assert_eq!(fault(&entry), Fault::Missing(pointer("/picUrl")), "{blank:?}");
+        }
+        for itself in
+            ["#", "#top", "\0", "list", "./list", "/v1/list#x", "//api.example.org/v1/list"]
+        {
+            let entry = json!({"picUrl": itself, "title": "a"});
+            assert_eq!(fault(&entry), Fault::Listing, "{itself:?}");
+        }
         let of = |url: &str| fault(&json!({"picUrl": url, "title": "a"}));
         assert_eq!(of("ftp://api.example.org/"), Fault::Refused(Refused::Scheme));
         assert!(matches!(of("https://evil.example/"), Fault::Refused(Refused::Host(_))));

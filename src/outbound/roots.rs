@@ -9,6 +9,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
 use crate::config::Context;
+use crate::document::without_bom;
 
 /// The largest file of roots that is read, in bytes.
 const MAX_ROOTS: u64 = 4 << 20;
@@ -32,7 +33,7 @@ pub fn read(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     read.map_err(|error| format!("cannot be read: {error}"))?;
     let expected = || "expected certificates in PEM form".to_owned();
     let mut roots = Vec::new();
-    for root in CertificateDer::pem_slice_iter(&pem) {
+    for root in CertificateDer::pem_slice_iter(without_bom(&pem)) {
         let root = root.map_err(|_| expected())?;
         // Who uses them says only that one of them is wrong, not whose.
         let taken = RootCertStore::empty().add(root.clone());

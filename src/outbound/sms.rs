@@ -20,6 +20,7 @@ use super::pointer::Pointer;
 use super::reach::{self, Reach, shown};
 use super::{back_off, roots};
 use crate::config::{self, Context, Located, Noted, Table};
+use crate::document::without_bom;
 use crate::http::tls::{self, CaFile};
 use crate::secret::{self, Secret, Secrets};
 
@@ -718,7 +719,7 @@ fn lasting(status: u16) -> Lasting {
 
 /// A reply that has to be JSON.
 fn json(status: u16, reply: &[u8]) -> Result<Value, Failure> {
-    serde_json::from_slice(reply).map_err(|_| {
+    serde_json::from_slice(without_bom(reply)).map_err(|_| {
         let said = String::from_utf8_lossy(reply);
         let said = said.trim();
         // Behind a status that means success there may be a page of somebody else.

@@ -12,9 +12,8 @@ use std::time::{Duration, SystemTime};
 use bytesize::ByteSize;
 use reqwest::Response;
 use reqwest::header::{
-    ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, DATE, ETAG,
-    HeaderMap, HeaderName, HeaderValue, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, LAST_MODIFIED,
-    RANGE, RETRY_AFTER,
+    ACCEPT_ENCODING, CONTENT_RANGE, CONTENT_TYPE, DATE, ETAG, HeaderMap, HeaderName, HeaderValue,
+    IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, LAST_MODIFIED, RANGE, RETRY_AFTER,
 };
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -29,6 +28,7 @@ use super::place::{Local, Part, Place, There};
 use super::state::{self, Ask, Known, Validators, identity};
 use crate::client::names::escape;
 use crate::fs::atomic::{OverwritePolicy, SaveError};
+use crate::http::codings::{self, Codings, codings};
 use crate::text::counted;
 
 /// How much is received before it is written.
@@ -381,7 +381,7 @@ impl Transfer<'_> {
                 (206, Some(resume)) if continues(&response, resume) => break response,
                 // The part is of no use.
                 (206 | 416, Some(_)) => resume = None,
-                (200, _) => {
+                (200 | 203, _) => {
                     resume = None;
                     break response;
                 }
@@ -420,7 +420,7 @@ impl Transfer<'_> {
             source: self.source.clone(),
             validator,
             validators: said.clone(),
-            total: content_length(&response),
+            total: response.content_length(),
         });
         // A part keeps what was said of its beginning.
         let about = resume.as_ref().map(|resume| resume.about.clone()).or(about);
@@ -506,9 +506,8 @@ impl Transfer<'_> {
     ) -> Result<(), Error> {
         let shared = self.shared;
         let Terms { max_file, max_file_key, content_types, .. } = &shared.terms;
-        let encoding = header(response, &CONTENT_ENCODING).filter(|coding| *coding != "identity");
-        if let Some(encoding) = encoding {
-            return Err(Error::Encoded(escape(encoding)));
+        if codings(response.headers()) != Codings::Gzip(0) {
+            return Err(Error::Encoded(codings::shown(response.headers())));
         }
         let kinds = response.headers().get_all(CONTENT_TYPE).iter();
         let kinds: Vec<_> = kinds.map(|kind| kind.to_str().unwrap_or_default()).collect();
@@ -522,7 +521,7 @@ impl Transfer<'_> {
         let promised = if goes_on {
             header(response, &CONTENT_RANGE).and_then(content_range).and_then(|range| range.total)
         } else {
-            content_length(response)
+            response.content_length()
         };
         let large = || Error::Large { limit: *max_file, key: max_file_key };
         // What is promised to be too large need not be received.
@@ -906,7 +905,6 @@ fn say(headers: &mut HeaderMap, name: HeaderName, value: &str) {
 /// Whether a part that was sent goes on where ours ends, to the end of the same content.
 fn continues(response: &Response, resume: &Resume) -> bool {
     let range = header(response, &CONTENT_RANGE).and_then(content_range);
-    let length = header(response, &CONTENT_LENGTH).map(str::parse);
     let said = validators_of(response);
     let About { validator, validators: Validators { etag, last_modified }, total, .. } =
         &resume.about;
@@ -917,13 +915,9 @@ fn continues(response: &Response, resume: &Resume) -> bool {
         && !is_other(&said.etag, etag)
         && !is_other(&said.last_modified, last_modified)
         && range.is_some_and(|range| {
-            range.goes_on_from(resume.length, length.as_ref())
+            range.goes_on_from(resume.length, response.content_length())
                 && (total.is_none() || range.total == *total)
         })
-}
-
-fn content_length(response: &Response) -> Option<u64> {
-    header(response, &CONTENT_LENGTH)?.parse().ok()
 }
 
 /// A `Content-Range` (RFC 9110, 14.4).
@@ -935,19 +929,14 @@ struct ContentRange {
 }
 
 impl ContentRange {
-    /// Whether it goes on from `length` to the end, in a body that is as long as its
-    /// `Content-Length` says, if it says that.
-    fn goes_on_from<E>(self, length: u64, body: Option<&Result<u64, E>>) -> bool {
+    /// Whether it goes on from `length` to the end, in a body of this length, if that is known.
+    fn goes_on_from(self, length: u64, body: Option<u64>) -> bool {
         let Self { first, last, total } = self;
         first == length
             && last >= first
             && total.is_some()
             && last.checked_add(1) == total
-            && match body {
-                None => true,
-                Some(Ok(body)) => (last - first).checked_add(1) == Some(*body),
-                Some(Err(_)) => false,
-            }
+            && body.is_none_or(|body| (last - first).checked_add(1) == Some(body))
     }
 }
 
@@ -979,11 +968,9 @@ mod tests {
 
     #[test]
     fn a_part_goes_on_where_ours_ends_to_the_end_or_is_not_taken() {
-        let fits = |value, length: Option<&str>| {
-            content_range(value)
-                .is_some_and(|range| range.goes_on_from(5, length.map(str::parse::<u64>).as_ref()))
-        };
-        assert!(fits("bytes 5-9/10", Some("5")));
+        let fits =
+            |value, length| content_range(value).is_some_and(|range| range.goes_on_from(5, length));
+        assert!(fits("bytes 5-9/10", Some(5)));
         assert!(fits("bytes 5-9/10", None));
         for (bad, length) in [
             ("bytes 0-9/10", None),
@@ -992,10 +979,9 @@ mod tests {
             ("bytes 5-8/10", None),
             ("bytes 5-9/11", None),
             ("bytes 5-4/5", None),
-            ("bytes 5-9/10", Some("6")),
-            ("bytes 5-9/10", Some("x")),
+            ("bytes 5-9/10", Some(6)),
             ("bytes */10", None),
-            ("bytes 5-9/*", Some("5")),
+            ("bytes 5-9/*", Some(5)),
             ("5-9/10", None),
             ("bytes 5-18446744073709551615/18446744073709551615", None),
             ("", None),
@@ -1039,7 +1025,7 @@ mod tests {
             ours in 0_u64..20, body in 0_u64..20,
         ) {
             let range = ContentRange { first, last, total };
-            if range.goes_on_from(ours, Some(&Ok::<_, ()>(body))) {
+            if range.goes_on_from(ours, Some(body)) {
                 prop_assert_eq!(first, ours);
                 prop_assert_eq!(ours + body, last + 1);
                 prop_assert!(total.is_none_or(|total| ours + body == total));
@@ -1049,7 +1035,7 @@ mod tests {
         #[test]
         fn no_content_range_is_a_panic(value in "(bytes )?[0-9*/-]{0,50}|.{0,20}", ours: u64, body: u64) {
             if let Some(range) = content_range(&value) {
-                range.goes_on_from(ours, Some(&Ok::<_, ()>(body)));
+                range.goes_on_from(ours, Some(body));
             }
         }
     }

@@ -27,6 +27,8 @@ mod folder;
 #[cfg(feature = "mirror")]
 mod gateway;
 mod good;
+#[cfg(feature = "mirror")]
+mod http;
 mod limits;
 mod load;
 mod logs;
