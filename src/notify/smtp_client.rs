@@ -263,15 +263,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
         }
     }
 
-    /// Takes back the mail that was begun.
-    ///
-    /// # Errors
-    /// If the dialogue breaks off.
-    pub async fn reset(&mut self) -> Result<(), Failure> {
-        self.command("RSET").await.map(drop)
-    }
-
-    /// Says goodbye. The answer does not matter.
+    /// Says goodbye, which also takes back a mail that was begun. The answer does not matter.
     pub async fn quit(&mut self) {
         let _ = self.command("QUIT").await;
     }

@@ -21,6 +21,7 @@ use crate::notify::address::EmailAddress;
 use crate::notify::helo;
 use crate::notify::smtp_client::{SmtpClient, TRANSFER};
 use crate::secret;
+use crate::text::counted;
 
 /// The most recipients of a mail; servers take that many at least (RFC 5321, 4.5.3.1.8).
 const MAX_RECIPIENTS: usize = 100;
@@ -132,14 +133,11 @@ impl Settings {
         let try_out = async {
             let mut connection = smtp::connect(&self.place, self.timeout, &doing).await?;
             let begun = connection.begin_mail(&self.from.address, &to, &doing).await;
-            if begun.is_ok() {
-                doing.set("waiting for the reply to RSET");
-                connection.reset().await?;
-            }
             Ok((connection, begun))
         };
         let late = |_| Err(Failure::late(self.timeout, doing.get()));
         let (connection, begun) = timeout(self.timeout, try_out).await.unwrap_or_else(late)?;
+        // QUIT takes back what was begun (RFC 5321, 4.1.1.10).
         smtp::leave(connection).await;
         let refused = begun?;
         if !refused.is_empty() {
@@ -152,10 +150,7 @@ impl Settings {
             Security::Plaintext => ", not encrypted",
         };
         let logged_in = if login.is_some() { ", logged in" } else { "" };
-        let recipients = match to.len() {
-            1 => "1 recipient".to_owned(),
-            count => format!("{count} recipients"),
-        };
+        let recipients = counted(to.len(), "recipient");
         Ok(format!("connected to {server}{encrypted}{logged_in}, {recipients} accepted"))
     }
 
