@@ -303,7 +303,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
         }
     }
 
-    /// Reads a line with its end.
+    /// Reads a line with its end, which the last one before the server closes may lack: its code
+    /// counts all the same.
     async fn read_line(&mut self) -> Result<Vec<u8>, Failure> {
         loop {
             let end = memchr::memchr(b'\n', &self.unread);
@@ -317,6 +318,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
             }
             let received = self.stream.read_buf(&mut self.unread).await;
             if received.map_err(|error| Failure::lost(&error))? == 0 {
+                if !self.unread.is_empty() {
+                    return Ok(std::mem::take(&mut self.unread));
+                }
                 return Err(Failure::lost(&std::io::ErrorKind::UnexpectedEof.into()));
             }
         }
@@ -449,6 +453,7 @@ mod tests {
         for script in [
             "220\r\n250\r\n250\r\n250\r\n250\r\n354\r\n250\r\n",
             "220-\r\n220\r\n250-\r\n250\r\n250-\r\n250\r\n250\r\n251\r\n354-\r\n354\r\n250-\r\n250\r\n",
+            "220\r\n250\r\n250\r\n250\r\n250\r\n354\r\n250 ok",
             "220 hi\n250-mx\n250 SIZE\n250 ok\n252 perhaps\n250 ok\n354 go\n250 \u{53d6}\n",
         ] {
             assert_eq!(outcome_of(script).await, Ok(Vec::new()), "{script:?}");
@@ -523,7 +528,9 @@ mod tests {
             (format!("{begun}354\r\n552-too\r\n552 large\r\n"), Refused, "552 too large"),
             (format!("{begun}354\r\n354 more?\r\n"), Doubtful, "unexpected reply: 354 more?"),
             (format!("{begun}354\r\nwhat\r\n"), Doubtful, "the server does not speak SMTP: what"),
-            (format!("{begun}354\r\n25"), Doubtful, "the server closed the connection"),
+            (format!("{begun}354\r\n"), Doubtful, "the server closed the connection"),
+            (format!("{begun}354\r\n250-"), Doubtful, "the server closed the connection"),
+            (format!("{begun}354\r\n25"), Doubtful, "the server does not speak SMTP: 25"),
         ] {
             let failure = outcome_of(&script).await.unwrap_err();
             assert_eq!(failure.lasting, lasting, "{script:?}: {failure}");
