@@ -4,20 +4,20 @@
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::fs;
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use clap::CommandFactory;
 use clap::error::ErrorKind;
-use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressDrawTarget};
+use indicatif::{HumanBytes, MultiProgress, ProgressBar};
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use tokio_util::sync::CancellationToken;
 
 use super::fetch::within;
 use super::names::escape;
-use super::progress::style;
+use super::progress::{draw_target, style};
 use crate::cli::{Cli, Download};
 use crate::fs::atomic::OverwritePolicy;
 use crate::http::tls::CaFile;
@@ -195,12 +195,7 @@ struct Progress {
 
 impl Progress {
     fn new(folder: &Path, quiet: bool) -> Self {
-        let target = if quiet || !io::stderr().is_terminal() {
-            ProgressDrawTarget::hidden()
-        } else {
-            ProgressDrawTarget::stderr()
-        };
-        let bars = MultiProgress::with_draw_target(target);
+        let bars = MultiProgress::with_draw_target(draw_target(quiet));
         Self { folder: folder.to_owned(), quiet, bars, under_way: Mutex::default() }
     }
 

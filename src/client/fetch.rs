@@ -10,6 +10,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,6 +24,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use super::names::{self, NameError, escape};
 use super::{ConnectError, Server};
 use crate::document::{File, Head, ReadError, Reader, Tail, without_bom};
+use crate::errors::chain;
 use crate::fs::atomic::{
     DirHandle, NEW_FILE, OverwritePolicy, PendingFile, SaveError, is_special, sync_data,
 };
@@ -40,6 +42,9 @@ const AHEAD: usize = 16;
 
 /// The longest list that is taken, in bytes.
 const MAX_LIST: usize = 16 << 20;
+
+/// How long a server may send nothing before the user is told the likely cause.
+const SILENCE: Duration = Duration::from_secs(2);
 
 /// How long the end of a connection is waited for when the document is there.
 const WAIT_FOR_END: Duration = Duration::from_secs(1);
@@ -97,6 +102,17 @@ pub enum Error {
     /// The server was silent for too long.
     #[error("the server sent nothing for {0:?} (--idle-timeout)")]
     Silent(Duration),
+    /// The server sent nothing at all though no file was asked for by name.
+    #[error(
+        "{server} sent nothing: {}: a folder service waits for requests: try --list or --all",
+        chain(.cause)
+    )]
+    NothingSent {
+        /// The server, with its port.
+        server: String,
+        /// How the connection ended.
+        cause: Box<Error>,
+    },
     /// The time for all is over.
     #[error("it took longer than {0:?} (--timeout)")]
     Timeout(Duration),
@@ -173,6 +189,8 @@ pub struct Saved {
 pub trait Report {
     /// A file is begun; `name` is known if it was asked for by name.
     fn begin(&mut self, name: Option<&str>);
+    /// The server, named with its port, has sent nothing for this long.
+    fn silent(&mut self, server: &str, duration: Duration);
     /// So much of it has arrived, of so much, if that is known.
     fn advance(&mut self, length: u64, size: Option<u64>);
     /// It was saved.
@@ -212,6 +230,11 @@ pub async fn fetch(order: &Order, report: &mut impl Report) -> bool {
             report.begin(None);
             let fetched = async {
                 let mut session = Session::connect(order, deadline).await?;
+                let server = order.server.with_port(PORT);
+                session
+                    .receive_first(&server, report)
+                    .await
+                    .map_err(|cause| Error::NothingSent { server, cause: Box::new(cause) })?;
                 receive(&mut session, None, order, report).await
             };
             return told(fetched.await, None, report);
@@ -672,6 +695,18 @@ impl Session {
         let read = reading.await.map_err(|_| self.too_late())?.map_err(Error::Network)?;
         (self.start, self.end) = (0, read);
         Ok(read > 0)
+    }
+
+    /// Receives the beginning of what the server pushes. One that waits for requests sends nothing.
+    async fn receive_first(&mut self, server: &str, report: &mut impl Report) -> Result<(), Error> {
+        let mut receiving = pin!(self.receive());
+        let received = if let Ok(received) = timeout(SILENCE, &mut receiving).await {
+            received
+        } else {
+            report.silent(server, SILENCE);
+            receiving.await
+        };
+        if received? { Ok(()) } else { Err(ReadError::Empty.into()) }
     }
 
     async fn send(&mut self, bytes: &[u8]) -> Result<(), Error> {

@@ -114,6 +114,12 @@ impl Server {
         Ok(addresses)
     }
 
+    /// Its name or its address with its port, as a person would write it.
+    fn with_port(&self, default_port: u16) -> String {
+        let port = Some(self.port.unwrap_or(default_port));
+        Self { host: self.host.clone(), port }.to_string()
+    }
+
     /// Its name or its address.
     pub fn host(&self) -> &str {
         &self.host

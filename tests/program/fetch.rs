@@ -581,6 +581,38 @@ fn a_name_is_printed_so_that_it_can_be_recognised() {
 }
 
 #[test]
+fn explains_a_server_that_waits_for_requests_after_two_seconds() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("files")).unwrap();
+    let config =
+        "[file.files]\nlisten = [\"127.0.0.1:0\"]\npath = \"files\"\nidle-timeout = \"4s\"";
+    let daemon = Daemon::start_in(folder, config, |_| {});
+    let address = daemon.tcp("file.files");
+    let place = Place::new();
+    let mut said = place.begin_fetch(address, &[]);
+    let mut quiet = place.begin_fetch(address, &["-q"]);
+    let notice = format!(
+        "handout: {address} sent nothing for 2 s. A folder service waits for requests: try --list \
+         or --all.\n"
+    );
+    let (said, quiet) = (said.stderr(), quiet.stderr());
+    let error = said.strip_prefix(&notice).unwrap_or_else(|| panic!("{said}"));
+    for error in [error, &quiet] {
+        assert!(error.starts_with(&format!("handout: {address} sent nothing: ")), "{error}");
+        assert!(error.contains("reset") && error.ends_with("try --list or --all\n"), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
+    // A request that is not answered has another cause, and so has an end after some bytes.
+    let silent = Server::stalls_after("");
+    let begun = Server::stalls_after("{");
+    for (server, arguments) in [(&silent, &["--list"][..]), (&silent, &["a.txt"]), (&begun, &[])] {
+        let arguments = [arguments, &["--idle-timeout", "3s"]].concat();
+        let outcome = place.fetch(server.address, arguments);
+        assert!(!outcome.stderr.contains("folder service"), "{outcome:?}");
+    }
+}
+
+#[test]
 fn a_server_that_falls_silent_is_left() {
     let half = &document("a.txt", &[7; 1000])[..500];
     for beginning in ["", half] {

@@ -64,6 +64,7 @@ mod strace;
 mod stuck;
 mod supply;
 mod systemd;
+mod terminal;
 mod time;
 #[cfg(feature = "mirror")]
 mod tls;
