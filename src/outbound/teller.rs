@@ -157,6 +157,8 @@ impl Outlet {
 struct Attempt {
     channel: Arc<str>,
     id: String,
+    /// The message's subject, escaped for the log.
+    subject: String,
     tries: u32,
 }
 
@@ -508,8 +510,12 @@ impl Job {
             return;
         }
         let channel = outlet.channel.clone();
-        let attempt =
-            Attempt { channel: Arc::clone(name), id: message.id.clone(), tries: message.tries };
+        let attempt = Attempt {
+            channel: Arc::clone(name),
+            id: message.id.clone(),
+            subject: escape(&message.subject),
+            tries: message.tries,
+        };
         self.sending.spawn(async move {
             // Apart, so that a fault of the program ends an attempt and not the job.
             let delivery = tokio::spawn(async move { deliver(&channel, message).await }).await;
@@ -534,9 +540,9 @@ impl Job {
         Sent { ids, refused }: Sent,
         rest: Option<Vec<String>>,
     ) {
-        let Attempt { channel: name, id, .. } = attempt;
+        let Attempt { channel: name, id, subject, .. } = attempt;
         let (channel, ids) = (&**name, ids.join(" "));
-        tracing::info!(channel, id = ids, "alert sent over {channel}");
+        tracing::info!(channel, id = ids, subject, "alert sent over {channel}: {subject}");
         let (never, later): (Vec<_>, Vec<_>) =
             refused.into_iter().partition(|(_, failure)| failure.lasting.is_bounded());
         for (to, failure) in never {
@@ -563,7 +569,7 @@ impl Job {
 
     fn conclude_failed(
         &mut self,
-        Attempt { channel: name, id, tries }: &Attempt,
+        Attempt { channel: name, id, subject, tries }: &Attempt,
         Failure { lasting, words: error }: Failure,
         rest: Option<Vec<String>>,
     ) {
@@ -580,7 +586,8 @@ impl Job {
         let Some(outlet) = self.outlets.get_mut(name) else { return };
         if given_up {
             outlet.counts.outcomes.add(Outcome::Refused);
-            tracing::error!(channel, error, "alert given up over {channel}: {error}");
+            let message = format_args!("alert given up over {channel}: {error} ({subject})");
+            tracing::error!(channel, error, subject, "{message}");
             // This is about that message, and says nothing of the next.
             outlet.try_at_once();
         } else {
@@ -590,7 +597,8 @@ impl Job {
             outlet.failures = outlet.failures.saturating_add(1);
             outlet.next = now + pause;
             let next = pause.as_secs_f64();
-            tracing::warn!(channel, error, next, "alert not sent over {channel}: {error}");
+            let message = format_args!("alert not sent over {channel}: {error} ({subject})");
+            tracing::warn!(channel, error, subject, next, "{message}");
         }
         let failing_for = now.saturating_sub(*outlet.failing.get_or_insert(now));
         if given_up {
@@ -613,7 +621,7 @@ impl Job {
             if let Some(outlet) = self.outlets.get(&*message.channel) {
                 outlet.counts.outcomes.add(Outcome::Expired);
             }
-            let (channel, subject) = (message.channel, message.subject);
+            let (channel, subject) = (message.channel, escape(&message.subject));
             tracing::error!(channel, subject, "alert given up, it could not be sent: {subject}");
         }
         let lost = self.reporter.lost();
@@ -826,7 +834,12 @@ mod tests {
             let mut job = job_with(message());
             let mut times = 0;
             while let Some(Message { tries, .. }) = job.queue.first("mail.a").cloned() {
-                let attempt = Attempt { channel: "mail.a".into(), id: "1".to_owned(), tries };
+                let attempt = Attempt {
+                    channel: "mail.a".into(),
+                    id: "1".to_owned(),
+                    subject: "gone".to_owned(),
+                    tries,
+                };
                 job.conclude(&attempt, failure.clone().into());
                 times += 1;
                 if times > 100 {
@@ -881,7 +894,12 @@ mod tests {
         let rest = Some(vec!["a".to_owned(), "b".to_owned(), "c".to_owned()]);
         let mut times = 0;
         while let Some(Message { tries, .. }) = job.queue.first("mail.a").cloned() {
-            let attempt = Attempt { channel: "mail.a".into(), id: "1".to_owned(), tries };
+            let attempt = Attempt {
+                channel: "mail.a".into(),
+                id: "1".to_owned(),
+                subject: "gone".to_owned(),
+                tries,
+            };
             let failed = Delivery { sent: Err(Failure::refused("no")), rest: rest.clone() };
             job.conclude(&attempt, failed);
             times += 1;

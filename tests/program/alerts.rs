@@ -121,6 +121,8 @@ fn a_file_that_is_removed_is_one_mail_and_one_more_when_it_is_back() {
     eventually("the count", || count(&daemon, "sent") == 2 && queued(&daemon) == 0);
     assert_eq!(postbox.mails().len(), 2);
     let line = daemon.wait_for_message("alert sent over mail.ops");
+    let named = line["message"].as_str().unwrap();
+    assert!(named.contains(": file-missing: file.a, since "), "{line}");
     assert_eq!((&line["channel"], &line["id"]), (&json!("mail.ops"), &json!(id(&mail))));
     assert!(daemon.lines().iter().all(|line| !line.to_string().contains(PASSWORD)));
 }
