@@ -4,7 +4,7 @@
 
 mod beneath;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
@@ -224,7 +224,70 @@ pub struct Entry {
     pub modified: Timestamp,
 }
 
+/// The files of a folder, with what is left out of them.
+#[derive(Debug, Default)]
+pub struct Listing {
+    /// By name, in order.
+    pub entries: Vec<Entry>,
+    /// How many entries were left out, by reason.
+    pub left_out: BTreeMap<LeftOut, u64>,
+    /// Entries that could not be read, with the cause; at most [`MAX_UNREADABLE`].
+    pub unreadable: Vec<(String, io::Error)>,
+}
+
+/// How many unreadable entries a list names.
+pub const MAX_UNREADABLE: usize = 100;
+
+/// Why an entry is not in a list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum LeftOut {
+    /// Its name begins with a dot.
+    Hidden,
+    /// Its name is not UTF-8.
+    NotUtf8,
+    /// Its name is too long, or cannot be sent as a line.
+    Unsendable,
+    /// It is a device, a FIFO, a socket, or a link to one or to a folder.
+    NotRegular,
+    /// A link that leads nowhere, or out of the folder.
+    BrokenLink,
+    /// It cannot be read.
+    Unreadable,
+}
+
+impl LeftOut {
+    /// The reason in words, after a count.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Hidden => "hidden",
+            Self::NotUtf8 => "with a name that is not UTF-8",
+            Self::Unsendable => "with a name that cannot be requested",
+            Self::NotRegular => "not regular",
+            Self::BrokenLink => "linked to nothing or out of the folder",
+            Self::Unreadable => "unreadable",
+        }
+    }
+}
+
+impl Listing {
+    fn leave_out(&mut self, why: LeftOut) {
+        *self.left_out.entry(why).or_default() += 1;
+    }
+
+    fn unreadable(&mut self, name: String, error: io::Error) {
+        self.leave_out(LeftOut::Unreadable);
+        if self.unreadable.len() < MAX_UNREADABLE {
+            self.unreadable.push((name, error));
+        }
+    }
+}
+
 impl Folder {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Takes a folder that can be read.
     ///
     /// # Errors
@@ -279,9 +342,9 @@ impl Folder {
     ///
     /// # Errors
     /// If the folder cannot be read. Sub-folders that cannot be are left out.
-    pub fn list(&self, max: usize) -> io::Result<Option<Vec<Entry>>> {
+    pub fn list(&self, max: usize) -> io::Result<Option<Listing>> {
         let root = self.root()?;
-        let mut entries = Vec::new();
+        let mut listing = Listing::default();
         let mut folders = VecDeque::from([String::new()]);
         while let Some(folder) = folders.pop_front() {
             let path = if folder.is_empty() { "." } else { &folder };
@@ -289,14 +352,29 @@ impl Folder {
             let opened = match beneath::open(&root, Path::new(path), flags) {
                 Ok(opened) => opened,
                 Err(error) if folder.is_empty() => return Err(error.into()),
-                Err(_) => continue,
+                Err(error) => {
+                    listing.unreadable(folder, error.into());
+                    continue;
+                }
             };
             for entry in Dir::read_from(&opened)? {
                 let entry = entry?;
-                let Ok(last) = entry.file_name().to_str() else { continue };
+                let bytes = entry.file_name().to_bytes();
+                if bytes == b"." || bytes == b".." {
+                    continue;
+                }
+                if bytes.starts_with(b".") {
+                    listing.leave_out(LeftOut::Hidden);
+                    continue;
+                }
+                let Ok(last) = str::from_utf8(bytes) else {
+                    listing.leave_out(LeftOut::NotUtf8);
+                    continue;
+                };
                 let separator = if folder.is_empty() { "" } else { "/" };
                 let name = format!("{folder}{separator}{last}");
                 if !is_visible(&name) || !can_be_requested(&name) {
+                    listing.leave_out(LeftOut::Unsendable);
                     continue;
                 }
                 // Some file systems do not tell the kind.
@@ -308,22 +386,34 @@ impl Folder {
                 match kind {
                     FileType::Directory => folders.push_back(name),
                     FileType::RegularFile | FileType::Symlink => {
-                        let Ok(look) = open_beneath(&root, &name, OFlags::PATH) else { continue };
+                        let look = match open_beneath(&root, &name, OFlags::PATH) {
+                            Ok(look) => look,
+                            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                                listing.leave_out(LeftOut::BrokenLink);
+                                continue;
+                            }
+                            Err(error) => {
+                                listing.unreadable(name, error);
+                                continue;
+                            }
+                        };
                         let metadata = fs::File::from(look).metadata()?;
                         if metadata.is_file() {
                             let (size, modified) = (metadata.size(), second(metadata.mtime()));
-                            entries.push(Entry { name, size, modified });
+                            listing.entries.push(Entry { name, size, modified });
+                        } else {
+                            listing.leave_out(LeftOut::NotRegular);
                         }
                     }
-                    _ => {}
+                    _ => listing.leave_out(LeftOut::NotRegular),
                 }
-                if entries.len() > max || folders.len() > max {
+                if listing.entries.len() > max || folders.len() > max {
                     return Ok(None);
                 }
             }
         }
-        entries.sort();
-        Ok(Some(entries))
+        listing.entries.sort();
+        Ok(Some(listing))
     }
 }
 
@@ -399,7 +489,7 @@ mod tests {
                     prop_assert!(!hidden(&name), "{name:?}");
                 }
             }
-            for entry in folder.list(usize::MAX).unwrap().unwrap() {
+            for entry in folder.list(usize::MAX).unwrap().unwrap().entries {
                 prop_assert!(!hidden(&entry.name), "{:?}", entry.name);
                 prop_assert!(folder.file(&entry.name).is_ok(), "{:?}", entry.name);
             }

@@ -4,11 +4,12 @@
 //! What was digested and encoded once is kept, within `cache-limit`, for as long as the file stays
 //! as it is. What is not kept is encoded as it is sent.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io;
 use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
@@ -19,10 +20,12 @@ use tokio::sync::Mutex;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::codec::{AnyDelimiterCodec, Decoder};
 
+use crate::client::names::escape;
 use crate::connection::{Broken, Connection, Stream};
 use crate::document;
-use crate::files::{Entry, Folder, MAX_NAME, OpenFile, Stamp};
+use crate::files::{Entry, Folder, LeftOut, Listing, MAX_NAME, OpenFile, Stamp};
 use crate::readers::{Readers, UNANSWERED, if_slow};
+use crate::text::counted;
 
 use super::stream;
 use super::trouble::Trouble;
@@ -49,6 +52,12 @@ const MAX_LIST: usize = 16 << 20;
 /// A fault that clients can cause again and again is said so often at most.
 const SAY_AGAIN: Duration = Duration::from_mins(1);
 
+/// How many unreadable files are named, so that names take bounded memory.
+const MAX_NAMED: usize = 256;
+
+/// How often a change of what the list leaves out is logged at most.
+const LEFT_OUT_AGAIN: Duration = Duration::from_secs(10);
+
 /// How often it is seen whether the folder can be read.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
@@ -74,6 +83,9 @@ pub struct FolderService {
     in_memory: Arc<AtomicU64>,
     list: Mutex<Option<(Instant, Arc<str>)>>,
     complained: std::sync::Mutex<Option<Instant>>,
+    unreadable: Unreadable,
+    /// What the log says is left out of the list, and since when.
+    left_out: std::sync::Mutex<(BTreeMap<LeftOut, u64>, Option<Instant>)>,
     readers: Readers,
     trouble: Trouble,
 }
@@ -147,6 +159,8 @@ impl FolderService {
             in_memory: Arc::default(),
             list: Mutex::default(),
             complained: std::sync::Mutex::default(),
+            unreadable: Unreadable::default(),
+            left_out: std::sync::Mutex::default(),
             readers: Readers::default(),
             trouble: Trouble::default(),
         }
@@ -181,8 +195,10 @@ impl FolderService {
             Ok(()) => {}
             Err(error) => {
                 if self.trouble.begin(&format!("the folder cannot be read: {error}")) {
-                    let message = format_args!("{service}: the folder cannot be read: {error}");
-                    tracing::warn!(service, cause = %error, "{message}");
+                    let path = escape(&self.settings.folder.path().to_string_lossy());
+                    let message =
+                        format_args!("{service}: the folder cannot be read: {error} ({path})");
+                    tracing::warn!(service, %path, cause = %error, "{message}");
                 }
             }
         }
@@ -240,14 +256,18 @@ impl FolderService {
             let name = String::from_utf8_lossy(line);
             return refuse(connection, "the name is not UTF-8", Some(&name)).await;
         };
-        match connection.wait_for(self.find(name)).await? {
+        let found = connection.wait_for(self.find(name)).await?;
+        if found.is_ok() {
+            self.note_readable(name);
+        }
+        match found {
             Ok(Found::Document(document)) => connection.send(&document.bytes).await,
             Ok(Found::File(file, digest)) => self.send_file(name, &file, digest, connection).await,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 refuse(connection, "no such file", Some(name)).await
             }
             Err(error) => {
-                self.complain("a file cannot be read", &error);
+                self.note_unreadable(name, &error);
                 refuse(connection, "the file cannot be read", Some(name)).await
             }
         }
@@ -326,8 +346,11 @@ impl FolderService {
         let service = Arc::clone(self);
         let max = usize::try_from(self.settings.max_files.get()).unwrap_or(usize::MAX);
         let made = self.readers.run("", move || {
-            let entries = service.settings.folder.list(max)?;
-            Ok::<_, io::Error>(entries.map(|entries| list_line(&entries)))
+            let listing = service.settings.folder.list(max)?;
+            Ok::<_, io::Error>(listing.map(|listing| {
+                service.note_left_out(&listing);
+                list_line(&listing.entries)
+            }))
         });
         match made.await.flatten() {
             Ok(Some(line)) if line.len() <= MAX_LIST => {
@@ -335,8 +358,12 @@ impl FolderService {
                 *last = Some((Instant::now(), Arc::clone(&line)));
                 Ok(line)
             }
-            Ok(_) => {
-                let error = io::Error::other(format!("more than {max} files (max-files)"));
+            Ok(made) => {
+                let files = counted(max, "file");
+                let error = io::Error::other(match made {
+                    Some(_) => format!("more than {} MiB", MAX_LIST >> 20),
+                    None => format!("more than {files} (max-files)"),
+                });
                 self.complain("the list is too long and is not sent", &error);
                 Err("the list is too long".to_owned())
             }
@@ -345,6 +372,55 @@ impl FolderService {
                 Err("the folder cannot be read".to_owned())
             }
         }
+    }
+
+    /// Names a file or a folder that cannot be read, once.
+    fn note_unreadable(&self, name: &str, error: &io::Error) {
+        let service = &*self.name;
+        match self.unreadable.begin(name) {
+            Noted::New => {
+                let name = escape(name);
+                let message = format_args!("{service}: cannot read {name}: {error}");
+                tracing::warn!(service, file = name, cause = %error, "{message}");
+            }
+            Noted::TooMany => {
+                let files = counted(MAX_NAMED, "unreadable file");
+                tracing::warn!(service, "{service}: more than {files}: the others are not named");
+            }
+            Noted::Known => {}
+        }
+    }
+
+    /// Says that a file that was named can be read again.
+    fn note_readable(&self, name: &str) {
+        if self.unreadable.end(name) {
+            let (service, name) = (&*self.name, escape(name));
+            tracing::info!(service, file = name, "{service}: can read {name} again");
+        }
+    }
+
+    /// Logs what is left out of the list if that has changed, and not too often.
+    fn note_left_out(&self, listing: &Listing) {
+        for (name, error) in &listing.unreadable {
+            self.note_unreadable(name, error);
+        }
+        let mut noted = self.left_out.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let recent = noted.1.is_some_and(|last| last.elapsed() < LEFT_OUT_AGAIN);
+        if noted.0 == listing.left_out || recent {
+            return;
+        }
+        *noted = (listing.left_out.clone(), Some(Instant::now()));
+        drop(noted);
+        let service = &*self.name;
+        let total: u64 = listing.left_out.values().sum();
+        let reasons =
+            listing.left_out.iter().map(|(why, count)| format!("{count} {}", why.reason()));
+        let reasons = reasons.collect::<Vec<_>>().join(", ");
+        let reasons = if total > 0 { format!(" ({reasons})") } else { String::new() };
+        let entries = counted(total, "entry");
+        let listed = listing.entries.len();
+        let message = format_args!("{service}: list leaves out {entries}{reasons}");
+        tracing::info!(service, listed, left_out = total, "{message}");
     }
 
     /// Says a fault that clients run into, not too often.
@@ -356,6 +432,58 @@ impl FolderService {
             let service = &*self.name;
             tracing::warn!(service, cause = %error, "{service}: {fault}: {error}");
         }
+    }
+}
+
+/// The files and folders that the log has named because they cannot be read.
+#[derive(Debug, Default)]
+struct Unreadable {
+    /// How many there are, so that reading takes no lock as long as there is none.
+    count: AtomicUsize,
+    /// Each with the time when it was named, and whether it still cannot be read.
+    named: std::sync::Mutex<BTreeMap<String, (Instant, bool)>>,
+    overflowed: AtomicBool,
+}
+
+/// What is to be logged of an unreadable file.
+#[derive(Debug, PartialEq, Eq)]
+enum Noted {
+    New,
+    Known,
+    /// The table is full for the first time.
+    TooMany,
+}
+
+impl Unreadable {
+    fn begin(&self, name: &str) -> Noted {
+        let mut named = self.named.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some((said, unreadable)) = named.get_mut(name) {
+            // One that comes and goes is named once in a while.
+            if *unreadable || said.elapsed() < SAY_AGAIN {
+                return Noted::Known;
+            }
+            (*said, *unreadable) = (Instant::now(), true);
+            return Noted::New;
+        }
+        if named.len() >= MAX_NAMED {
+            named.retain(|_, (said, unreadable)| *unreadable || said.elapsed() < SAY_AGAIN);
+        }
+        if named.len() >= MAX_NAMED {
+            let first = !self.overflowed.swap(true, Ordering::Relaxed);
+            return if first { Noted::TooMany } else { Noted::Known };
+        }
+        named.insert(name.to_owned(), (Instant::now(), true));
+        self.count.store(named.len(), Ordering::Relaxed);
+        Noted::New
+    }
+
+    /// Whether the file was named as unreadable until now.
+    fn end(&self, name: &str) -> bool {
+        if self.count.load(Ordering::Relaxed) == 0 {
+            return false;
+        }
+        let mut named = self.named.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        named.get_mut(name).is_some_and(|(_, unreadable)| std::mem::take(unreadable))
     }
 }
 
@@ -386,6 +514,20 @@ async fn refuse<S: Stream>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn unreadable_files_are_named_once_and_in_bounded_memory() {
+        let unreadable = Unreadable::default();
+        assert!(!unreadable.end("a"));
+        assert_eq!((unreadable.begin("a"), unreadable.begin("a")), (Noted::New, Noted::Known));
+        assert!(unreadable.end("a") && !unreadable.end("a") && !unreadable.end("b"));
+        // One that comes and goes is not named each time.
+        assert_eq!(unreadable.begin("a"), Noted::Known);
+        for number in 1..MAX_NAMED {
+            assert_eq!(unreadable.begin(&number.to_string()), Noted::New);
+        }
+        assert_eq!((unreadable.begin("x"), unreadable.begin("y")), (Noted::TooMany, Noted::Known));
+    }
 
     #[test]
     fn however_many_documents_are_made_at_one_time_they_stay_within_the_limit() {

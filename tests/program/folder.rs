@@ -3,7 +3,8 @@
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::os::unix::fs::symlink;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::process::Command;
 
 use base64::Engine as _;
@@ -30,6 +31,62 @@ fn daemon_run(keys: &str, prepare: impl FnOnce(&mut Command)) -> Daemon {
     }
     let config = format!("[file.files]\nlisten = [\"127.0.0.1:0\"]\npath = \"files\"\n{keys}");
     Daemon::start_in(folder, &config, prepare)
+}
+
+/// Takes root's right to read everything from the program.
+fn without_override(command: &mut Command) {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let mut bounded = Command::new("setpriv");
+    bounded.arg("--bounding-set=-dac_override,-dac_read_search");
+    bounded.arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => bounded.env(name, value),
+            None => bounded.env_remove(name),
+        };
+    }
+    bounded.stdin(std::process::Stdio::null()).stderr(std::process::Stdio::piped());
+    *command = bounded;
+}
+
+#[test]
+fn names_unreadable_files_and_folders_once_and_counts_what_a_list_leaves_out() {
+    let mut daemon = daemon_run("", without_override);
+    let files = daemon.path("files");
+    let mode = |path: &str, mode| {
+        fs::set_permissions(files.join(path), fs::Permissions::from_mode(mode)).unwrap();
+    };
+    fs::write(files.join("bad\u{1b}[31m"), "secret").unwrap();
+    mode("bad\u{1b}[31m", 0);
+    mode("sub/deep", 0);
+    symlink("../outside.txt", files.join("link")).unwrap();
+    symlink("sub", files.join("folder")).unwrap();
+    fs::write(files.join(std::ffi::OsStr::from_bytes(b"\xff")), "").unwrap();
+    let mut conversation = Conversation::with(&daemon);
+    for _ in 0..2 {
+        conversation.ask("\n");
+        let refusal = conversation.ask("bad\u{1b}[31m\n");
+        assert_eq!(refusal["error"], "the file cannot be read");
+    }
+    let named = "file.files: cannot read bad\\u{1b}[31m: Permission denied";
+    let line = daemon.wait_for_message(named);
+    assert_eq!(line["level"], "WARN");
+    daemon.wait_for_message("file.files: cannot read sub/deep: Permission denied");
+    let line = daemon.wait_for_message("file.files: list leaves out 5 entries");
+    let reasons = "(1 hidden, 1 with a name that is not UTF-8, 1 not regular, \
+                   1 linked to nothing or out of the folder, 1 unreadable)";
+    assert!(line["message"].as_str().unwrap().ends_with(reasons), "{line}");
+    mode("bad\u{1b}[31m", 0o600);
+    assert_eq!(data(&conversation.ask("bad\u{1b}[31m\n")), b"secret");
+    daemon.wait_for_message("file.files: can read bad\\u{1b}[31m again");
+    mode("sub/deep", 0o700);
+    drop(conversation);
+    assert!(daemon.stop().success());
+    let lines = daemon.lines();
+    let count = |text: &str| lines.iter().filter(|line| crate::common::says(line, text)).count();
+    assert_eq!((count("cannot read "), count("list leaves out ")), (2, 1));
 }
 
 /// Tries it where the kernel keeps names inside the folder, and where it is not let.
@@ -367,11 +424,15 @@ fn documents_in_memory_are_bounded_by_the_cache_limit() {
 
 #[test]
 fn a_client_that_half_closes_without_a_word_gets_a_clean_end() {
-    let daemon = daemon("");
+    let mut daemon = daemon("");
     let mut conversation = Conversation::with(&daemon);
     conversation.stream.shutdown(Shutdown::Write).unwrap();
     assert!(conversation.next().is_none());
-    assert_eq!(daemon.wait_for_connections(1)[0]["outcome"], "complete");
+    drop(conversation);
+    assert!(daemon.stop().success());
+    // It took nothing, so it has no line of its own.
+    let line = daemon.wait_for_message("ended before the client took anything (1 complete");
+    assert_eq!(line["unserved"], 1);
 }
 
 #[test]
