@@ -4,6 +4,7 @@
 
 mod replies;
 mod strftime;
+pub(crate) mod watch;
 mod zone;
 
 use std::fmt;

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::alerts::{self, Alerts, Watch};
 use crate::clock::Health;
+use crate::clock::watch::ClockWatch;
 use crate::config::{Config, Faults, Sources};
 use crate::errors::chain;
 use crate::logging::Logger;
@@ -143,6 +144,8 @@ impl Daemon {
         let mut sums = interval_at(Instant::now() + SUM_UP_EVERY, SUM_UP_EVERY);
         let mut looks = interval(alerts::LOOK_EVERY);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut clock = ClockWatch::default();
+        clock.check(self.serves_time());
         let ended = loop {
             tokio::select! {
                 () = orders.stop.cancelled() => break Ok(()),
@@ -151,6 +154,7 @@ impl Daemon {
                     self.sum_up();
                     self.running.services().for_each(|served| served.note_limit_recovered());
                     self.running.forget_who_has_left();
+                    clock.check(self.serves_time());
                 }
                 _ = looks.tick(), if !self.told.is_empty() => self.look(),
                 Some(waiting) = reloads.next() => tokio::select! {
@@ -164,6 +168,10 @@ impl Daemon {
         self.stop(&orders).await;
         alive.abort();
         ended
+    }
+
+    fn serves_time(&self) -> bool {
+        self.running.services().any(|served| served.service.datagrams().is_some())
     }
 
     /// Becomes what the configuration now says, or stays as it is and says why.

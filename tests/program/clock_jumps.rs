@@ -89,6 +89,9 @@ fn after_a_jump_clients_are_told_the_new_time_and_nothing_else_takes_notice() {
             decode(&read_all(daemon.tcp("file.picture"))).1 == content
         });
     }
+    clock.jump("+1d");
+    let line = daemon.wait_for("the step", |line| line["step"].is_number());
+    assert!(line["step"].as_f64().unwrap().abs() >= 80_000.0, "{line}");
     waiting.read_to_end(&mut document).unwrap();
     assert!(decode(&document).1 == sample(9, 8_000_000));
     drop(waiting);
