@@ -177,7 +177,8 @@ async fn ask_by_tcp(question: &Question) -> Result<Received, Error> {
             (at, round_trip) = (SystemTime::now(), asked_at.elapsed());
         }
         let complete = question.is_answered_by(&reply);
-        if !complete && reply.len() > MAX_REPLY {
+        let answer = if complete { first_line(&reply) } else { &reply };
+        if answer.len() > MAX_REPLY {
             return Err(Error::Long(question.server.clone()));
         }
         if complete || read == 0 {

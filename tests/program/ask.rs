@@ -220,6 +220,16 @@ fn an_endless_reply_is_refused() {
 }
 
 #[test]
+fn refuses_lines_that_are_too_long() {
+    for end in ["\n", "\r\n2026-11-22 13:46:01\n"] {
+        let server = Server::sends(format!("\n{}{end}", "2".repeat(4097)));
+        ask(server.address, &[]).failed_with(&["more than 4096 bytes"]);
+        let server = Server::sends(format!("\n{}{end}", "2".repeat(4096)));
+        assert_eq!(ask(server.address, &[]).succeeded().stdout.len(), 4097);
+    }
+}
+
+#[test]
 fn a_server_that_says_nothing_is_a_failure() {
     for server in [Server::sends(""), Server::sends_and_resets("")] {
         let outcome = ask(server.address, &[]);
