@@ -20,6 +20,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::{sleep, timeout};
 
+use crate::client::names::escape;
 use crate::sockets::{SocketFile, bind_unix};
 
 /// The folder of the control socket, unless `RUNTIME_DIRECTORY` names another.
@@ -243,7 +244,7 @@ async fn read_request(client: &mut UnixStream) -> io::Result<String> {
 #[derive(Debug, thiserror::Error)]
 pub enum RequestError {
     /// The daemon cannot be reached.
-    #[error("cannot reach the daemon at {}: {cause}: {}", .path.display(), remedy(.cause.kind()))]
+    #[error("cannot reach the daemon at {}: {cause}: {}", shown(.path), remedy(.cause.kind()))]
     Connect {
         /// The control socket.
         path: PathBuf,
@@ -253,6 +254,14 @@ pub enum RequestError {
     /// The connection failed before the reply.
     #[error("the daemon ended the connection without a reply")]
     NoReply(#[source] io::Error),
+    /// The reply is not a [`Reply`], as from another program's socket.
+    #[error("unexpected reply at {}: name the daemon's control socket by --socket", shown(.0))]
+    UnexpectedReply(PathBuf),
+}
+
+/// Returns the path in a form that is safe for a terminal.
+fn shown(path: &Path) -> String {
+    escape(&path.to_string_lossy())
 }
 
 fn remedy(cause: io::ErrorKind) -> &'static str {
@@ -272,8 +281,10 @@ pub async fn request_reload(path: &Path) -> Result<Reply, RequestError> {
     stream.write_all(format!("{RELOAD}\n").as_bytes()).await.map_err(RequestError::NoReply)?;
     let mut line = Vec::new();
     let read = stream.take(MAX_REPLY).read_to_end(&mut line).await;
-    read.map_err(RequestError::NoReply)?;
-    serde_json::from_slice(&line).map_err(|error| RequestError::NoReply(error.into()))
+    if read.map_err(RequestError::NoReply)? == 0 {
+        return Err(RequestError::NoReply(io::ErrorKind::UnexpectedEof.into()));
+    }
+    serde_json::from_slice(&line).map_err(|_| RequestError::UnexpectedReply(path.to_owned()))
 }
 
 #[cfg(test)]

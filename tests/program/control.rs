@@ -238,6 +238,31 @@ fn a_daemon_that_does_not_reply_is_waited_for_no_longer_than_the_timeout() {
 }
 
 #[test]
+fn names_a_socket_of_another_program_without_parser_errors() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("other\u{1b}[2J");
+    let other = UnixListener::bind(&path).unwrap();
+    for reply in ["hello\n", "{\"outcome\":\"done\"}\n", "\0", "{"] {
+        let output = thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut client, _) = other.accept().unwrap();
+                // With the request read, the end is no reset.
+                assert!(client.read(&mut [0; 100]).unwrap() > 0);
+                client.write_all(reply.as_bytes()).unwrap();
+            });
+            run(&mut reload_command(&path))
+        });
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let expected = format!(
+            "handout: unexpected reply at {}/other\\u{{1b}}[2J: name the daemon's control socket \
+             by --socket\n",
+            folder.path().display()
+        );
+        assert_eq!(stderr(&output), expected);
+    }
+}
+
+#[test]
 fn the_socket_is_for_its_owner_and_goes_with_the_daemon() {
     let mut daemon = start(CLOCK);
     let path = daemon.path(SOCKET);
