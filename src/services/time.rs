@@ -90,7 +90,11 @@ impl TimeService {
         loop {
             checks.tick().await;
             let name = self.settings.timezone.clone();
-            let check = self.readers.run("", move || current_zone(&name));
+            // Without `/etc/localtime`, UTC is the zone of the machine: see `find_zone`. A service in
+            // another zone keeps that while the file is missing, which may be for a moment only.
+            let is_utc = self.current().zone == TimeZone::UTC;
+            let read_zone = if is_utc { find_zone } else { current_zone };
+            let check = self.readers.run("", move || read_zone(&name));
             match if_slow(check, || self.complain(UNANSWERED)).await {
                 Ok(Ok(zone)) => self.use_zone(zone),
                 Ok(Err(cause)) => self.complain(&cause),

@@ -249,6 +249,33 @@ fn follows_the_zone_of_the_machine_within_a_minute_and_at_once_on_reload() {
 }
 
 #[test]
+fn does_not_warn_on_a_machine_without_a_zone() {
+    with_own_mounts(|| {
+        mounts::empty("/etc", c"mode=755");
+        let database = tempfile::tempdir().unwrap();
+        let file = database.path().join("Other");
+        fs::write(&file, zone_file("UTC")).unwrap();
+        let config = "[time.clock]\nlisten = [\"127.0.0.1:0\"]\nformat = \"%:z\"\n\
+                      [time.other]\nlisten = [\"127.0.0.1:0\"]\nformat = \"%:z\"\n\
+                      timezone = \"Other\"\n";
+        let daemon = Daemon::start_with(config, &[], |command| {
+            command.env_remove("TZ").env("TZDIR", database.path());
+        });
+        // Both services check their zones at the same intervals, first at the start.
+        for (zone, offset) in [("Asia/Tokyo", "+09:00"), ("Asia/Kolkata", "+05:30")] {
+            replace(&file, &zone_file(zone));
+            let expected = format!("{offset}\n").into_bytes();
+            eventually("the other zone", || read_all(daemon.tcp("time.other")) == expected);
+        }
+        assert_eq!(offset_told(&daemon), "+00:00");
+        let warnings = daemon.lines().into_iter().filter(|line| line["level"] == "WARN");
+        assert_eq!(warnings.collect::<Vec<_>>(), [Value::Null; 0]);
+        replace(Path::new("/etc/localtime"), &zone_file("Asia/Tokyo"));
+        eventually("a zone", || offset_told(&daemon) == "+09:00");
+    });
+}
+
+#[test]
 fn follows_an_update_of_the_zone_database_within_a_minute_and_at_once_on_reload() {
     let database = tempfile::tempdir().unwrap();
     let file = database.path().join("Asia/Shanghai");
