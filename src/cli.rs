@@ -68,8 +68,8 @@ Examples:
 Every fault is printed, and after a fault the daemon goes on with its old configuration. A daemon
 that was started by hand has a control socket with `handout serve --control PATH`, and is reloaded
 by SIGHUP as well.
-Exit codes: 0 reloaded, 1 the daemon cannot be reached or did not reply, 2 wrong usage, 78 the daemon
-rejected its configuration.")]
+Exit codes: 0 reloaded, 1 the daemon cannot be reached or did not reply, 2 wrong usage, 78 the
+daemon rejected its configuration.")]
     Reload(Reload),
     /// Ask a time service and print what it says
     #[command(after_help = "\
@@ -242,7 +242,8 @@ pub struct Time {
     /// The service; an IPv6 address with a port stands in brackets [default port: 6789]
     #[arg(value_name = "HOST[:PORT]")]
     server: Server,
-    /// Also print by how much its clock is ahead of this machine's, and the round trip
+    /// Also print by how much its clock is ahead of this machine's, the bound of that, and the round
+    /// trip
     #[arg(long)]
     pub offset: bool,
     /// Ask for the four bytes of RFC 868
