@@ -26,6 +26,11 @@ use crate::proxy_protocol::{Beginning, MAX_HEADER};
 /// How much is received at one time.
 const RECEIVE_BUFFER: usize = 16 << 10;
 
+/// The largest write to a Unix socket. The kernel counts a write as unread (`SIOCOUTQ`) until the peer
+/// has read all of it, so that large ones hide the progress of a slow reader. With the kernel's
+/// header, this fills an allocation of 8 KiB.
+const UNIX_WRITE: usize = 7 << 10;
+
 /// A connected TCP or Unix socket that does not block.
 #[derive(Debug)]
 pub struct AcceptedSocket {
@@ -40,6 +45,31 @@ pub enum Kind {
     Tcp,
     /// A Unix stream connection.
     Unix,
+}
+
+impl Kind {
+    /// Writes up to `length` bytes with `write`, which is given the start and the length of a piece.
+    /// The pieces are as large as this kind of socket permits.
+    fn write_in_pieces(
+        self,
+        length: usize,
+        mut write: impl FnMut(usize, usize) -> rustix::io::Result<usize>,
+    ) -> rustix::io::Result<usize> {
+        if self == Self::Tcp {
+            return write(0, length);
+        }
+        let mut written = 0;
+        while written < length {
+            match write(written, UNIX_WRITE.min(length - written)) {
+                Ok(0) => break,
+                Ok(more) => written += more,
+                Err(error) if written == 0 => return Err(error),
+                // The next call meets it again.
+                Err(_) => break,
+            }
+        }
+        Ok(written)
+    }
 }
 
 #[derive(Debug)]
@@ -169,7 +199,13 @@ impl Stream for AcceptedSocket {
     ) -> Poll<io::Result<usize>> {
         let more = if next == Next::AtOnce { SendFlags::MORE } else { SendFlags::empty() };
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL | more;
-        self.poll(context, Interest::WRITABLE, |socket| send(socket, bytes, flags))
+        let kind = self.kind;
+        self.poll(context, Interest::WRITABLE, |socket| {
+            kind.write_in_pieces(bytes.len(), |start, length| {
+                let piece = bytes.get(start..start + length).unwrap_or_default();
+                send(socket, piece, flags)
+            })
+        })
     }
 
     fn poll_write_file(
@@ -179,7 +215,12 @@ impl Stream for AcceptedSocket {
         offset: u64,
         length: usize,
     ) -> Poll<io::Result<usize>> {
-        self.poll(context, Interest::WRITABLE, |socket| file.send(socket, offset, length))
+        let kind = self.kind;
+        self.poll(context, Interest::WRITABLE, |socket| {
+            kind.write_in_pieces(length, |start, length| {
+                file.send(socket, offset + start as u64, length)
+            })
+        })
     }
 
     fn half_close(&mut self) -> io::Result<()> {

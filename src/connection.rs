@@ -20,10 +20,11 @@ use std::time::Duration;
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 use tokio::task::coop::unconstrained;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::counts::{Counts, Ending, Label, Refusal};
+use crate::idle_timer::{IdleTimer, ready_within, timeout_while_running};
 use crate::memory_file::MemoryFile;
 
 /// How much of what a client sends is read and dropped; beyond it the client waits.
@@ -155,7 +156,7 @@ pub enum Broken {
     /// The client, or the way to it, ended the connection.
     #[error("the client ended the connection")]
     Client(#[source] io::Error),
-    /// The client took no byte for the idle time-out.
+    /// The client acknowledged no byte for the idle time-out.
     #[error("the client took nothing for too long")]
     Idle,
     /// The service, or this machine, could not go on.
@@ -207,9 +208,10 @@ impl Outcome {
 /// The deadlines of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Deadlines {
-    /// The longest time in which the client may take no byte.
+    /// The longest time in which the client may acknowledge no byte. Pauses of this process do not
+    /// count.
     pub idle: Duration,
-    /// The longest time for the whole connection.
+    /// The longest time for the whole connection, pauses included.
     pub total: Duration,
 }
 
@@ -310,14 +312,14 @@ impl<S: Stream> Connection<S> {
         let time = HEADER_TIME.min(self.terms.deadlines.idle);
         let drain = self.terms.shutdown.drain.clone();
         let introduced = async |connection: &mut Self| {
-            let introducing = timeout(time, introduce(&mut connection.stream));
+            let introducing = timeout_while_running(time, introduce(&mut connection.stream));
             let at_stop = async {
                 drain.cancelled().await;
                 tokio::time::sleep(HEADER_TIME_AT_STOP).await;
             };
             let client = tokio::select! {
                 biased;
-                client = introducing => client.map_err(|_| Broken::Idle)?,
+                client = introducing => client.ok_or(Broken::Idle)?,
                 () = at_stop => return Err(Broken::Idle),
             };
             if let Some(client) = client.map_err(Broken::of_socket)? {
@@ -341,7 +343,7 @@ impl<S: Stream> Connection<S> {
     /// # Errors
     /// If it takes so long.
     pub async fn wait_for<T>(&self, reading: impl Future<Output = T>) -> Result<T, Broken> {
-        timeout(self.terms.deadlines.idle, reading).await.map_err(|_| {
+        timeout_while_running(self.terms.deadlines.idle, reading).await.ok_or_else(|| {
             Broken::Service(io::Error::other("the file system does not answer (idle-timeout)"))
         })
     }
@@ -441,16 +443,23 @@ impl<S: Stream> Connection<S> {
     /// When the daemon is to stop, nothing more is received, as at the end.
     ///
     /// # Errors
-    /// If the client has gone, or sends no byte for the idle time-out.
+    /// If the client has gone, or neither sends nor acknowledges a byte for the idle time-out.
     pub async fn receive(&mut self, input: &mut BytesMut) -> Result<usize, Broken> {
         self.input_wanted = true;
         input.reserve(RECEIVE_BUFFER);
-        let receiving = tokio::select! {
-            biased;
-            received = timeout(self.terms.deadlines.idle, self.stream.read_buf(input)) => received,
-            () = self.terms.shutdown.drain.cancelled() => return Ok(0),
+        let mut timer = IdleTimer::new(self.terms.deadlines.idle);
+        let received = loop {
+            let received = tokio::select! {
+                biased;
+                received = ready_within(timer.interval(), self.stream.read_buf(input)) => received,
+                () = self.terms.shutdown.drain.cancelled() => return Ok(0),
+            };
+            match received {
+                Ok(received) => break received.map_err(Broken::of_socket)?,
+                // It may still be taking an earlier reply.
+                Err(waited) => self.check_idle(&mut timer, waited)?,
+            }
         };
-        let received = receiving.map_err(|_| Broken::Idle)?.map_err(Broken::of_socket)?;
         self.input_ended |= received == 0;
         Ok(received)
     }
@@ -465,7 +474,7 @@ impl<S: Stream> Connection<S> {
     /// we wait for it.
     ///
     /// # Errors
-    /// If the client has gone, or takes no byte for the idle time-out.
+    /// If the client has gone, or acknowledges no byte for the idle time-out.
     pub async fn send(&mut self, bytes: &[u8]) -> Result<(), Broken> {
         self.send_before(Next::Unknown, bytes).await
     }
@@ -518,17 +527,23 @@ impl<S: Stream> Connection<S> {
         &mut self,
         mut write: impl FnMut(&mut S, &mut Context<'_>) -> Poll<io::Result<usize>>,
     ) -> Result<usize, Broken> {
-        let idle = self.terms.deadlines.idle;
-        let step = std::future::poll_fn(|context| self.poll_send(context, &mut write));
-        let sent = tokio::select! {
-            biased;
-            sent = step => sent.map_err(Broken::of_socket)?,
-            // The clock is not even read if there is nothing to wait for.
-            () = async { tokio::time::sleep(idle).await } => return Err(Broken::Idle),
+        let mut timer = IdleTimer::new(self.terms.deadlines.idle);
+        let sent = loop {
+            let step = std::future::poll_fn(|context| self.poll_send(context, &mut write));
+            match ready_within(timer.interval(), step).await {
+                Ok(sent) => break sent.map_err(Broken::of_socket)?,
+                Err(waited) => self.check_idle(&mut timer, waited)?,
+            }
         };
         self.written += sent as u64;
         self.terms.counts.add_sent(sent as u64);
         Ok(sent)
+    }
+
+    /// Checks after a wait of `waited` whether the client still acknowledges bytes.
+    fn check_idle(&self, timer: &mut IdleTimer, waited: Duration) -> Result<(), Broken> {
+        let unacknowledged = self.stream.unacknowledged().map_err(Broken::of_socket)?;
+        if timer.is_expired_after(waited, unacknowledged) { Err(Broken::Idle) } else { Ok(()) }
     }
 
     fn poll_send(
@@ -572,24 +587,24 @@ impl<S: Stream> Connection<S> {
         self.input_ended |= read == 0;
     }
 
-    /// Reads and drops until the time is over or there is nothing more to read; true if the client
-    /// said something.
-    async fn discard_for(&mut self, time: Duration) -> Result<bool, Broken> {
-        if !self.listens() {
-            tokio::time::sleep(time).await;
-            return Ok(false);
-        }
+    /// Reads and drops until `time` is over or the input ends. Returns whether the client sent
+    /// something, and how much of `time` counts against it.
+    async fn discard_for(&mut self, time: Duration) -> Result<(bool, Duration), Broken> {
         let before = self.discarded;
         let discard = async {
+            if !self.listens() {
+                return std::future::pending().await;
+            }
             while self.listens() {
                 std::future::poll_fn(|context| self.poll_discard(context)).await?;
             }
             Ok(())
         };
-        match timeout(time, discard).await {
-            Ok(Err(error)) => Err(Broken::of_socket(error)),
-            Ok(Ok(())) | Err(_) => Ok(self.discarded > before),
-        }
+        let waited = match ready_within(time, discard).await {
+            Ok(discarded) => discarded.map(|()| Duration::ZERO).map_err(Broken::of_socket)?,
+            Err(waited) => waited,
+        };
+        Ok((self.discarded > before, waited))
     }
 
     /// Reads and drops some of what is there, without waiting: whoever sends much is not worth a
@@ -615,30 +630,29 @@ impl<S: Stream> Connection<S> {
     /// close with a reset and throws the send queue away. So the client's input is read and
     /// dropped, within bounds, until it closes its side and the send queue is empty.
     async fn deliver(&mut self) -> Result<(), Broken> {
-        let began = Instant::now();
-        let (mut heard, mut progressed) = (began, began);
-        let mut queued = u64::MAX;
+        let idle = self.terms.deadlines.idle;
+        let mut timer = IdleTimer::new(idle);
+        let longest_pause = timer.interval().clamp(LOOK_AGAIN.0, LOOK_AGAIN.1);
+        let (mut lingered, mut silent) = (Duration::ZERO, Duration::ZERO);
         let mut pause = if self.listens() { LOOK_AGAIN.0 } else { Duration::ZERO };
         loop {
-            if self.discard_for(pause).await? {
-                heard = Instant::now();
-            }
-            pause = (pause * 2).clamp(LOOK_AGAIN.0, LOOK_AGAIN.1);
+            let (heard, waited) = self.discard_for(pause).await?;
+            lingered += waited;
+            silent = if heard { Duration::ZERO } else { silent + waited };
+            pause = (pause * 2).clamp(LOOK_AGAIN.0, longest_pause);
 
-            let still_queued = self.stream.unacknowledged().map_err(Broken::of_socket)?;
-            if still_queued == 0 {
+            let unacknowledged = self.stream.unacknowledged().map_err(Broken::of_socket)?;
+            if unacknowledged == 0 {
                 let waited_enough = !self.listens()
-                    || heard.elapsed() >= LINGER_SILENCE.min(self.terms.deadlines.idle)
-                    || began.elapsed() >= LINGER_TOTAL
+                    || silent >= LINGER_SILENCE.min(idle)
+                    || lingered >= LINGER_TOTAL
                     || self.terms.shutdown.drain.is_cancelled();
                 if waited_enough {
                     self.close_cleanly()?;
                     self.end(Outcome::Complete);
                     return Ok(());
                 }
-            } else if still_queued != queued {
-                (queued, progressed) = (still_queued, Instant::now());
-            } else if progressed.elapsed() >= self.terms.deadlines.idle {
+            } else if timer.is_expired_after(waited, unacknowledged) {
                 return Err(Broken::Idle);
             }
         }
@@ -844,12 +858,81 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_client_that_takes_nothing_is_reset_after_the_idle_time_out() {
+    async fn resets_clients_that_acknowledge_nothing_for_the_idle_time_out() {
         let Tried { client, connection, reset, .. } = connected(30, 3600);
         let start = Instant::now();
         run(connection, push).await;
-        assert_eq!(start.elapsed().as_secs(), 30);
+        // Within the time-out and one check.
+        assert!((30..=38).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
         assert!(reset.load(Ordering::Relaxed));
+        drop(client);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn serves_clients_that_acknowledge_bytes_while_nothing_can_be_written() {
+        let Tried { mut client, connection, unacknowledged, reset, .. } = connected(30, 3600);
+        unacknowledged.store(100, Ordering::Relaxed);
+        let serving = tokio::spawn(run(connection, push));
+        for left in (0..10).rev() {
+            tokio::time::sleep(Duration::from_secs(25)).await;
+            assert!(!serving.is_finished());
+            unacknowledged.store(left, Ordering::Relaxed);
+        }
+        client.read_to_end(&mut Vec::new()).await.unwrap();
+        serving.await.unwrap();
+        assert!(!reset.load(Ordering::Relaxed));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn bounds_clients_that_acknowledge_bytes_by_the_total_time() {
+        let Tried { client, connection, unacknowledged, reset, .. } = connected(30, 100);
+        let start = Instant::now();
+        let serving = tokio::spawn(run(connection, push));
+        while !serving.is_finished() {
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            unacknowledged.fetch_add(1, Ordering::Relaxed);
+        }
+        assert!((100..=105).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
+        assert!(reset.load(Ordering::Relaxed));
+        drop(client);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn does_not_hold_a_pause_of_the_process_against_clients() {
+        for half_closed in [false, true] {
+            let Tried { mut client, connection, unacknowledged, reset, .. } = connected(30, 3600);
+            unacknowledged.store(100, Ordering::Relaxed);
+            let serving = tokio::spawn(run(connection, push));
+            let mut received = vec![0; if half_closed { DOCUMENT.len() } else { 1 }];
+            client.read_exact(&mut received).await.unwrap();
+            tokio::time::sleep(Duration::from_secs(10)).await;
+            tokio::time::advance(Duration::from_secs(1000)).await;
+            tokio::time::sleep(Duration::from_secs(10)).await;
+            assert!(!serving.is_finished());
+            unacknowledged.store(0, Ordering::Relaxed);
+            client.read_to_end(&mut received).await.unwrap();
+            drop(client);
+            serving.await.unwrap();
+            assert_eq!(received.len(), DOCUMENT.len());
+            assert!(!reset.load(Ordering::Relaxed));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn waits_for_requests_while_earlier_replies_are_acknowledged() {
+        let Tried { client, connection, unacknowledged, .. } = connected(30, 3600);
+        let converse = async |connection: &mut Connection<Memory>| {
+            connection.receive(&mut BytesMut::new()).await.map(drop)
+        };
+        let serving = tokio::spawn(run(connection, converse));
+        for left in [300, 200, 100] {
+            tokio::time::sleep(Duration::from_secs(25)).await;
+            assert!(!serving.is_finished());
+            unacknowledged.store(left, Ordering::Relaxed);
+        }
+        let start = Instant::now();
+        serving.await.unwrap();
+        assert!((30..=38).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
         drop(client);
     }
 

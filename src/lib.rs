@@ -64,6 +64,7 @@ pub mod files;
 pub mod fs;
 #[cfg(any(feature = "alert", feature = "mirror"))]
 pub mod http;
+pub mod idle_timer;
 pub mod kernel;
 pub mod limits;
 pub mod linger;

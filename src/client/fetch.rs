@@ -29,6 +29,8 @@ use crate::fs::atomic::{
     DirHandle, NEW_FILE, OverwritePolicy, PendingFile, SaveError, is_special, sync_data,
 };
 use crate::fs::created_dirs::CreatedDirs;
+use crate::idle_timer::{IdleTimer, ready_within};
+use crate::kernel::unacknowledged;
 use crate::text::counted;
 
 /// The port of file services, by custom.
@@ -403,7 +405,7 @@ async fn receive(
         Some(named) => Ok(named.place.clone()),
         None => place_for_pushed(name, order),
     };
-    let mut sink = Sink::begin(named, order, session.deadline).await?;
+    let mut sink = Sink::begin(named, order, session.limits.deadline).await?;
     let mut reader = Reader::new(order.max_size);
     let mut digest = Sha256::new();
     let mut data = Vec::with_capacity(BUFFER);
@@ -413,9 +415,9 @@ async fn receive(
         session.take(taken);
         digest.update(&data);
         length += data.len() as u64;
-        let until = session.until();
-        let appended = timeout_at(until, sink.append(&data)).await;
-        appended.map_err(|_| session.too_late())??;
+        // A slow reader of the output is not the server's silence.
+        let appended = timeout_at(session.limits.deadline, sink.append(&data)).await;
+        appended.map_err(|_| Error::Timeout(order.timeout))??;
         data.clear();
         report.advance(length, reader.size());
         // Nor need what is promised to be too large.
@@ -658,9 +660,39 @@ struct Session {
     end: usize,
     /// Requests that have not been answered.
     requested: usize,
+    limits: TimeLimits,
+}
+
+/// When a session ends.
+#[derive(Clone, Copy)]
+struct TimeLimits {
     deadline: Instant,
     timeout: Duration,
     idle_timeout: Duration,
+}
+
+impl TimeLimits {
+    /// Repeats `io` until it is ready, while the server sends or acknowledges bytes. `io` must be
+    /// safe to cancel.
+    async fn apply(
+        self,
+        stream: &mut TcpStream,
+        mut io: impl AsyncFnMut(&mut TcpStream) -> io::Result<usize>,
+    ) -> Result<usize, Error> {
+        let mut timer = IdleTimer::new(self.idle_timeout);
+        loop {
+            let ready = timeout_at(self.deadline, ready_within(timer.interval(), io(stream))).await;
+            match ready.map_err(|_| Error::Timeout(self.timeout))? {
+                Ok(done) => return done.map_err(Error::Network),
+                Err(waited) => {
+                    let bytes = unacknowledged(stream.as_fd()).map_err(Error::Network)?;
+                    if timer.is_expired_after(waited, bytes) {
+                        return Err(Error::Silent(self.idle_timeout));
+                    }
+                }
+            }
+        }
+    }
 }
 
 impl Session {
@@ -675,9 +707,11 @@ impl Session {
             start: 0,
             end: 0,
             requested: 0,
-            deadline,
-            timeout: order.timeout,
-            idle_timeout: order.idle_timeout,
+            limits: TimeLimits {
+                deadline,
+                timeout: order.timeout,
+                idle_timeout: order.idle_timeout,
+            },
         })
     }
 
@@ -691,8 +725,9 @@ impl Session {
 
     /// Receives more, when all was taken; false at the end.
     async fn receive(&mut self) -> Result<bool, Error> {
-        let reading = timeout_at(self.until(), self.stream.read(&mut self.buffer));
-        let read = reading.await.map_err(|_| self.too_late())?.map_err(Error::Network)?;
+        let buffer = &mut self.buffer;
+        let read = async |stream: &mut TcpStream| stream.read(buffer).await;
+        let read = self.limits.apply(&mut self.stream, read).await?;
         (self.start, self.end) = (0, read);
         Ok(read > 0)
     }
@@ -709,22 +744,13 @@ impl Session {
         if received? { Ok(()) } else { Err(ReadError::Empty.into()) }
     }
 
-    async fn send(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        let sent = timeout_at(self.until(), self.stream.write_all(bytes));
-        sent.await.map_err(|_| self.too_late())?.map_err(Error::Network)
-    }
-
-    /// Until when something must happen.
-    fn until(&self) -> Instant {
-        self.deadline.min(Instant::now() + self.idle_timeout)
-    }
-
-    fn too_late(&self) -> Error {
-        if Instant::now() >= self.deadline {
-            Error::Timeout(self.timeout)
-        } else {
-            Error::Silent(self.idle_timeout)
+    async fn send(&mut self, mut bytes: &[u8]) -> Result<(), Error> {
+        while !bytes.is_empty() {
+            let write = async |stream: &mut TcpStream| stream.write(bytes).await;
+            let written = self.limits.apply(&mut self.stream, write).await?;
+            bytes = bytes.get(written..).unwrap_or_default();
         }
+        Ok(())
     }
 
     /// Asks for the next files before their turn, so that the way there and back is not waited

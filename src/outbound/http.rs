@@ -17,6 +17,7 @@ use tokio::time::timeout;
 
 use super::reach::{self, Reach, Refused};
 use crate::http::tls_error::{TlsError, TlsErrorKind};
+use crate::idle_timer::timeout_while_running;
 
 /// How many redirects are followed.
 const MAX_REDIRECTS: usize = 5;
@@ -265,7 +266,10 @@ impl Client {
     ) -> Result<T, Error> {
         let replied = match self.timeout {
             None => reply.await,
-            Some(silence) => timeout(silence, reply).await.map_err(|_| Error::Silent(silence))?,
+            Some(silence) => {
+                let replied = timeout_while_running(silence, reply).await;
+                replied.ok_or(Error::Silent(silence))?
+            }
         };
         replied.map_err(|error| Error::of(&error, host))
     }

@@ -57,6 +57,7 @@ mod save_faults;
 mod scale_out;
 mod servers;
 mod shutdown;
+mod slow_peers;
 #[cfg(all(feature = "alert", feature = "mirror"))]
 mod sms;
 mod soak;
