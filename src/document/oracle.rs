@@ -99,7 +99,8 @@ pub enum Verdict {
 
 /// What `serde_json` and `base64` say of `input`, and what they leave open: keys, types, limits.
 pub fn verdict(whole: &[u8]) -> Verdict {
-    let input = super::without_bom(whole);
+    // Without anything of `super`: the fuzz target includes this file outside of the crate.
+    let input = whole.strip_prefix(b"\xef\xbb\xbf").unwrap_or(whole);
     let bom = whole.len() - input.len();
     let mut stream = serde_json::Deserializer::from_slice(input).into_iter::<Json>();
     let document = match stream.next() {
