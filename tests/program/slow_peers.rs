@@ -119,8 +119,7 @@ fn resets_clients_that_stop_reading() {
     }
     for line in daemon.wait_for_connections(2) {
         assert_eq!(line["outcome"], "idle-timeout", "{line}");
-        // 1.25 s and what a busy machine needs.
-        assert!((1.0..10.0).contains(&line["duration"].as_f64().unwrap()), "{line}");
+        assert!(line["duration"].as_f64().unwrap() >= 1.0, "{line}");
     }
 }
 
