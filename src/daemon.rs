@@ -26,7 +26,7 @@ use crate::mirrors::{self, Mirrors};
 use crate::readers::Readers;
 use crate::running::{self, Running, Summary};
 use crate::sockets::Inherited;
-use crate::systemd;
+use crate::systemd::{self, Notifier};
 use crate::text::{agree, counted, tally};
 use crate::workers::{self, Workers};
 
@@ -76,6 +76,7 @@ pub struct Daemon {
     /// Where the configuration comes from.
     sources: Sources,
     log: Logger,
+    notifier: Arc<Notifier>,
     grace: Duration,
     running: Running,
     mirrors: Mirrors,
@@ -114,6 +115,7 @@ impl Daemon {
         let mut daemon = Self {
             sources,
             log,
+            notifier: Arc::new(Notifier::from_env()),
             grace,
             running,
             mirrors,
@@ -136,10 +138,11 @@ impl Daemon {
     /// # Errors
     /// If a part of it ended unasked.
     pub async fn run(mut self, orders: Orders, mut reloads: ReloadQueue) -> Result<(), Ended> {
-        let alive = tokio::spawn(keep_saying_alive(self.running.loops().to_vec()));
+        let notifier = Arc::clone(&self.notifier);
+        let notifying = tokio::spawn(send_keep_alives(notifier, self.running.loops().to_vec()));
         let status = self.status();
         tracing::info!("ready: {status}");
-        systemd::ready(&status);
+        self.notifier.ready(&status);
 
         let mut sums = interval_at(Instant::now() + SUM_UP_EVERY, SUM_UP_EVERY);
         let mut looks = interval(alerts::LOOK_EVERY);
@@ -166,7 +169,7 @@ impl Daemon {
         // Whoever waits for a reload learns that there will be none.
         drop(reloads);
         self.stop(&orders).await;
-        alive.abort();
+        notifying.abort();
         ended
     }
 
@@ -176,7 +179,7 @@ impl Daemon {
 
     /// Becomes what the configuration now says, or stays as it is and says why.
     async fn reload(&mut self) -> Reply {
-        systemd::reloading();
+        self.notifier.reloading();
         let before = self.status();
         let (status, reply) = match self.try_to_reload().await {
             Ok(summary) => {
@@ -207,7 +210,7 @@ impl Daemon {
             }
         };
         // Before the reply: `systemctl reload` ends with the client that waits for it.
-        systemd::ready(&status);
+        self.notifier.ready(&status);
         reply
     }
 
@@ -278,7 +281,7 @@ impl Daemon {
         if !self.told.is_empty() {
             self.look();
         }
-        systemd::stopping("finishing the connections that are under way");
+        self.notifier.stopping("finishing the connections that are under way");
         let connections = self.running.under_way();
         tokio::select! {
             () = self.running.drain() => {}
@@ -342,15 +345,19 @@ async fn create_mirror_folders(readers: &Readers, mirrors: &[mirrors::Settings])
     let _ = timeout(CREATE_TIMEOUT, readers.run("", create)).await;
 }
 
-async fn keep_saying_alive(loops: Vec<Handle>) {
-    let Some(every) = systemd::alive_interval() else { return };
-    let mut beats = interval(every);
-    beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        beats.tick().await;
-        workers::turn(&loops).await;
-        systemd::alive();
-    }
+/// Sends the watchdog's keep-alives, and retries notifications that the manager did not take.
+async fn send_keep_alives(notifier: Arc<Notifier>, loops: Vec<Handle>) {
+    let keep_alives = async {
+        let Some(every) = systemd::watchdog_interval() else { return };
+        let mut ticks = interval(every);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            workers::turn(&loops).await;
+            notifier.keep_alive();
+        }
+    };
+    tokio::join!(keep_alives, notifier.retry_pending());
 }
 
 /// Raises the soft limit of open files to the hard one: what is open is bounded by the

@@ -1,48 +1,251 @@
-//! What the service manager is told: ready, stopping, a line of status, signs of life.
+//! Notifications to the service manager (sd_notify(3)): readiness, reloads, the stop, a status
+//! line and the watchdog's keep-alive.
 //!
-//! Without a manager (`NOTIFY_SOCKET` is not set) all of this does nothing.
+//! The manager may stop reading its socket, so nothing here waits for it. A message that it does
+//! not take is retried; of messages that wait, only the newest state is kept. Without
+//! `NOTIFY_SOCKET` nothing is sent.
 
+use std::env;
+use std::ffi::OsStr;
+use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use sd_notify::NotifyState;
+use tokio::sync::Notify;
+use tokio::time::sleep;
 
-/// The longest status in bytes. The manager ignores messages of 4096 bytes and more, and nobody
-/// reads as much on one line.
+/// Maximum length of a status in bytes. The manager ignores messages of 4096 bytes and more, and
+/// a status line of that length is of no use.
 const MAX_STATUS: usize = 1024;
 
-/// Everything is bound and opened.
-pub fn ready(status: &str) {
-    tell(&[NotifyState::Ready, NotifyState::Status(short(status))]);
+/// Time between attempts to send what the manager did not take.
+const RETRY_INTERVAL: Duration = Duration::from_millis(200);
+
+/// The way to the service manager.
+#[derive(Debug, Default)]
+pub struct Notifier {
+    manager: Option<Manager>,
+    state: Mutex<State>,
+    /// Wakes [`Self::retry_pending`].
+    failed: Notify,
 }
 
-fn short(status: &str) -> &str {
-    status.get(..status.floor_char_boundary(MAX_STATUS)).unwrap_or(status)
+#[derive(Debug)]
+struct Manager {
+    /// Non-blocking, and opened once: descriptors may run out later.
+    socket: UnixDatagram,
+    address: SocketAddr,
 }
 
-/// A reload begins; [`ready`] ends it.
-pub fn reloading() {
-    // Without a clock there is nothing to say, and the manager does not wait for it.
-    let Ok(now) = NotifyState::monotonic_usec_now() else { return };
-    tell(&[NotifyState::Reloading, now]);
+#[derive(Debug, Default)]
+struct State {
+    pending: Pending,
+    /// Whether the last attempt failed.
+    is_failing: bool,
+    /// Whether the log has a failure, and whether it has the end of one.
+    logged_failure: bool,
+    logged_recovery: bool,
 }
 
-/// The order to stop has come.
-pub fn stopping(status: &str) {
-    tell(&[NotifyState::Stopping, NotifyState::Status(status)]);
+/// Messages that the manager has not taken, in the order in which they are sent.
+#[derive(Debug, Default)]
+struct Pending {
+    reloading: Option<String>,
+    /// READY or STOPPING with its status.
+    lifecycle: Option<String>,
+    watchdog: Option<String>,
 }
 
-/// The event loop turns.
-pub fn alive() {
-    tell(&[NotifyState::Watchdog]);
+impl Pending {
+    fn set_reloading(&mut self, message: String) {
+        // `Type=notify-reload` needs RELOADING before READY; the READY of an earlier reload is stale.
+        *self = Self { reloading: Some(message), lifecycle: None, watchdog: self.watchdog.take() };
+    }
+
+    fn set_stopping(&mut self, message: String) {
+        *self = Self { lifecycle: Some(message), ..Self::default() };
+    }
+
+    fn first(&mut self) -> Option<&mut Option<String>> {
+        let slots = [&mut self.reloading, &mut self.lifecycle, &mut self.watchdog];
+        slots.into_iter().find(|slot| slot.is_some())
+    }
 }
 
-/// How often the manager wants to hear [`alive`]: half of what it waits for, if it does.
-pub fn alive_interval() -> Option<Duration> {
+impl Notifier {
+    /// Opens the socket that the environment names. One that cannot be used is logged.
+    pub fn from_env() -> Self {
+        let Some(name) = env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()) else {
+            return Self::default();
+        };
+        let manager = Manager::open(&name)
+            .inspect_err(|error| {
+                tracing::warn!(
+                    cause = %error,
+                    "cannot notify the service manager (NOTIFY_SOCKET): {error}"
+                );
+            })
+            .ok();
+        Self { manager, ..Self::default() }
+    }
+
+    /// Reports that everything is bound and opened, or that a reload has ended.
+    pub fn ready(&self, status: &str) {
+        let message = message(&[NotifyState::Ready, NotifyState::Status(truncate(status))]);
+        self.update(|pending| pending.lifecycle = Some(message));
+    }
+
+    /// Reports that a reload has begun; [`Self::ready`] ends it.
+    pub fn reloading(&self) {
+        // Without a clock there is nothing to report, and the manager does not wait for it.
+        let Ok(now) = NotifyState::monotonic_usec_now() else { return };
+        let message = message(&[NotifyState::Reloading, now]);
+        self.update(|pending| pending.set_reloading(message));
+    }
+
+    /// Reports that the daemon is stopping.
+    pub fn stopping(&self, status: &str) {
+        let message = message(&[NotifyState::Stopping, NotifyState::Status(truncate(status))]);
+        self.update(|pending| pending.set_stopping(message));
+    }
+
+    /// Reports that the event loops turn.
+    pub fn keep_alive(&self) {
+        let message = message(&[NotifyState::Watchdog]);
+        self.update(|pending| pending.watchdog = Some(message));
+    }
+
+    /// Sends what the manager did not take, until this is dropped.
+    pub async fn retry_pending(&self) {
+        loop {
+            self.failed.notified().await;
+            sleep(RETRY_INTERVAL).await;
+            self.update(|_| {});
+        }
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Pending)) {
+        let Some(manager) = &self.manager else { return };
+        let mut state = self.state();
+        change(&mut state.pending);
+        while let Some(slot) = state.pending.first() {
+            let message = slot.as_deref().unwrap_or_default();
+            if let Err(error) = manager.socket.send_to_addr(message.as_bytes(), &manager.address) {
+                state.fail(&error);
+                self.failed.notify_one();
+                return;
+            }
+            *slot = None;
+        }
+        state.recover();
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // A panic cannot leave the state half changed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Manager {
+    fn open(name: &OsStr) -> io::Result<Self> {
+        let address = match name.as_bytes() {
+            [b'@', name @ ..] if !name.is_empty() => SocketAddr::from_abstract_name(name)?,
+            [b'/', ..] => SocketAddr::from_pathname(Path::new(name))?,
+            _ => return Err(io::Error::other("expected an absolute path or @NAME")),
+        };
+        let socket = UnixDatagram::unbound()?;
+        socket.set_nonblocking(true)?;
+        Ok(Self { socket, address })
+    }
+}
+
+impl State {
+    fn fail(&mut self, error: &io::Error) {
+        self.is_failing = true;
+        if !std::mem::replace(&mut self.logged_failure, true) {
+            let cause = match error.kind() {
+                io::ErrorKind::WouldBlock => "it does not read its socket".to_owned(),
+                _ => error.to_string(),
+            };
+            tracing::warn!(
+                cause,
+                "cannot notify the service manager (NOTIFY_SOCKET): {cause}: trying again, without \
+                 further messages"
+            );
+        }
+    }
+
+    fn recover(&mut self) {
+        if std::mem::take(&mut self.is_failing)
+            && !std::mem::replace(&mut self.logged_recovery, true)
+        {
+            tracing::info!("the service manager takes notifications again");
+        }
+    }
+}
+
+/// Interval at which the manager expects [`Notifier::keep_alive`]: half of its time limit, if it
+/// has one.
+pub fn watchdog_interval() -> Option<Duration> {
     sd_notify::watchdog_enabled().map(|limit| limit / 2).filter(|half| !half.is_zero())
 }
 
-fn tell(state: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(state) {
-        tracing::warn!(cause = %error, "the service manager cannot be told (NOTIFY_SOCKET): {error}");
+fn message(states: &[NotifyState<'_>]) -> String {
+    states.iter().map(|state| format!("{state}\n")).collect()
+}
+
+fn truncate(status: &str) -> &str {
+    status.get(..status.floor_char_boundary(MAX_STATUS)).unwrap_or(status)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn take_all(pending: &mut Pending) -> Vec<String> {
+        std::iter::from_fn(|| pending.first()?.take()).collect()
+    }
+
+    #[test]
+    fn keeps_only_the_newest_state() {
+        let mut pending = Pending::default();
+        for number in 0..3 {
+            pending.set_reloading(format!("reloading {number}"));
+            pending.lifecycle = Some(format!("ready {number}"));
+            pending.watchdog = Some("watchdog".to_owned());
+        }
+        assert_eq!(take_all(&mut pending), ["reloading 2", "ready 2", "watchdog"]);
+    }
+
+    #[test]
+    fn a_new_reload_discards_the_outcome_of_the_last() {
+        let mut pending = Pending::default();
+        pending.lifecycle = Some("ready".to_owned());
+        pending.set_reloading("reloading".to_owned());
+        assert_eq!(take_all(&mut pending), ["reloading"]);
+    }
+
+    #[test]
+    fn stopping_discards_everything_before() {
+        let mut pending = Pending::default();
+        pending.set_reloading("reloading".to_owned());
+        pending.lifecycle = Some("ready".to_owned());
+        pending.set_stopping("stopping".to_owned());
+        assert_eq!(take_all(&mut pending), ["stopping"]);
+    }
+
+    #[test]
+    fn accepts_paths_and_abstract_names_only() {
+        for good in ["/run/systemd/notify", "@abstract", "@/run/looks/like/a/path"] {
+            assert!(Manager::open(OsStr::new(good)).is_ok(), "{good}");
+        }
+        for bad in ["", "@", "notify", "vsock:2:1234"] {
+            assert!(Manager::open(OsStr::new(bad)).is_err(), "{bad}");
+        }
     }
 }

@@ -1,10 +1,12 @@
 //! What the service manager is told.
 
-use std::os::unix::net::UnixDatagram;
+use std::io::Read;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 use tempfile::TempDir;
 
-use crate::common::{DEADLINE, Daemon};
+use crate::common::{DEADLINE, Daemon, connect, says};
 
 /// The name of the socket on which the manager listens.
 const SOCKET: &str = "notify.sock";
@@ -91,4 +93,80 @@ fn a_reload_and_what_came_of_it_are_told() {
         let told = next(&manager);
         assert!(told.starts_with(status) && told.len() < 1200, "{told}");
     }
+}
+
+#[test]
+fn notifies_an_abstract_socket() {
+    // The name of a new folder is used by no other test.
+    let folder = tempfile::tempdir().unwrap();
+    let name = folder.path().to_str().unwrap();
+    let address = SocketAddr::from_abstract_name(name).unwrap();
+    let manager = UnixDatagram::bind_addr(&address).unwrap();
+    manager.set_read_timeout(Some(DEADLINE)).unwrap();
+    let _daemon = Daemon::start_with(CLOCK, &[], |command| {
+        command.env("NOTIFY_SOCKET", format!("@{name}"));
+    });
+    assert_eq!(next(&manager), "READY=1\nSTATUS=serving time.clock on 1 address\n");
+}
+
+const CLOCK: &str = "[time.clock]\nlisten = [\"127.0.0.1:0\"]\n";
+
+const UNREAD: &str =
+    "cannot notify the service manager (NOTIFY_SOCKET): it does not read its socket";
+
+/// A daemon whose service manager has stopped reading.
+fn unread(manager: &TempDir) -> Daemon {
+    let daemon = Daemon::start_with(CLOCK, &[], |command| {
+        command.env("NOTIFY_SOCKET", manager.path().join(SOCKET)).env("WATCHDOG_USEC", "2000");
+    });
+    daemon.wait_for_message(UNREAD);
+    daemon
+}
+
+/// Asks so often that every event loop is asked.
+fn assert_clients_are_served(daemon: &Daemon) {
+    let clients: Vec<_> = (0..50).map(|_| connect(daemon.tcp("time.clock"))).collect();
+    for mut client in clients {
+        let mut reply = Vec::new();
+        client.read_to_end(&mut reply).unwrap();
+        assert_eq!(reply.len(), 27);
+    }
+}
+
+#[test]
+fn serves_reloads_and_stops_while_the_notify_socket_is_not_read() {
+    let (_manager, folder) = manager();
+    let mut daemon = unread(&folder);
+    for number in 0..5 {
+        assert_clients_are_served(&daemon);
+        let config = format!("{CLOCK}[time.number{number}]\nlisten = [\"127.0.0.1:0\"]\n");
+        assert!(says(&daemon.reload(&config), "reloaded: "));
+    }
+    assert_clients_are_served(&daemon);
+    assert!(daemon.stop().success());
+    let warnings = daemon.lines().into_iter().filter(|line| says(line, "cannot notify"));
+    assert_eq!(warnings.count(), 1);
+}
+
+#[test]
+fn sends_the_newest_state_when_the_notify_socket_is_read_again() {
+    let (manager, folder) = manager();
+    let mut daemon = unread(&folder);
+    for number in 0..5 {
+        let config = format!("{CLOCK}[time.number{number}]\nlisten = [\"127.0.0.1:0\"]\n");
+        daemon.reload(&config);
+    }
+    let mut states = Vec::new();
+    let newest = "READY=1\nSTATUS=serving time.clock, time.number4 on 2 addresses\n";
+    while states.last().is_none_or(|state| state != newest) {
+        states.push(next(&manager));
+    }
+    // Those in between are stale; the manager waits for the reload that precedes the last.
+    assert!(!states.iter().any(|state| state.contains("time.number3")), "{states:?}");
+    assert!(states[states.len() - 2].starts_with("RELOADING=1\n"), "{states:?}");
+    daemon.wait_for_message("the service manager takes notifications again");
+    while !next(&manager).starts_with("WATCHDOG=1") {}
+    daemon.signal(rustix::process::Signal::TERM);
+    while !next(&manager).starts_with("STOPPING=1\n") {}
+    assert!(daemon.wait().success());
 }
