@@ -5,14 +5,15 @@
 //! number, as an address or escaped, so that no terminal obeys it.
 
 mod journal;
+mod queue;
 
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::env;
-use std::io::{self, BufWriter, IsTerminal, Write};
+use std::io::{self, BufWriter, IsTerminal};
 use std::os::unix::fs::MetadataExt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::panic::{self, PanicHookInfo};
+use std::sync::OnceLock;
 
-use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -21,6 +22,7 @@ use tracing_subscriber::{Layer, Registry, reload};
 use crate::config::{Log, LogFormat};
 
 use journal::{Journal, Socket};
+use queue::Queue;
 
 /// Whether `filter` is a level or a filter such as `handout=debug`.
 ///
@@ -38,10 +40,6 @@ pub fn check_filter(filter: &str) -> Result<(), String> {
     }
 }
 
-/// Lines that wait for a standard error, or a journal, that does not take them; more are lost, as
-/// logging must not keep the services waiting.
-const WAITING_LINES: usize = 10_000;
-
 /// So much of the lines that wait is written at one time.
 const WRITTEN_AT_ONCE: usize = 64 << 10;
 
@@ -56,55 +54,6 @@ pub struct Logger {
     journal: OnceLock<Queue>,
 }
 
-/// Lines on their way to what takes them, with the thread that may have to wait for it.
-struct Queue {
-    lines: NonBlocking,
-    failed: Arc<AtomicU64>,
-    _writer: WorkerGuard,
-}
-
-impl Queue {
-    fn to(place: impl Write + Send + 'static) -> Self {
-        let failed = Arc::default();
-        let counting = Counting { place, failed: Arc::clone(&failed) };
-        let queue = NonBlockingBuilder::default()
-            .buffered_lines_limit(WAITING_LINES)
-            .lossy(true)
-            .finish(counting);
-        Self { lines: queue.0, failed, _writer: queue.1 }
-    }
-
-    /// How many lines found no room, or could not be written.
-    fn lost(&self) -> u64 {
-        let dropped = self.lines.error_counter().dropped_lines() as u64;
-        dropped + self.failed.load(Ordering::Relaxed)
-    }
-}
-
-/// Counts the lines that cannot be written.
-struct Counting<W> {
-    place: W,
-    failed: Arc<AtomicU64>,
-}
-
-impl<W: Write> Write for Counting<W> {
-    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        self.place.write(line)
-    }
-
-    fn write_all(&mut self, line: &[u8]) -> io::Result<()> {
-        let written = self.place.write_all(line);
-        if written.is_err() {
-            self.failed.fetch_add(1, Ordering::Relaxed);
-        }
-        written
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.place.flush()
-    }
-}
-
 impl Logger {
     /// Begins to log.
     ///
@@ -112,10 +61,11 @@ impl Logger {
     /// If the journal was asked for and cannot be reached, or something logs already.
     pub fn start(log: &Log) -> io::Result<Self> {
         // Flushed whenever no line waits.
-        let stderr = Queue::to(BufWriter::with_capacity(WRITTEN_AT_ONCE, io::stderr()));
+        let stderr = Queue::start(BufWriter::with_capacity(WRITTEN_AT_ONCE, io::stderr()))?;
         let journal = OnceLock::new();
         let (lines, current) = reload::Layer::new(lines(log, &stderr, &journal)?);
         tracing_subscriber::registry().with(lines).try_init().map_err(io::Error::other)?;
+        panic::set_hook(Box::new(log_panic));
         Ok(Self { current, stderr, journal })
     }
 
@@ -145,7 +95,7 @@ pub struct Prepared(Lines);
 fn lines(log: &Log, stderr: &Queue, journal: &OnceLock<Queue>) -> io::Result<Lines> {
     let filter: Targets = log.level.parse().map_err(io::Error::other)?;
     let stderr =
-        tracing_subscriber::fmt::layer().with_writer(stderr.lines.clone()).with_target(false);
+        tracing_subscriber::fmt::layer().with_writer(stderr.sender().clone()).with_target(false);
     let format = match log.format {
         LogFormat::Auto if stderr_is_the_journal() => LogFormat::Journald,
         LogFormat::Auto => LogFormat::Text,
@@ -155,7 +105,12 @@ fn lines(log: &Log, stderr: &Queue, journal: &OnceLock<Queue>) -> io::Result<Lin
         LogFormat::Journald => {
             // Asked each time, as it may have gone.
             let socket = Socket::open()?;
-            let queue = journal.get_or_init(|| Queue::to(socket)).lines.clone();
+            // Reloads do not run at the same time, so nothing else sets it in between.
+            if journal.get().is_none() {
+                let _ = journal.set(Queue::start(socket)?);
+            }
+            let queue = journal.get().map(Queue::sender).cloned();
+            let queue = queue.ok_or_else(|| io::Error::other("the journal's queue is missing"))?;
             filter.and_then(Journal { queue }).boxed()
         }
         LogFormat::Json => {
@@ -170,6 +125,19 @@ fn lines(log: &Log, stderr: &Queue, journal: &OnceLock<Queue>) -> io::Result<Lin
     })
 }
 
+/// Logs a panic. The default hook writes to standard error, which blocks the event loop if it is a
+/// pipe that is full.
+fn log_panic(panic: &PanicHookInfo<'_>) {
+    let message = panic.payload_as_str().unwrap_or("no message");
+    let place = panic.location().map(ToString::to_string).unwrap_or_default();
+    let backtrace = Backtrace::capture();
+    if backtrace.status() == BacktraceStatus::Captured {
+        tracing::error!(%backtrace, "panicked at {place}: {message}");
+    } else {
+        tracing::error!("panicked at {place}: {message}");
+    }
+}
+
 /// Whether standard error is the journal's stream (systemd.exec(5), `JOURNAL_STREAM`).
 pub fn stderr_is_the_journal() -> bool {
     let Ok(stream) = env::var("JOURNAL_STREAM") else { return false };
@@ -180,6 +148,26 @@ pub fn stderr_is_the_journal() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn logs_panics_instead_of_writing_to_standard_error() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let queue = Queue::start(writer).unwrap();
+        let log = tracing_subscriber::fmt().with_writer(queue.sender().clone()).finish();
+        let previous = panic::take_hook();
+        panic::set_hook(Box::new(log_panic));
+        let panicked = tracing::subscriber::with_default(log, || {
+            panic::catch_unwind(|| panic!("number {}", 7)).is_err()
+        });
+        panic::set_hook(previous);
+        assert!(panicked);
+        drop(queue);
+        let mut logged = [0; 1024];
+        let length = io::Read::read(&mut reader, &mut logged).unwrap();
+        let logged = String::from_utf8_lossy(&logged[..length]);
+        assert!(logged.contains("panicked at src/logging.rs:"), "{logged}");
+        assert!(logged.contains(": number 7"), "{logged}");
+    }
 
     #[test]
     fn levels_and_filters_are_told_from_junk() {

@@ -10,9 +10,10 @@ use std::os::unix::net::UnixDatagram;
 
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
-use tracing_appender::non_blocking::NonBlocking;
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
+
+use super::queue::Sender;
 
 /// Where the journal receives datagrams.
 const SOCKET: &str = "/run/systemd/journal/socket";
@@ -46,7 +47,7 @@ impl Write for Socket {
 /// Makes an entry of each event.
 pub struct Journal {
     /// Takes the entries to [`Socket`].
-    pub queue: NonBlocking,
+    pub queue: Sender,
 }
 
 impl<S: Subscriber> Layer<S> for Journal {
