@@ -6,6 +6,9 @@ use std::error::Error;
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
 use handout::cli::{self, Cli, Command};
@@ -27,6 +30,9 @@ use tokio_util::sync::CancellationToken;
 
 /// Wrong configuration (sysexits(3), `EX_CONFIG`), which a restart does not mend.
 const WRONG_CONFIGURATION: u8 = 78;
+
+/// Maximum time for the daemon's last message on standard error.
+const COMPLAINT_TIMEOUT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     match Cli::parse().command {
@@ -297,19 +303,26 @@ async fn reload(arguments: cli::Reload) -> ExitCode {
 }
 
 fn serve(arguments: cli::Serve) -> ExitCode {
+    match try_to_serve(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err((code, text)) => {
+            complain_briefly(text);
+            code
+        }
+    }
+}
+
+/// Serves until it is ordered to stop. An error is an exit code and a text.
+fn try_to_serve(arguments: cli::Serve) -> Result<(), (ExitCode, String)> {
     let control = arguments.control.clone();
     let sources = Sources::from(arguments);
     // Before anything is opened, as they are known by their numbers.
-    let inherited = match Inherited::take_all() {
-        Ok(inherited) => inherited,
-        Err(error) => return fail(&error),
-    };
-    let config = match Config::load_to_serve(&sources) {
-        Ok(config) => config,
+    let inherited = Inherited::take_all().map_err(|error| (ExitCode::FAILURE, chain(&error)))?;
+    let config = Config::load_to_serve(&sources).map_err(|faults| match faults.may_pass() {
         // It is worth to be started again.
-        Err(faults) if faults.may_pass() => return fail(&faults),
-        Err(faults) => return refuse(&faults),
-    };
+        true => (ExitCode::FAILURE, chain(&faults)),
+        false => (ExitCode::from(WRONG_CONFIGURATION), faults.to_string()),
+    })?;
     let served = || -> Result<(), Box<dyn Error>> {
         let log = Logger::start(&config.log)?;
         let runtime = workers::event_loop()?;
@@ -332,17 +345,14 @@ fn serve(arguments: cli::Serve) -> ExitCode {
         runtime.shutdown_timeout(workers::END_TIME);
         served
     };
-    match served() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let code = fail(&*error);
-            // It does not fit the sockets that it is given, which a restart does not mend.
-            match error.downcast_ref() {
-                Some(running::Error::Inherited(_)) => ExitCode::from(WRONG_CONFIGURATION),
-                _ => code,
-            }
-        }
-    }
+    served().map_err(|error| {
+        // It does not fit the sockets that it is given, which a restart does not mend.
+        let code = match error.downcast_ref() {
+            Some(running::Error::Inherited(_)) => ExitCode::from(WRONG_CONFIGURATION),
+            _ => ExitCode::FAILURE,
+        };
+        (code, chain(&*error))
+    })
 }
 
 /// Turns signals into orders: the first asks, the second insists.
@@ -402,6 +412,20 @@ fn print(result: &[u8]) -> ExitCode {
             ExitCode::FAILURE
         }
         _ => ExitCode::SUCCESS,
+    }
+}
+
+/// Reports why the daemon does not run, for a bounded time: its standard error may be a pipe that is
+/// full, and the process must end nevertheless.
+fn complain_briefly(text: String) {
+    let (done, written) = mpsc::channel();
+    let started = thread::Builder::new().spawn(move || {
+        complain(&text);
+        let _ = done.send(());
+    });
+    // Without a thread there is no message, but still the exit code.
+    if started.is_ok() {
+        let _ = written.recv_timeout(COMPLAINT_TIMEOUT);
     }
 }
 

@@ -2,11 +2,14 @@
 //! counted.
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{self, PipeReader, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::thread;
 
+use rustix::io::ioctl_fionbio;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -56,14 +59,27 @@ impl Silent {
 
     /// How many lines it says were lost.
     fn lost(&self) -> u64 {
-        use std::io::Write;
+        self.metric("handout_log_lines_lost_total")
+    }
+
+    fn metric(&self, name: &str) -> u64 {
         let mut stream = self.connect("metrics").unwrap();
         stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
         let mut reply = String::new();
         stream.read_to_string(&mut reply).unwrap();
         let mut lines = reply.lines();
-        let lost = lines.find_map(|line| line.strip_prefix("handout_log_lines_lost_total "));
-        lost.unwrap().parse().unwrap()
+        let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.unwrap().parse().unwrap()
+    }
+
+    /// Reloads it five times, with clients in between.
+    fn reload_five_times(&self) {
+        const DONE: &str = "handout_reloads_total{outcome=\"done\"}";
+        for number in 1..=5 {
+            kill_process(Pid::from_child(&self.child), Signal::HUP).unwrap();
+            eventually("the end of the reload", || self.metric(DONE) == number);
+            self.ask(20);
+        }
     }
 
     fn stop(mut self) {
@@ -162,4 +178,60 @@ fn a_journal_that_hangs_keeps_no_service_waiting_and_gets_every_field_when_it_an
         }
         daemon.stop();
     });
+}
+
+/// A pipe that takes nothing more, as its reader does not read.
+fn full_pipe() -> (PipeReader, OwnedFd) {
+    let (reader, mut writer) = io::pipe().unwrap();
+    ioctl_fionbio(&writer, true).unwrap();
+    for piece in [4096, 1] {
+        while writer.write(&vec![b'x'; piece]).is_ok() {}
+    }
+    ioctl_fionbio(&writer, false).unwrap();
+    (reader, writer.into())
+}
+
+#[test]
+fn serves_reloads_and_stops_while_standard_error_and_output_are_full() {
+    let (_reader, full) = full_pipe();
+    let daemon = Silent::start("text", |command, _| {
+        command.stdout(full.try_clone().unwrap()).stderr(full);
+    });
+    daemon.reload_five_times();
+    // More than waits: the stop finds a full queue.
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| daemon.ask(3_000));
+        }
+    });
+    daemon.stop();
+}
+
+#[test]
+fn serves_reloads_and_stops_while_the_journal_is_not_read() {
+    with_own_mounts(|| {
+        empty("/run", c"");
+        fs::create_dir_all("/run/systemd/journal").unwrap();
+        let _journal = UnixDatagram::bind("/run/systemd/journal/socket").unwrap();
+        let daemon = Silent::start("journald", |_, _| {});
+        daemon.ask(1_000);
+        daemon.reload_five_times();
+        daemon.stop();
+    });
+}
+
+#[test]
+fn a_failed_start_ends_while_standard_error_is_full() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("handout.toml");
+    for (text, code) in
+        [("[time.clock]\nlisten = 1\n", 78), ("[time.clock]\nlisten = [\"unix:no/x\"]\n", 1)]
+    {
+        fs::write(&config, text).unwrap();
+        let (_reader, full) = full_pipe();
+        let mut command = program();
+        let mut child =
+            command.args(["serve", "--config"]).arg(&config).stderr(full).spawn().unwrap();
+        assert_eq!(wait_for_exit(&mut child).code(), Some(code), "{text}");
+    }
 }
