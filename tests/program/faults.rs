@@ -100,13 +100,18 @@ impl Everything {
 
     /// Asks every service by every way in; says who has got what.
     fn ask_all(&mut self) -> Vec<(&'static str, Got)> {
+        self.ask_all_within(DEADLINE)
+    }
+
+    /// The same where a datagram may be lost: it is waited for this long.
+    fn ask_all_within(&mut self, patience: Duration) -> Vec<(&'static str, Got)> {
         self.rounds += 1;
         let mut got = vec![
             (
                 "time",
                 read(self.daemon.tcp("time.clock")).map_or(Got::Fault, |reply| is_time(&reply)),
             ),
-            ("datagram", self.datagram()),
+            ("datagram", self.datagram(patience)),
             ("unix", self.unix()),
             ("folder", self.folder()),
             ("metrics", self.metrics()),
@@ -129,11 +134,10 @@ impl Everything {
         if says(&line, "reloaded: ") { Got::Whole } else { Got::Fault }
     }
 
-    fn datagram(&self) -> Got {
+    fn datagram(&self, patience: Duration) -> Got {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         socket.connect(self.daemon.udp("time.clock")).unwrap();
-        // The longest pause after a fault is one second.
-        socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        socket.set_read_timeout(Some(patience)).unwrap();
         socket.send(b"?").unwrap();
         let mut reply = [0; 64];
         socket.recv(&mut reply).map_or(Got::Fault, |length| is_time(&reply[..length]))
@@ -234,7 +238,8 @@ fn fail_once(everything: &mut Everything, call: &str, error: &str, of_paths: &[&
         if !passes_signals {
             everything.reload();
         }
-        everything.ask_all();
+        // The longest pause after a fault is one second.
+        everything.ask_all_within(Duration::from_secs(2));
     }
     let seen = strace.detach();
     assert!(seen.lines().count() < MANY_CALLS, "{call} {error}");
@@ -282,7 +287,9 @@ fn a_fault_that_lasts_makes_nobody_spin_and_who_waits_is_served_after_it() {
             start.elapsed() > Duration::from_secs(1) && strace.seen().contains("(INJECTED)")
         });
         let attempts = strace.detach().matches("(INJECTED)").count();
-        assert!(attempts < 50, "{call}: {attempts}");
+        // A busy machine may take longer for the same.
+        let allowed = 50 * start.elapsed().as_secs() as usize;
+        assert!(attempts < allowed, "{call}: {attempts} of {allowed}");
         let mut reply = Vec::new();
         stream.read_to_end(&mut reply).unwrap();
         is_time(&reply);
@@ -299,6 +306,8 @@ fn without_new_threads_clients_are_served_and_a_reload_says_what_is_missing() {
         &everything.daemon,
         ["--trace=clone,clone3", "--inject=clone,clone3:error=EAGAIN"],
     );
+    // Threads from before may still read.
+    eventually("the end of every other thread", || everything.reload() == Got::Fault);
     for _ in 0..3 {
         assert_eq!(everything.reload(), Got::Fault);
         let got = everything.ask_all();

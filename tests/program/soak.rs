@@ -83,7 +83,7 @@ fn soak() {
     write_files(folder.path(), 0);
     let mut daemon = Daemon::start_in(folder, CONFIG, |_| {});
     let places = Places::of(&daemon);
-    let descriptors = Settled::now(&daemon).descriptors;
+    let begin = Settled::now(&daemon);
     let soak = Soak::begin();
     let mut memory = Memory::default();
 
@@ -125,9 +125,7 @@ fn soak() {
     println!("{}", soak.table());
     soak.assert_that_all_is_well();
     reload(&daemon, "");
-    eventually("every descriptor to be closed", || {
-        Settled::now(&daemon).descriptors == descriptors
-    });
+    Settled::wait(&daemon, begin);
     eventually("the last version of every file", || {
         let versions = [
             pushed(places.small, "small.bin", SMALL, 0),

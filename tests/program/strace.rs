@@ -2,12 +2,14 @@
 //! the kernel refuse them.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
+use std::thread;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::common::{Daemon, eventually, wait_for_exit};
+use crate::common::{Daemon, wait_for_exit};
 
 pub struct Strace {
     child: Child,
@@ -21,22 +23,21 @@ impl Strace {
         arguments: impl IntoIterator<Item = A>,
     ) -> Self {
         let (pid, trace) = (daemon.child.id().to_string(), daemon.path("trace"));
-        let child = Command::new("strace")
-            .args(["-f", "-qq", "-e", "signal=none", "-o"])
+        let mut child = Command::new("strace")
+            .args(["-f", "-e", "quiet=exit,personality", "-e", "signal=none", "-o"])
             .arg(&trace)
             .args(arguments)
             .args(["-p", &pid])
+            .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let tasks = format!("/proc/{pid}/task");
-        let traced = |task: fs::DirEntry| {
-            // One that has ended meanwhile is not missed.
-            let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
-            !status.contains("TracerPid:\t0\n")
-        };
-        eventually("strace to be attached to every thread", || {
-            fs::read_dir(&tasks).unwrap().flatten().all(traced)
-        });
+        // strace reports this after it has interrupted every thread. `TracerPid` in /proc is set
+        // before: a thread may still make system calls that strace does not see.
+        let mut messages = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+        let attached = messages.find(|line| line.contains(" attached"));
+        assert!(attached.is_some(), "strace ended");
+        // It reports new threads, too; a full pipe would stop it.
+        thread::spawn(move || messages.for_each(drop));
         Self { child, trace }
     }
 
