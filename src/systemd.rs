@@ -1,4 +1,4 @@
-//! Notifications to the service manager (sd_notify(3)): readiness, reloads, the stop, a status
+//! Notifications to the service manager (`sd_notify(3)`): readiness, reloads, the stop, a status
 //! line and the watchdog's keep-alive.
 //!
 //! The manager may stop reading its socket, so nothing here waits for it. A message that it does
@@ -196,7 +196,8 @@ pub fn watchdog_interval() -> Option<Duration> {
 }
 
 fn message(states: &[NotifyState<'_>]) -> String {
-    states.iter().map(|state| format!("{state}\n")).collect()
+    let lines: Vec<_> = states.iter().map(ToString::to_string).collect();
+    lines.join("\n") + "\n"
 }
 
 fn truncate(status: &str) -> &str {
@@ -224,8 +225,7 @@ mod tests {
 
     #[test]
     fn a_new_reload_discards_the_outcome_of_the_last() {
-        let mut pending = Pending::default();
-        pending.lifecycle = Some("ready".to_owned());
+        let mut pending = Pending { lifecycle: Some("ready".to_owned()), ..Pending::default() };
         pending.set_reloading("reloading".to_owned());
         assert_eq!(take_all(&mut pending), ["reloading"]);
     }
