@@ -371,15 +371,16 @@ pub fn read(
 /// URL may be none that can be read, so that it is cut as a text: see [`shown`].
 fn told(name: &Found, url: &Found) -> Option<String> {
     let short = |text: &str| escape(&text.chars().take(MAX_TOLD).collect::<String>());
+    let is_blank = |text: &str| text.trim().is_empty();
     match (name, url) {
-        (Found::Text(name), _) => Some(short(name)),
+        (Found::Text(name), _) if !is_blank(name) => Some(short(name)),
         (_, Found::Text(url)) if url.contains('@') => None,
         (_, Found::Text(url)) => {
             let all = url.split_once('#').map_or(&**url, |(before, _)| before);
-            Some(match all.split_once('?') {
-                Some((before, _)) => short(before) + "?…",
-                None => short(all),
-            })
+            match all.split_once('?') {
+                Some((before, _)) => Some(short(before) + "?…"),
+                None => Some(all).filter(|all| !is_blank(all)).map(short),
+            }
         }
         _ => None,
     }
@@ -488,6 +489,17 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use serde_json::{Value, json};
+
+    #[test]
+    fn entries_with_blank_names_and_urls_are_known_by_their_number() {
+        for blank in ["", " ", "\t\n", "#"] {
+            let text = Found::Text(blank.to_owned());
+            assert_eq!(told(&Found::Nothing, &text), None, "{blank:?}");
+        }
+        assert_eq!(told(&Found::Text(" ".to_owned()), &Found::Nothing), None);
+        let url = Found::Text("/a.jpg?token".to_owned());
+        assert_eq!(told(&Found::Nothing, &url).unwrap(), "/a.jpg?…");
+    }
 
     fn pointer(text: &str) -> Pointer {
         text.parse().unwrap()
