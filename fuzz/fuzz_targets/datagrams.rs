@@ -47,7 +47,9 @@ fuzz_target!(|input: &[u8]| {
         return;
     };
     let datagram = lines.next().unwrap_or_default();
-    let (Ok(format), Ok(zone)) = (format.parse::<Format>(), TimeZone::get(zone_name)) else { return };
+    let (Ok(format), Ok(zone)) = (format.parse::<Format>(), TimeZone::get(zone_name)) else {
+        return;
+    };
     let (Some(now), Ok(source)) = (clock(now), source.parse::<SocketAddr>()) else { return };
 
     let settings = Settings {
