@@ -128,7 +128,7 @@ mod tests {
         (0..80).map(instant).collect()
     }
 
-    /// What date(1) prints for each pattern at each instant.
+    /// Returns the output of date(1) for each pattern at each instant.
     fn date(patterns: &[String], instants: &[Timestamp], zone: &str) -> Vec<Vec<String>> {
         let mut command = Command::new("date");
         command.args(["-f", "-"]).arg(format!("+{}\u{1e}", patterns.join("\u{1f}")));

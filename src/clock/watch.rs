@@ -7,7 +7,7 @@ use rustix::time::{ClockId, clock_gettime};
 use super::Health;
 
 /// The smallest step that is logged, in nanoseconds. Slewing moves both clocks alike, and the boot
-/// clock goes on while the machine is suspended, so only a step makes them differ.
+/// clock advances during suspend, so only a step makes them differ.
 const MIN_STEP: i128 = 100_000_000;
 
 /// The longest time between the reads of both clocks, in nanoseconds; a longer one proves nothing.

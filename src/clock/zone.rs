@@ -39,7 +39,7 @@ type FileState = (PathBuf, Option<PathBuf>, Option<Stamp>);
 /// machine is UTC, as localtime(5) has it.
 ///
 /// # Errors
-/// Says what was expected.
+/// A description of the expected names.
 pub fn find_zone(name: &str) -> Result<TimeZone, String> {
     if name == "local" && env::var_os("TZ").is_none() && is_missing(LOCALTIME) {
         return Ok(TimeZone::UTC);
@@ -50,7 +50,7 @@ pub fn find_zone(name: &str) -> Result<TimeZone, String> {
 /// Returns the zone that `name` stands for, which is read again only if its files changed.
 ///
 /// # Errors
-/// Says what was expected, also if `/etc/localtime` is missing.
+/// A description of the expected names; also if `/etc/localtime` is missing.
 pub fn current_zone(name: &str) -> Result<TimeZone, String> {
     if name == "UTC" {
         return Ok(TimeZone::UTC);

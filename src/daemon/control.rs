@@ -1,4 +1,4 @@
-//! The control socket: reload requests, and their outcome for whoever waits for it.
+//! The control socket: reload requests, and their outcome for the clients that wait for it.
 //!
 //! Protocol: the client connects to a Unix socket and sends one line, `reload`. The daemon answers
 //! with one line, a [`Reply`] in JSON, when the reload has ended, and closes. Requests that are
@@ -57,7 +57,7 @@ const ACCEPT_BACKOFF: Duration = Duration::from_secs(1);
 pub enum Reply {
     /// The new configuration is in force.
     Reloaded {
-        /// What has changed, in one line.
+        /// Summary of the changes, in one line.
         summary: String,
     },
     /// The daemon rejected the configuration and keeps the old one.
@@ -73,7 +73,7 @@ pub enum Reply {
 }
 
 impl Reply {
-    /// A rejection for the faults in the lines of `text`, as far as they fit into a reply.
+    /// A rejection with the faults in the lines of `text`, cut at the maximum length of a reply.
     pub fn rejected(text: &str) -> Self {
         let fitting = text.get(..text.floor_char_boundary(MAX_FAULTS)).unwrap_or(text);
         let mut faults: Vec<_> = fitting.lines().map(str::to_owned).collect();
@@ -84,7 +84,7 @@ impl Reply {
     }
 }
 
-/// A request that waits for a reload; `None` for a signal, which nobody waits for.
+/// A request that waits for a reload; `None` for a signal, which gets no reply.
 type Request = Option<oneshot::Sender<Reply>>;
 
 /// Hands reload requests to the daemon.
@@ -139,7 +139,7 @@ impl Waiting {
     /// Sends the outcome to all.
     pub fn answer(self, reply: &Reply) {
         for client in self.0 {
-            // A client that has gone needs no reply.
+            // Fails only if the client has disconnected.
             let _ = client.send(reply.clone());
         }
     }
@@ -192,7 +192,7 @@ impl ControlSocket {
         Ok(Self { listener: UnixListener::from_std(listener)?, _file: file })
     }
 
-    /// Serves clients until it is dropped; those that have been accepted by then get their reply.
+    /// Serves clients until the future is dropped; accepted clients still get their reply.
     pub async fn serve(self, reloads: ReloadSender) {
         let permits = Arc::new(Semaphore::new(MAX_CLIENTS));
         // The semaphore is never closed.
@@ -220,10 +220,10 @@ async fn serve_client(mut client: UnixStream, reloads: &ReloadSender) {
         Ok(_) => Reply::Refused { reason: format!("unknown request: expected {RELOAD:?}") },
         Err(error) => Reply::Refused { reason: error.to_string() },
     };
-    // A reply is made of strings, of which every one is JSON.
+    // Strings always serialize.
     let Ok(mut line) = serde_json::to_vec(&reply) else { return };
     line.push(b'\n');
-    // A client that has gone, or takes nothing, needs no reply.
+    // Fails only if the client has disconnected or does not read.
     let _ = timeout(CLIENT_TIMEOUT, client.write_all(&line)).await;
 }
 

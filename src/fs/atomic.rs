@@ -35,11 +35,11 @@ const ATTEMPTS: u32 = 16;
 /// The treatment of a file that is in the place of a new one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OverwritePolicy {
-    /// Keeps it, and fails.
+    /// Keeps the existing file, and fails.
     Refuse,
-    /// Replaces it.
+    /// Replaces the existing file.
     Replace,
-    /// Replaces it if the content differs.
+    /// Replaces the existing file if the content differs.
     Update,
 }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug)]
 pub struct CreatedDirs {
     path: PathBuf,
-    /// The innermost first.
+    /// Created folders, the innermost first.
     created: Vec<PathBuf>,
 }
 

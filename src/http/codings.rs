@@ -29,7 +29,7 @@ const MAX_CODINGS: usize = 5;
 /// The codings of a body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Codings {
-    /// gzip, so many times.
+    /// gzip, applied this many times.
     Gzip(usize),
     /// Others, which cannot be decoded.
     Unsupported,

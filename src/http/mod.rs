@@ -1,4 +1,4 @@
-//! What HTTP clients (downloads, mirrors, SMS) and the SMTP client have in common.
+//! Parts shared by the HTTP clients (downloads, mirrors, SMS) and the SMTP client.
 //!
 //! | file | subject |
 //! |---|---|

@@ -26,7 +26,7 @@ use super::certificate::Certificate;
 use super::tls_error::RejectedCertificate;
 use crate::outbound::roots;
 
-/// The file of trusted certificates besides the system's.
+/// The file of certificates to trust in addition to the system's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CaFile {
     /// The file, if one is named.

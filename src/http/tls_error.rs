@@ -24,12 +24,12 @@ const MAX_NAMES: usize = 5;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct TlsError {
-    /// What to do about it.
+    /// The remedy.
     pub kind: TlsErrorKind,
     message: String,
 }
 
-/// What a TLS error means for the next attempt.
+/// Consequence of a TLS error for the next attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TlsErrorKind {
     /// The server's certificate is rejected.
@@ -135,7 +135,7 @@ fn date(time: UnixTime) -> String {
     time.map_or_else(|| "a time that is out of range".to_owned(), |time| time.to_string())
 }
 
-/// What is wrong with a certificate that is valid for `names`, and the remedy. `key` names the file
+/// Describes the fault of a certificate that is valid for `names`, and the remedy. `key` names the file
 /// of trusted certificates.
 #[expect(deprecated, reason = "verifiers may still return them")]
 fn explain(cause: &CertificateError, names: &[String], key: &str) -> (String, String) {

@@ -1,4 +1,4 @@
-//! The queue between those who log and the thread that writes, which may have to wait for the
+//! The queue between the callers that log and the thread that writes, which may have to wait for the
 //! reader of standard error or for the journal.
 //!
 //! `tracing-appender` is not used: if the queue is full when the process ends, its guard reports
@@ -55,7 +55,7 @@ impl Queue {
         Ok(Self { sender })
     }
 
-    /// What adds lines.
+    /// Returns the handle that adds lines to the queue.
     pub fn sender(&self) -> &Sender {
         &self.sender
     }

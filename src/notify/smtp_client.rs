@@ -55,12 +55,12 @@ fn parse_line(line: &[u8]) -> Option<(u16, bool, &[u8])> {
     }
 }
 
-/// An SMTP dialogue.
+/// An SMTP dialogue over one connection.
 pub struct SmtpClient<S> {
     stream: S,
     /// The name or address literal that EHLO announces.
     helo: String,
-    /// The secrets that the server was told, which failures must not repeat.
+    /// Secrets sent to the server. No failure message may repeat them.
     secrets: Secrets,
     /// Bytes received and not yet read as a reply.
     unread: Vec<u8>,
@@ -181,7 +181,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
             let fits = initial.len() <= MAX_COMMAND;
             let command = if fits { &initial } else { "AUTH PLAIN" };
             let reply = self.authenticate(command, &[response]).await?;
-            // Some offer what they do not implement.
+            // Some servers offer mechanisms that they do not implement.
             let may_try_login = reply.code == 504 && login;
             match self.expect_positive(&reply, Failure::unusable) {
                 Err(failure) if may_try_login => refused = Some(failure),
@@ -197,7 +197,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
         Err(refused.map_or_else(neither, login_refused))
     }
 
-    /// Answers one prompt after the other. Their order says what is asked for; their text, for
+    /// Answers one prompt after the other. Their order determines the answer; their text, for
     /// which there is no standard, may be anything.
     async fn authenticate(
         &mut self,

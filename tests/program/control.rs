@@ -315,7 +315,7 @@ fn silent_clients_hold_up_neither_reloads_nor_the_stop() {
     let silent: Vec<_> =
         (0..20).map(|_| UnixStream::connect(daemon.path(SOCKET)).unwrap()).collect();
     daemon.reload(CLOCK);
-    // It waits behind those who were before it, and these are given up after a while.
+    // The request waits behind the silent clients, which time out.
     let mut command = reload_command(&daemon.path(SOCKET));
     let mut waiting = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     assert!(wait_for_exit(&mut waiting).success());
@@ -337,7 +337,7 @@ fn requests_during_a_reload_get_the_outcome_of_a_later_one() {
     let daemon = start(&format!("{CLOCK}{METRICS}"));
     hold_reloads(&daemon);
     let first = begin_reload(&daemon);
-    // Those who come now want what is in the file from now on.
+    // Later requests must read the file again.
     let spawn = |_| {
         let mut command = reload_command(&daemon.path(SOCKET));
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()

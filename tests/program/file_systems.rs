@@ -255,7 +255,7 @@ fn mirrors_and_alert_queues_work_on_exfat_fat_and_ntfs() {
     });
 }
 
-/// What `-o` may name besides a file.
+/// Targets of `-o` other than regular files.
 fn special_files(folder: &Path) -> Vec<(PathBuf, FileType)> {
     let mode = Mode::RUSR | Mode::WUSR;
     let device = makedev(1, 3);

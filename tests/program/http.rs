@@ -178,7 +178,7 @@ fn retries_replies_that_end_early() {
     }
 }
 
-/// What `Location` with these bytes leads to, by curl and by `handout download`: the target of the
+/// Follows a `Location` with these bytes by curl and by `handout download`; returns the target of the
 /// second request.
 fn follow(location: &[u8]) -> [Option<String>; 2] {
     let place = Place::new();
