@@ -65,14 +65,14 @@ fn serves_clients_on_a_slow_link() {
     apart(UnshareFlags::NEWNET, || {
         for arguments in [
             "ip link set lo mtu 1500 up",
-            "tc qdisc add dev lo root tbf rate 192kbit burst 3000 limit 40000",
+            "tc qdisc add dev lo root tbf rate 64kbit burst 3000 limit 40000",
         ] {
             let mut words = arguments.split(' ');
             let output = run(Command::new(words.next().unwrap()).args(words));
             assert!(output.status.success(), "{arguments}: {output:?}");
         }
         // One needs longer than the kernel's buffer lasts, the other lingers in it.
-        for picture in [sample(4, 160_000), sample(5, 60_000)] {
+        for picture in [sample(4, 100_000), sample(5, 20_000)] {
             let daemon = daemon(&picture, "2s");
             let start = Instant::now();
             // Less than the link's queue holds, so that no packet is lost.
