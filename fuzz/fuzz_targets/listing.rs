@@ -39,7 +39,9 @@ fuzz_target!(|input: &[u8]| {
     let hosts = [Host::parse("*.example.net").unwrap()];
     let reach = Reach::new([&base], &hosts, false);
 
-    let document: Option<Value> = serde_json::from_slice(json).ok();
+    // A byte order mark is ignored, by handout alone.
+    let text = json.strip_prefix("\u{feff}".as_bytes()).unwrap_or(json);
+    let document: Option<Value> = serde_json::from_slice(text).ok();
     let list = document.as_ref().and_then(|document| pointers.list.find(document));
     let list = list.and_then(Value::as_array);
     let entries = match (read(json, &pointers, MAX, &base, &reach), list) {
@@ -50,7 +52,7 @@ fuzz_target!(|input: &[u8]| {
             return assert!(is_one_line(&error.to_string()), "{error:?}");
         }
     };
-    assert!(serde_json::from_slice::<IgnoredAny>(json).is_ok());
+    assert!(serde_json::from_slice::<IgnoredAny>(text).is_ok());
     if let Some(list) = list {
         assert_eq!(entries.len(), list.len());
     }

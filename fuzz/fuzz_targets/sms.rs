@@ -56,7 +56,8 @@ static PROVIDERS: LazyLock<Vec<Settings>> = LazyLock::new(|| {
 
 /// Whether a reply says that the text was taken.
 fn is_success(provider: usize, status: u16, reply: &[u8]) -> bool {
-    let Ok(json) = serde_json::from_slice::<Value>(reply) else { return false };
+    let text = reply.strip_prefix("\u{feff}".as_bytes()).unwrap_or(reply);
+    let Ok(json) = serde_json::from_slice::<Value>(text) else { return false };
     match provider {
         0 => status < 300 && (json["code"] == 2 || json["code"] == "2"),
         1 => matches!(status, 200 | 201) && !(json["sid"].is_null() || is_many(&json["sid"])),

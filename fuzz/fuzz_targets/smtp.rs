@@ -52,7 +52,8 @@ const NAME: &str = "[127.0.0.1]";
 /// Sends a mail to `to` recipients over an open connection; returns the refusals.
 async fn send(server: Memory, with_login: bool, to: usize) -> Result<Vec<Failure>, Failure> {
     let doing = Doing::default();
-    let mut client = SmtpClient::new(server, NAME.to_owned());
+    let secrets = if with_login { Secrets::of_login("me", &PASSWORD) } else { Secrets::default() };
+    let mut client = SmtpClient::new(server, NAME.to_owned()).with_secrets(secrets);
     client.greeting(&doing).await?;
     client.hello(with_login, &doing).await?;
     if with_login {
@@ -66,7 +67,7 @@ async fn send(server: Memory, with_login: bool, to: usize) -> Result<Vec<Failure
 
 /// Asks for STARTTLS.
 async fn encrypt(server: Memory, said: &[u8]) -> Result<(), Failure> {
-    let server = start_tls(server, NAME.to_owned(), &Doing::default()).await;
+    let server = start_tls(server, NAME.to_owned(), &Secrets::default(), &Doing::default()).await;
     let server = server.map_err(|failure| failure.told(&Secrets::default()))?;
     let heard = String::from_utf8(server.heard.clone()).unwrap();
     let lines: Vec<_> = heard.split_inclusive("\r\n").collect();

@@ -60,7 +60,8 @@ pub struct SmtpClient<S> {
     stream: S,
     /// The name or address literal that EHLO announces.
     helo: String,
-    /// Secrets sent to the server. No failure message may repeat them.
+    /// Secrets that the server may know, also from earlier connections. No failure message repeats
+    /// them.
     secrets: Secrets,
     /// Bytes received and not yet read as a reply.
     unread: Vec<u8>,
@@ -81,6 +82,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
             allowance: MAX_RECEIVED,
             extensions: Vec::new(),
         }
+    }
+
+    /// Keeps `secrets` out of failure messages from the greeting on: a server may know them from an
+    /// earlier connection.
+    #[must_use]
+    pub fn with_secrets(self, secrets: Secrets) -> Self {
+        Self { secrets, ..self }
     }
 
     /// Waits for the greeting.
@@ -550,6 +558,19 @@ mod tests {
         let mut client = SmtpClient::new(stream, "[192.0.2.1]".to_owned());
         let sent = client.send_content(&[b'x'; 10_000], &Doing::default()).await;
         assert_eq!(sent, Err(Failure::refused("552 too large")));
+    }
+
+    #[tokio::test]
+    async fn withholds_a_password_that_the_server_sends_before_the_login() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "hush").unwrap();
+        let secrets = Secrets::of_login("me", &Secret::read(file.path()).unwrap());
+        for script in ["hush, and no SMTP\r\n", "554 hush\r\n", "220 hi\r\n550 hush\r\n"] {
+            let (client, _) = client_of(script, 1024);
+            let mut client = client.with_secrets(secrets.clone());
+            let failure = send(&mut client, true).await.unwrap_err();
+            assert!(!failure.words.contains("hush"), "{failure:?}");
+        }
     }
 
     #[tokio::test]

@@ -121,9 +121,9 @@ pub async fn connect(place: &Place, time: Duration, doing: &Doing) -> Result<Con
             Some((username.as_str(), channel::password(password_file).await?))
         }
     };
-    let needs_extensions = login.is_some();
-    let opened = open(place, time, needs_extensions, doing).await;
-    let mut connection = opened.map_err(|failure| failure.told(&Secrets::default()))?;
+    let secrets = login.as_ref().map(|(username, password)| Secrets::of_login(username, password));
+    let opened = open(place, time, secrets.as_ref(), doing).await;
+    let mut connection = opened.map_err(|failure| failure.told(&secrets.unwrap_or_default()))?;
     if let Some((username, password)) = login
         && let Err(failure) = connection.log_in(username, &password, doing).await
     {
@@ -143,13 +143,15 @@ pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Duplex for S {}
 
-/// Connects, encrypts and says EHLO.
+/// Connects, encrypts and says EHLO, which a login requires (`secrets`).
 async fn open(
     place: &Place,
     time: Duration,
-    needs_extensions: bool,
+    secrets: Option<&Secrets>,
     doing: &Doing,
 ) -> Result<Connection, Failure> {
+    let needs_extensions = secrets.is_some();
+    let secrets = secrets.cloned().unwrap_or_default();
     let Place { server, security, allow_plaintext, ca_file, .. } = place;
     let tls = match security {
         Security::Plaintext => None,
@@ -164,7 +166,7 @@ async fn open(
     stream.set_nodelay(true).map_err(lost)?;
     let local = stream.local_addr().map_err(lost)?;
     let name = name.unwrap_or_else(|| helo::address_literal(local.ip()));
-    let mut connection: Connection = match (security, tls) {
+    let connection: Connection = match (security, tls) {
         (Security::Plaintext, _) | (_, None) => {
             if !allow_plaintext && !peer.ip().to_canonical().is_loopback() {
                 return Err(Failure::unusable(format!(
@@ -172,20 +174,22 @@ async fn open(
                      to only with allow-plaintext = true"
                 )));
             }
-            SmtpClient::new(Box::new(stream), name)
+            SmtpClient::new(Box::new(stream) as Box<dyn Duplex>, name)
         }
         (Security::Tls, Some(tls)) => {
-            SmtpClient::new(Box::new(encrypt(stream, tls, doing).await?), name)
+            SmtpClient::new(Box::new(encrypt(stream, tls, doing).await?) as Box<dyn Duplex>, name)
         }
         (Security::StartTls, Some(tls)) => {
-            let stream = start_tls(stream, name.clone(), doing).await?;
+            let stream = start_tls(stream, name.clone(), &secrets, doing).await?;
             let stream = encrypt(stream, tls, doing).await?;
-            let mut connection = SmtpClient::new(Box::new(stream) as Box<dyn Duplex>, name);
+            let stream = Box::new(stream) as Box<dyn Duplex>;
+            let mut connection = SmtpClient::new(stream, name).with_secrets(secrets);
             // What was offered before the encryption does not count (RFC 3207, 4.2).
             connection.hello(needs_extensions, doing).await?;
             return Ok(connection);
         }
     };
+    let mut connection = connection.with_secrets(secrets);
     connection.greeting(doing).await?;
     connection.hello(needs_extensions, doing).await?;
     Ok(connection)
@@ -206,9 +210,10 @@ async fn own_name(configured: Option<&str>) -> Option<String> {
 pub async fn start_tls<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
     name: String,
+    secrets: &Secrets,
     doing: &Doing,
 ) -> Result<S, Failure> {
-    let mut client = SmtpClient::new(stream, name);
+    let mut client = SmtpClient::new(stream, name).with_secrets(secrets.clone());
     client.greeting(doing).await?;
     client.hello(true, doing).await?;
     client.start_tls(doing).await
@@ -274,7 +279,9 @@ mod tests {
             }
         });
         let stream = TcpStream::connect(address).await.unwrap();
-        start_tls(stream, "[127.0.0.1]".to_owned(), &Doing::default()).await.map(drop)
+        start_tls(stream, "[127.0.0.1]".to_owned(), &Secrets::default(), &Doing::default())
+            .await
+            .map(drop)
     }
 
     #[tokio::test]
