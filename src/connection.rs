@@ -456,7 +456,7 @@ impl<S: Stream> Connection<S> {
             };
             match received {
                 Ok(received) => break received.map_err(Broken::of_socket)?,
-                // It may still be taking an earlier reply.
+                // The client may still be reading an earlier reply.
                 Err(waited) => self.check_idle(&mut timer, waited)?,
             }
         };

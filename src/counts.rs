@@ -212,7 +212,7 @@ pub struct Counts {
     /// Connections that ended before the client took anything, as a rule health checks and port
     /// scans. They are counted among `endings`, too.
     unserved: Counter<Ending>,
-    /// One of their peers, as an example for the log.
+    /// An example peer for the log.
     unserved_peer: Mutex<Option<Peer>>,
     /// What the log has been told.
     summed_up: Mutex<SummedUp>,

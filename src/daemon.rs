@@ -166,7 +166,7 @@ impl Daemon {
                 },
             }
         };
-        // Whoever waits for a reload learns that there will be none.
+        // Clients that wait for a reload learn that there will be none.
         drop(reloads);
         self.stop(&orders).await;
         notifying.abort();

@@ -247,11 +247,11 @@ pub enum LeftOut {
     NotUtf8,
     /// Its name is too long, or cannot be sent as a line.
     Unsendable,
-    /// It is a device, a FIFO, a socket, or a link to one or to a folder.
+    /// A device, a FIFO, a socket, or a link to one or to a folder.
     NotRegular,
     /// A link that leads nowhere, or out of the folder.
     BrokenLink,
-    /// It cannot be read.
+    /// The content cannot be read.
     Unreadable,
 }
 

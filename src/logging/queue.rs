@@ -100,7 +100,7 @@ fn write_lines(messages: &Receiver<Message>, mut target: impl Write, lost: &Atom
             }
             next = messages.try_recv().ok();
         }
-        // What a failed flush leaves in a buffer is written with the next line.
+        // Bytes that a failed flush leaves in the buffer are written with the next line.
         let _ = target.flush();
     }
 }

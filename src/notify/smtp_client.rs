@@ -219,7 +219,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
             }
             reply = self.command(response).await?;
         }
-        // One prompt too many: `*` cancels (RFC 4954, 4).
+        // Too many prompts: `*` cancels (RFC 4954, 4).
         if reply.code == 334 { self.command("*").await } else { Ok(reply) }
     }
 

@@ -1,6 +1,6 @@
 //! A mail as it is sent: plain text with attachments (RFC 5322, MIME).
 //!
-//! What ends a line never reaches a header: it is refused here. Texts that are not plain ASCII become
+//! Line ends never reach a header: they are refused here. Texts that are not plain ASCII become
 //! encoded words (RFC 2047), names of files also parameters of RFC 2231.
 
 use std::fmt;

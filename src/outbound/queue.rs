@@ -125,7 +125,7 @@ pub enum OpenError {
     /// It is somebody else's.
     #[error("another handout has it: give each a `state` of its own")]
     Taken,
-    /// It cannot be read.
+    /// The content cannot be read.
     #[error("cannot be read: {0}")]
     Unreadable(#[from] io::Error),
 }

@@ -84,7 +84,7 @@ pub struct FolderService {
     list: Mutex<Option<(Instant, Arc<str>)>>,
     complained: std::sync::Mutex<Option<Instant>>,
     unreadable: Unreadable,
-    /// What the log says is left out of the list, and since when.
+    /// Omitted entries as last logged, and the time of that line.
     left_out: std::sync::Mutex<(BTreeMap<LeftOut, u64>, Option<Instant>)>,
     readers: Readers,
     trouble: Trouble,
@@ -445,7 +445,7 @@ struct Unreadable {
     overflowed: AtomicBool,
 }
 
-/// What is to be logged of an unreadable file.
+/// The log line due for an unreadable file.
 #[derive(Debug, PartialEq, Eq)]
 enum Noted {
     New,

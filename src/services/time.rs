@@ -25,7 +25,7 @@ pub struct Settings {
     pub format: Format,
     /// The name of the zone in which it is told.
     pub timezone: String,
-    /// What that name stood for when the settings were read.
+    /// The zone of that name when the settings were read.
     pub zone: TimeZone,
     /// Whether text ends with a newline.
     pub newline: bool,
@@ -78,7 +78,7 @@ impl TimeService {
     }
 
     fn current(&self) -> RwLockReadGuard<'_, Current> {
-        // It is replaced as a whole.
+        // The value is replaced as a whole.
         self.current.read().unwrap_or_else(PoisonError::into_inner)
     }
 

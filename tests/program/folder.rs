@@ -430,7 +430,7 @@ fn a_client_that_half_closes_without_a_word_gets_a_clean_end() {
     assert!(conversation.next().is_none());
     drop(conversation);
     assert!(daemon.stop().success());
-    // It took nothing, so it has no line of its own.
+    // The client took nothing, so the connection has no line.
     let line = daemon.wait_for_message("ended before the client took anything (1 complete");
     assert_eq!(line["unserved"], 1);
 }

@@ -114,7 +114,7 @@ fn without_descriptors_it_says_the_remedy_once_and_recovers_by_itself() {
     }
     eventually("service as before", || read_all(address).len() == 27);
     let said = |line: &serde_json::Value| says(line, "cannot accept connections");
-    // It is repeated if it lasts, as it may on a busy machine.
+    // The line is repeated if the condition lasts, as it may on a busy machine.
     let allowed = 1 + start.elapsed().as_secs() / 60;
     assert!(daemon.lines().into_iter().filter(said).count() as u64 <= allowed);
 }

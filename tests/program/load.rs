@@ -178,7 +178,7 @@ fn event_loops() -> usize {
 /// How many sockets the daemon has open, and how many other descriptors.
 fn descriptors(daemon: &Daemon) -> (usize, usize) {
     let open = fs::read_dir(format!("/proc/{}/fd", daemon.child.id())).unwrap();
-    // One that was closed meanwhile has no target.
+    // A descriptor that was closed meanwhile has no target.
     let targets = open.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
     let (sockets, others): (Vec<_>, Vec<_>) =
         targets.partition(|target| target.to_string_lossy().starts_with("socket:"));

@@ -71,7 +71,7 @@ fn serves_clients_on_a_slow_link() {
             let output = run(Command::new(words.next().unwrap()).args(words));
             assert!(output.status.success(), "{arguments}: {output:?}");
         }
-        // One needs longer than the kernel's buffer lasts, the other lingers in it.
+        // The first needs longer than the kernel's buffer lasts, the second lingers in it.
         for picture in [sample(4, 100_000), sample(5, 20_000)] {
             let daemon = daemon(&picture, "2s");
             let start = Instant::now();

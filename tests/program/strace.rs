@@ -36,7 +36,7 @@ impl Strace {
         let mut messages = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
         let attached = messages.find(|line| line.contains(" attached"));
         assert!(attached.is_some(), "strace ended");
-        // It reports new threads, too; a full pipe would stop it.
+        // strace reports new threads, too; a full pipe would stop it.
         thread::spawn(move || messages.for_each(drop));
         Self { child, trace }
     }
