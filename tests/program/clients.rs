@@ -118,10 +118,12 @@ fn telnet_prints_the_reply_between_its_own_lines() {
     let (daemon, picture) = daemon();
     for service in ["time.clock", "file.picture"] {
         // The shell keeps telnet's input open until the connection is closed: at the end of its
-        // input, telnet would leave at once.
+        // input, telnet would leave at once. Its output goes to a file, because telnet sets its
+        // standard output to non-blocking and discards what a full pipe does not take at the end.
         let address = daemon.tcp(service);
         let script = format!(
-            "mkfifo \"$0/{service}\"; exec 3<>\"$0/{service}\"; telnet {} {} <&3",
+            "mkfifo \"$0/{service}\"; exec 3<>\"$0/{service}\"; \
+             telnet {} {} <&3 >\"$0/printed\"; cat \"$0/printed\"",
             address.ip(),
             address.port()
         );
