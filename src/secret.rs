@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 
 use crate::config::Context;
-use crate::files::OpenFile;
+use crate::fs::file::OpenFile;
 
 /// The longest secret that is read, in bytes.
 const MAX_SECRET: u64 = 64 << 10;

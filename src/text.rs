@@ -1,6 +1,19 @@
 //! Wording shared by log messages, the status line and command output.
 
+use std::error::Error;
 use std::fmt::Write as _;
+
+/// Returns the message of an error with its causes, joined by colons.
+pub fn error_chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
 
 /// Returns `count` with the singular or plural of `noun`: `1 file`, `2 addresses`, `0 entries`.
 /// Knows the regular English plurals.

@@ -19,7 +19,7 @@ use crate::machine::Server;
 use crate::{PATIENCE, Result, Run};
 
 /// The log has no line for a connection, but still says where the services listen.
-pub const QUIET: &str = "warn,handout::running=info";
+pub const QUIET: &str = "warn,handout::daemon::manager=info";
 
 /// The log has a line for each connection.
 pub const LOGGED: &str = "info";

@@ -32,7 +32,7 @@ mod fetch;
 mod floors;
 mod folder;
 mod machine;
-#[cfg(feature = "mirror")]
+#[cfg(feature = "gateway")]
 mod mirror;
 mod rounds;
 mod short;
@@ -85,7 +85,7 @@ enum Subject {
     Picture,
     Folder,
     Fetch,
-    #[cfg(feature = "mirror")]
+    #[cfg(feature = "gateway")]
     Mirror,
     Crowd,
     Start,
@@ -137,7 +137,7 @@ fn measure(subject: Subject, run: &Run) -> Result<Vec<Row>> {
         Subject::Picture => short::picture(run),
         Subject::Folder => folder::measure(run),
         Subject::Fetch => fetch::measure(run),
-        #[cfg(feature = "mirror")]
+        #[cfg(feature = "gateway")]
         Subject::Mirror => mirror::measure(run),
         Subject::Crowd => crowd::measure(run),
         Subject::Start => start::measure(run),

@@ -6,7 +6,8 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
-use handout::config::{Config, Place, Sources};
+use handout::config::{Config, Sources};
+use handout::config_reader::diagnostic::Place;
 use handout_fuzz::{folder, is_one_line};
 use libfuzzer_sys::fuzz_target;
 

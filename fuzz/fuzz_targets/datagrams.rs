@@ -8,7 +8,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use handout::clock::Format;
-use handout::datagram::may_be_answered;
+use handout::net::udp_filter::may_be_answered;
 use handout::services::time::{Settings, TimeService};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;

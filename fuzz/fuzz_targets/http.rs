@@ -6,8 +6,8 @@
 
 use std::sync::{Arc, LazyLock};
 
-use handout::metrics::Monitor;
 use handout::services::metrics::MetricsService;
+use handout::telemetry::metrics::Monitor;
 use handout_fuzz::{answered, pieces};
 use libfuzzer_sys::fuzz_target;
 

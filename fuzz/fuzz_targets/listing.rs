@@ -8,9 +8,9 @@
 use std::collections::HashSet;
 use std::path::{Component, Path};
 
-use handout::outbound::listing::{Error, Pointers, read};
-use handout::outbound::pointer::Pointer;
-use handout::outbound::reach::{Host, Reach};
+use handout::http::egress::{Host, Reach};
+use handout::http::pointer::Pointer;
+use handout::mirror::listing::{Error, Pointers, read};
 use handout_fuzz::is_one_line;
 use libfuzzer_sys::fuzz_target;
 use reqwest::Url;

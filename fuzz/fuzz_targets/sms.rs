@@ -8,8 +8,8 @@ use std::fs;
 use std::sync::LazyLock;
 
 use handout::config::load_part;
-use handout::outbound::channel::words;
-use handout::outbound::sms::Settings;
+use handout::notify::channel::words;
+use handout::notify::sms::Settings;
 use handout::secret::Secrets;
 use handout_fuzz::{folder, is_one_line};
 use libfuzzer_sys::fuzz_target;

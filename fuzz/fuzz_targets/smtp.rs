@@ -10,10 +10,10 @@ use std::sync::LazyLock;
 
 use handout::config::load_part;
 use handout::notify::address::EmailAddress;
+use handout::notify::channel::Failure;
+use handout::notify::mail::Settings;
+use handout::notify::smtp::{Doing, start_tls};
 use handout::notify::smtp_client::SmtpClient;
-use handout::outbound::channel::Failure;
-use handout::outbound::mail::Settings;
-use handout::outbound::smtp::{Doing, start_tls};
 use handout::secret::{Secret, Secrets};
 use handout_fuzz::{Memory, block_on, folder, is_one_line, pieces};
 use libfuzzer_sys::fuzz_target;

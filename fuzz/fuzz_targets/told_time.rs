@@ -6,7 +6,7 @@
 
 use std::sync::LazyLock;
 
-use handout::client::reply::{Told, read_rfc868, read_text};
+use handout::client::time_reply::{Told, read_rfc868, read_text};
 use handout::clock::Format;
 use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};

@@ -7,7 +7,7 @@ use std::fmt;
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::reply::Told;
+use crate::client::time_reply::Told;
 
 /// Digits printed of an offset: finer ones are below what a network lets measure.
 const MAX_DIGITS: u32 = 6;
@@ -85,7 +85,7 @@ impl fmt::Display for Decimal {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::reply::{first_line, read_rfc868, read_text};
+    use crate::client::time_reply::{first_line, read_rfc868, read_text};
     use crate::clock::Format;
     use jiff::tz::TimeZone;
     use proptest::prelude::*;

@@ -21,17 +21,18 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::names::{self, NameError, escape};
-use super::{ConnectError, Server};
+use crate::client::{ConnectError, Server};
 use crate::document::{File, Head, ReadError, Reader, Tail, without_bom};
-use crate::errors::chain;
 use crate::fs::atomic::{
     DirHandle, NEW_FILE, OverwritePolicy, PendingFile, SaveError, is_special, sync_data,
 };
 use crate::fs::created_dirs::CreatedDirs;
-use crate::idle_timer::{IdleTimer, ready_within};
-use crate::kernel::unacknowledged;
+use crate::fs::filename;
+use crate::fs::filename::{NameError, escape};
+use crate::net::idle_timer::{IdleTimer, ready_within};
+use crate::sys::unacknowledged;
 use crate::text::counted;
+use crate::text::error_chain;
 
 /// The port of file services, by custom.
 pub const PORT: u16 = 5566;
@@ -107,7 +108,7 @@ pub enum Error {
     /// The server sent nothing at all though no file was asked for by name.
     #[error(
         "{server} sent nothing: {}: a folder service waits for requests: try --list or --all",
-        chain(.cause)
+        error_chain(.cause)
     )]
     NothingSent {
         /// The server, with its port.
@@ -344,10 +345,10 @@ fn place_for(name: &str, order: &Order) -> Result<Option<PathBuf>, Error> {
         Output::Stdout => return Ok(None),
         Output::File(path) => path.clone(),
         Output::Folder(folder) if order.wanted == Wanted::All => {
-            within(folder, &names::relative_path(name).map_err(not_taken)?)
+            within(folder, &filename::relative_path(name).map_err(not_taken)?)
         }
         Output::Folder(folder) => {
-            within(folder, Path::new(names::last_component(name).map_err(not_taken)?))
+            within(folder, Path::new(filename::last_component(name).map_err(not_taken)?))
         }
     };
     // A file of the list that is there already may be the same.
@@ -358,7 +359,7 @@ fn place_for(name: &str, order: &Order) -> Result<Option<PathBuf>, Error> {
 }
 
 /// A path below a folder, as a person would write it.
-pub(super) fn within(folder: &Path, name: &Path) -> PathBuf {
+pub(crate) fn within(folder: &Path, name: &Path) -> PathBuf {
     if folder == Path::new(".") { name.to_owned() } else { folder.join(name) }
 }
 
@@ -386,7 +387,7 @@ fn place_for_pushed(name: &str, order: &Order) -> Result<Option<PathBuf>, Error>
         Output::File(path) => path.clone(),
         Output::Folder(folder) => {
             let not_taken = |cause| Error::Name { name: escape(name), cause };
-            within(folder, Path::new(names::file_name(name).map_err(not_taken)?))
+            within(folder, Path::new(filename::file_name(name).map_err(not_taken)?))
         }
     };
     refuse_taken(&place, order)?;

@@ -12,15 +12,9 @@
 //! | `names` | which names of a server's choice are taken, and how they are printed |
 
 pub mod clock_offset;
-#[cfg(feature = "mirror")]
-pub mod download;
 pub mod fetch;
-pub mod names;
-pub mod progress;
-pub mod reply;
-#[cfg(feature = "alert")]
-pub mod send;
 pub mod time;
+pub mod time_reply;
 
 use std::fmt;
 use std::io;

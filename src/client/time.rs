@@ -10,10 +10,10 @@ use tokio::io::AsyncReadExt;
 use tokio::net::UdpSocket;
 use tokio::time::{Instant, timeout};
 
-use super::clock_offset::ClockOffset;
-use super::names::escape_bytes;
-use super::reply::{Told, first_line, read_rfc868, read_text};
-use super::{ConnectError, Server};
+use crate::client::clock_offset::ClockOffset;
+use crate::client::time_reply::{Told, first_line, read_rfc868, read_text};
+use crate::client::{ConnectError, Server};
+use crate::fs::filename::escape_bytes;
 
 /// The port of time services, by custom.
 pub const PORT: u16 = 6789;

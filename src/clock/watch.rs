@@ -4,7 +4,7 @@ use std::time::SystemTime;
 
 use rustix::time::{ClockId, clock_gettime};
 
-use super::Health;
+use crate::clock::Health;
 
 /// The smallest step that is logged, in nanoseconds. Slewing moves both clocks alike, and the boot
 /// clock advances during suspend, so only a step makes them differ.

@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use jiff::tz::{self, TimeZone};
 
-use crate::files::Stamp;
+use crate::fs::file::Stamp;
 
 /// The zone of the machine, unless `TZ` names another; see localtime(5).
 const LOCALTIME: &str = "/etc/localtime";

@@ -3,10 +3,6 @@
 //! Behind this module nothing is a string that should be an address, a duration or a zone.
 //! Reading touches nothing: files are opened to see that they can be, and closed again.
 
-mod fault;
-mod table;
-mod values;
-
 use std::fmt::Display;
 use std::fs;
 use std::io::{self, Read};
@@ -19,16 +15,17 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeArray, DeTable, DeValue};
 
-use crate::alerts;
-use crate::connection::Deadlines;
-use crate::limits::{Access, DatagramLimits, Limits, network};
-use crate::logging;
-use crate::mirrors;
-use crate::services::{self, KINDS, Kind, METRICS, Settings};
+use crate::daemon::health;
+use crate::daemon::mirrors;
+use crate::net::connection::Deadlines;
+use crate::net::limits::{Access, DatagramLimits, Limits, network};
+use crate::services;
+use crate::services::{KINDS, Kind, METRICS, Settings};
+use crate::telemetry::logging;
 
-pub use fault::{Fault, Faults, Place};
-pub use table::{Located, Noted, Source, Table};
-pub use values::{Endpoint, Listen, duration, size};
+use crate::config_reader::diagnostic::{Fault, Faults, Place};
+use crate::config_reader::table::{Located, Noted, Source, Table};
+use crate::config_reader::values::{Endpoint, Listen, duration};
 
 /// The largest file that is taken for a configuration.
 const MAX_FILE: u64 = 1 << 20;
@@ -51,7 +48,7 @@ pub struct Config {
     /// Every mirror.
     pub mirrors: Vec<mirrors::Settings>,
     /// How the operator is told. There is a service, a mirror or a channel.
-    pub alerts: alerts::Settings,
+    pub alerts: health::Settings,
 }
 
 /// How the daemon logs.
@@ -186,8 +183,8 @@ impl Config {
                 found.extend(read_named(kind, name, table, &context, &limits_or_default).ok());
             }
         }
-        let alerts = alerts::Settings::read(&mut root, &context);
-        named += alerts.as_ref().map_or(0, alerts::Settings::channels);
+        let alerts = health::Settings::read(&mut root, &context);
+        named += alerts.as_ref().map_or(0, health::Settings::channels);
         let metrics = root.table(METRICS.name).map(|table| {
             let limits = metrics_limits(&limits_or_default);
             read_service(&METRICS, METRICS.name.into(), table, &context, &limits)
@@ -326,7 +323,7 @@ impl Default for Daemon {
 
 impl Daemon {
     fn read(mut table: Table<'_>) -> Result<Self, Noted> {
-        let grace = table.text("grace", values::duration);
+        let grace = table.text("grace", duration);
         table.finish();
         Ok(Self { grace: grace?.unwrap_or(Self::default().grace) })
     }
@@ -338,8 +335,8 @@ fn read_limits(table: &mut Table<'_>, base: &Limits) -> Result<Limits, Noted> {
     let max_per_client = table.number_or("max-per-client", base.max_per_client);
     let allow = table.texts("allow", network);
     let deny = table.texts("deny", network);
-    let idle = table.text("idle-timeout", values::duration);
-    let total = table.text("max-duration", values::duration);
+    let idle = table.text("idle-timeout", duration);
+    let total = table.text("max-duration", duration);
     let datagrams = table.number_or("max-datagrams", base.datagrams.total);
     let per_client = table.number_or("max-datagrams-per-client", base.datagrams.per_client);
     Ok(Limits {

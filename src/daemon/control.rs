@@ -20,8 +20,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::{sleep, timeout};
 
-use crate::client::names::escape;
-use crate::sockets::{SocketFile, bind_unix};
+use crate::fs::filename::escape;
+use crate::net::sockets::{SocketFile, bind_unix};
 
 /// The folder of the control socket, unless `RUNTIME_DIRECTORY` names another.
 const DEFAULT_DIR: &str = "/run/handout";

@@ -2,7 +2,7 @@
 
 use base64::Engine as _;
 
-use super::{BASE64, ReadError, WHOLE_GROUP};
+use crate::document::{BASE64, ReadError, WHOLE_GROUP};
 
 /// How many characters of base64 make one group.
 const CHARACTERS: usize = 4;

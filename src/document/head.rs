@@ -3,8 +3,8 @@
 
 use jiff::Timestamp;
 
-use super::ReadError;
-use super::string::hex_digit;
+use crate::document::ReadError;
+use crate::document::string::hex_digit;
 
 /// What a whole document says, besides the data.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -5,8 +5,8 @@
 
 use memchr::memchr2;
 
-use super::ReadError;
-use super::string::{Escape, Progress};
+use crate::document::ReadError;
+use crate::document::string::{Escape, Progress};
 
 /// How many objects and arrays may be in one another, the outermost included.
 pub const MAX_DEPTH: u32 = u64::BITS;

@@ -7,8 +7,10 @@ use base64::engine::general_purpose::STANDARD;
 use proptest::prelude::*;
 use proptest::sample::select;
 
-use super::oracle::{Json, KEYS, LIMIT, Members, Verdict, verdict};
-use super::{File, Head, ReadError, Reader, WHOLE_GROUP, append_encoded, closing, opening};
+use crate::document::oracle::{Json, KEYS, LIMIT, Members, Verdict, verdict};
+use crate::document::{
+    File, Head, ReadError, Reader, WHOLE_GROUP, append_encoded, closing, opening,
+};
 
 /// What a reader makes of a document: the head, the data, and how much it took.
 type Reading = Result<(Head, Vec<u8>, usize), ReadError>;

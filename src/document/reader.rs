@@ -5,11 +5,11 @@
 //! limit, and everything unknown is checked and dropped. It neither reads from a connection nor
 //! writes files, nor does it judge the name, the size or the digest that the server claims.
 
-use super::data::Decoder;
-use super::head::{Key, Values};
-use super::json::{Event, Scanner};
-use super::string::Text;
-use super::{Head, ReadError};
+use crate::document::data::Decoder;
+use crate::document::head::{Key, Values};
+use crate::document::json::{Event, Scanner};
+use crate::document::string::Text;
+use crate::document::{Head, ReadError};
 
 /// Reads one document, piece by piece.
 ///

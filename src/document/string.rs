@@ -3,7 +3,7 @@
 
 use std::str;
 
-use super::ReadError;
+use crate::document::ReadError;
 
 /// An escape, from behind its backslash on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -6,7 +6,7 @@ use base64::Engine as _;
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::BASE64;
+use crate::document::BASE64;
 
 /// What stands before the file's data.
 #[must_use]

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use reqwest::header::{CONTENT_ENCODING, HeaderMap};
 
-use crate::client::names::escape_bytes;
+use crate::fs::filename::escape_bytes;
 
 /// Codings that no client may take for the content itself (IANA's registry). Servers send other
 /// words, too, such as `utf-8` and `none`, with a body that is not encoded.

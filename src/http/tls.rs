@@ -22,9 +22,9 @@ use rustls::{
     SignatureScheme,
 };
 
-use super::certificate::Certificate;
-use super::tls_error::RejectedCertificate;
-use crate::outbound::roots;
+use crate::http::ca_certs;
+use crate::http::certificate::Certificate;
+use crate::http::tls_error::RejectedCertificate;
 
 /// The file of certificates to trust in addition to the system's.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,7 +69,7 @@ pub fn client_config(ca_file: &CaFile) -> Result<ClientConfig, CaFileError> {
 }
 
 fn read(key: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, CaFileError> {
-    roots::read(path).map_err(|problem| CaFileError { key, path: path.to_owned(), problem })
+    ca_certs::read(path).map_err(|problem| CaFileError { key, path: path.to_owned(), problem })
 }
 
 /// `key` names the file of the certificates `named`.

@@ -11,8 +11,8 @@ use rustls::{
     AlertDescription, CertificateError, Error, InvalidMessage, OtherError, PeerIncompatible,
 };
 
-use super::certificate::Certificate;
-use crate::client::names::escape;
+use crate::fs::filename::escape;
+use crate::http::certificate::Certificate;
 
 /// The longest name that is printed, in characters: certificates may contain long ones.
 const MAX_NAME: usize = 100;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use dns_lookup::AddrInfoHints;
 
-use super::address::ascii_domain;
+use crate::notify::address::ascii_domain;
 
 /// The longest wait for the resolver. Without an answer the address literal does.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(2);

@@ -8,9 +8,9 @@
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::address::EmailAddress;
-use crate::outbound::channel::Failure;
-use crate::outbound::smtp::Doing;
+use crate::notify::address::EmailAddress;
+use crate::notify::channel::Failure;
+use crate::notify::smtp::Doing;
 use crate::secret::{Secret, Secrets};
 
 /// The longest line of a reply, in bytes. RFC 5321, 4.5.3.1.5 allows 512, but some send more.
@@ -383,7 +383,7 @@ mod tests {
     use tokio::task::JoinHandle;
 
     use super::*;
-    use crate::outbound::channel::Lasting;
+    use crate::notify::channel::Lasting;
 
     /// A client of a server that sends `script` at once, however many bytes fit at a time, and
     /// returns what it heard.

@@ -14,14 +14,14 @@ use jiff::Timestamp;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-use crate::connection::{Broken, Connection, Stream};
 use crate::document;
-use crate::files::{OpenFile, Stamp};
-use crate::readers::{Readers, UNANSWERED, if_slow};
+use crate::fs::blocking_pool::{Readers, UNANSWERED, if_slow};
+use crate::fs::file::{OpenFile, Stamp};
+use crate::net::connection::{Broken, Connection, Stream};
 
-use super::ready_made::ReadyMade;
-use super::stream;
-use super::trouble::Trouble;
+use crate::services::cached_document::ReadyMade;
+use crate::services::encoder;
+use crate::telemetry::health_flag::Trouble;
 
 /// How often the file is looked at. Two looks and the reading fit into a second.
 const LOOK_EVERY: Duration = Duration::from_millis(400);
@@ -114,7 +114,7 @@ fn read_document(settings: &Settings, file: &OpenFile) -> io::Result<ReadyMade> 
         .ok_or(io::ErrorKind::FileTooLarge)?;
     ReadyMade::make(length, |mut document| {
         document.write_all(opening.as_bytes())?;
-        stream::write_whole(file, None, &mut document)?;
+        encoder::write_whole(file, None, &mut document)?;
         document.write_all(closing.as_bytes())
     })
 }
@@ -184,7 +184,7 @@ impl FileService {
         };
         connection.send_part(document::opening(&self.settings.filename).as_bytes()).await?;
         let readers = (&self.readers, &*self.settings.filename);
-        stream::send_encoded(file, readers, None, connection).await?;
+        encoder::send_encoded(file, readers, None, connection).await?;
         connection.send_part(document::closing(self.settings.newline).as_bytes()).await
     }
 

@@ -20,15 +20,15 @@ use tokio::sync::Mutex;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::codec::{AnyDelimiterCodec, Decoder};
 
-use crate::client::names::escape;
-use crate::connection::{Broken, Connection, Stream};
 use crate::document;
-use crate::files::{Entry, Folder, LeftOut, Listing, MAX_NAME, OpenFile, Stamp};
-use crate::readers::{Readers, UNANSWERED, if_slow};
+use crate::fs::blocking_pool::{Readers, UNANSWERED, if_slow};
+use crate::fs::file::{Entry, Folder, LeftOut, Listing, MAX_NAME, OpenFile, Stamp};
+use crate::fs::filename::escape;
+use crate::net::connection::{Broken, Connection, Stream};
 use crate::text::counted;
 
-use super::stream;
-use super::trouble::Trouble;
+use crate::services::encoder;
+use crate::telemetry::health_flag::Trouble;
 
 /// How many digests of files that are not kept themselves are remembered.
 const DIGESTS: usize = 4096;
@@ -292,7 +292,7 @@ impl FolderService {
         let mut bytes = document::file_opening(&key.0, stamp.size, stamp.modified()).into_bytes();
         let data = usize::try_from(stamp.size).ok().and_then(document::encoded_len);
         bytes.reserve_exact(data.unwrap_or_default() + CLOSING);
-        let digest = stream::write_whole(&file, Some(Sha256::new()), &mut bytes)?;
+        let digest = encoder::write_whole(&file, Some(Sha256::new()), &mut bytes)?;
         let digest = digest.unwrap_or_default().finalize().into();
         bytes.extend_from_slice(document::file_closing(&digest).as_bytes());
         reserved.shrink_to(bytes.len() as u64);
@@ -323,7 +323,7 @@ impl FolderService {
         let opening = document::file_opening(name, stamp.size, stamp.modified());
         connection.send_part(opening.as_bytes()).await?;
         let unknown = digest.is_none().then(Sha256::new);
-        let made = stream::send_encoded(file, (&self.readers, name), unknown, connection).await?;
+        let made = encoder::send_encoded(file, (&self.readers, name), unknown, connection).await?;
         let digest = match (digest, made) {
             (Some(known), _) => known,
             (None, made) => {

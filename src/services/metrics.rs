@@ -9,8 +9,8 @@ use std::sync::Arc;
 use bytes::BytesMut;
 use httparse::{EMPTY_HEADER, Error, Request, Status};
 
-use crate::connection::{Broken, Connection, Stream};
-use crate::metrics::{MEDIA_TYPE, Monitor};
+use crate::net::connection::{Broken, Connection, Stream};
+use crate::telemetry::metrics::{MEDIA_TYPE, Monitor};
 
 /// The longest request line with its header fields, in bytes.
 const MAX_REQUEST: usize = 16 << 10;

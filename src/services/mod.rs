@@ -3,13 +3,12 @@
 //! A service is given a connection or a datagram and answers on it. It knows nothing of where the
 //! socket came from, of limits, of signals. A new service is a file and a row in each table here.
 
+mod cached_document;
+mod encoder;
 pub mod file;
 pub mod folder;
 pub mod metrics;
-mod ready_made;
-mod stream;
 pub mod time;
-mod trouble;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,11 +20,13 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use crate::config::{self, Context, Noted, Table};
-use crate::connection::{Broken, Connection, Stream};
-use crate::files::{Folder, OpenFile, canonical};
-use crate::metrics::Monitor;
-use crate::readers::UNANSWERED;
+use crate::config::Context;
+use crate::config_reader::table::{Noted, Table};
+use crate::config_reader::values;
+use crate::fs::blocking_pool::UNANSWERED;
+use crate::fs::file::{Folder, OpenFile, canonical};
+use crate::net::connection::{Broken, Connection, Stream};
+use crate::telemetry::metrics::Monitor;
 
 /// The checked settings of a service.
 #[derive(Debug, Clone, PartialEq)]
@@ -91,7 +92,7 @@ fn read_file_or_folder(table: &mut Table<'_>, context: &Context<'_>) -> Result<S
         open_path(&context.folder.join(text), context)
     });
     let newline = table.boolean_or("newline", true);
-    let cache_limit = table.text_or("cache-limit", "64MiB", config::size);
+    let cache_limit = table.text_or("cache-limit", "64MiB", values::size);
     let max_files = table.number_or("max-files", folder::DEFAULT_MAX_FILES);
     let (newline, cache_limit, max_files) = (newline?, cache_limit?, max_files?);
     Ok(match read? {

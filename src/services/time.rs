@@ -9,11 +9,11 @@ use jiff::tz::TimeZone;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::clock::{Format, Health, ReplyShapes, current_zone, find_zone};
-use crate::config::{Noted, Table};
-use crate::connection::{Broken, Connection, Stream};
-use crate::readers::{Readers, UNANSWERED, if_slow};
+use crate::config_reader::table::{Noted, Table};
+use crate::fs::blocking_pool::{Readers, UNANSWERED, if_slow};
+use crate::net::connection::{Broken, Connection, Stream};
 
-use super::trouble::Trouble;
+use crate::telemetry::health_flag::Trouble;
 
 /// How often the files of a zone are checked: `/etc/localtime` and the system's zone database.
 const CHECK_ZONE_EVERY: Duration = Duration::from_secs(5);

@@ -103,7 +103,7 @@ fn after_a_jump_clients_are_told_the_new_time_and_nothing_else_takes_notice() {
     }
 }
 
-#[cfg(feature = "mirror")]
+#[cfg(feature = "gateway")]
 #[test]
 fn after_a_jump_a_mirror_waits_as_long_as_it_was_told() {
     use crate::web::{Reply, Web};

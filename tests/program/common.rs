@@ -236,7 +236,7 @@ impl Daemon {
     }
 
     /// Ends it at once, without a word, and returns its folder.
-    #[cfg(all(feature = "alert", feature = "mirror"))]
+    #[cfg(feature = "gateway")]
     pub fn crash(&mut self) -> TempDir {
         self.signal(Signal::KILL);
         self.wait();

@@ -176,7 +176,7 @@ fn exit_code_metrics_log_and_status_agree_on_every_kind_of_fault() {
     }
 }
 
-#[cfg(all(feature = "alert", feature = "mirror"))]
+#[cfg(feature = "gateway")]
 #[test]
 fn a_credential_that_cannot_be_read_fails_the_reload_and_the_operator_gets_a_mail() {
     let postbox = crate::postbox::Postbox::start("tls");

@@ -76,7 +76,7 @@ const OF_EACH: [(&str, f64); 7] = [
 #[test]
 fn the_time_costs_one_write_and_no_registration() {
     let daemon = Daemon::start(
-        "[log]\nformat = \"json\"\nlevel = \"warn,handout::daemon=info,handout::running=info\"\n\
+        "[log]\nformat = \"json\"\nlevel = \"warn,handout::daemon=info,handout::daemon::manager=info\"\n\
          [time.clock]\nlisten = [\"127.0.0.1:0\"]\n",
     );
     let calls = calls(&daemon, daemon.tcp("time.clock"), 27);
@@ -86,7 +86,7 @@ fn the_time_costs_one_write_and_no_registration() {
 #[test]
 fn a_small_file_costs_no_more_than_the_time() {
     let daemon = Daemon::start_with(
-        "[log]\nformat = \"json\"\nlevel = \"warn,handout::daemon=info,handout::running=info\"\n\
+        "[log]\nformat = \"json\"\nlevel = \"warn,handout::daemon=info,handout::daemon::manager=info\"\n\
          [file.small]\nlisten = [\"127.0.0.1:0\"]\npath = \"small.bin\"\n",
         &[("small.bin", &sample(17, 3_000))],
         |_| {},

@@ -120,8 +120,8 @@ fn every_configuration_in_the_readme_is_without_fault() {
         .collect();
     assert!(!blocks.is_empty());
     // A build without mirrors or alerts has nothing against the rest.
-    let mirrors = |block: &&String| cfg!(feature = "mirror") || !block.contains("[mirror.");
-    let alerts = |block: &&String| cfg!(feature = "alert") || !block.contains("[alert]");
+    let mirrors = |block: &&String| cfg!(feature = "gateway") || !block.contains("[mirror.");
+    let alerts = |block: &&String| cfg!(feature = "gateway") || !block.contains("[alert]");
     for block in blocks.iter().filter(mirrors).filter(alerts) {
         let path = folder.path().join("handout.toml");
         fs::write(&path, block).unwrap();

@@ -64,7 +64,7 @@ impl<'a> Mounted<'a> {
     }
 
     /// Forgets everything that is only in memory.
-    #[cfg(feature = "mirror")]
+    #[cfg(feature = "gateway")]
     fn mount_again(&self) {
         succeeds("umount", &[self.place.to_str().unwrap()]).unwrap();
         // The server of a FUSE file system may still be writing.
@@ -161,7 +161,7 @@ fn names_that_differ_in_case_do_not_replace_each_other() {
     });
 }
 
-#[cfg(feature = "mirror")]
+#[cfg(feature = "gateway")]
 #[test]
 fn download_saves_on_exfat_fat_and_ntfs_and_fetches_no_file_twice() {
     use crate::web::{Reply, Web, http_date};
@@ -201,7 +201,7 @@ fn download_saves_on_exfat_fat_and_ntfs_and_fetches_no_file_twice() {
     });
 }
 
-#[cfg(feature = "mirror")]
+#[cfg(feature = "gateway")]
 #[test]
 fn entries_whose_names_are_one_name_to_the_file_system_are_refused() {
     use crate::web::{Reply, Web};
@@ -224,7 +224,7 @@ fn entries_whose_names_are_one_name_to_the_file_system_are_refused() {
     });
 }
 
-#[cfg(all(feature = "alert", feature = "mirror"))]
+#[cfg(feature = "gateway")]
 #[test]
 fn mirrors_and_alert_queues_work_on_exfat_fat_and_ntfs() {
     use crate::web::{Reply, Web};
@@ -339,7 +339,7 @@ fn a_fifo_without_a_reader_is_waited_for_no_longer_than_timeout() {
     outcome.failed_with(&["fifo", "no process reads it"]);
 }
 
-#[cfg(feature = "mirror")]
+#[cfg(feature = "gateway")]
 #[test]
 fn download_never_replaces_devices_fifos_and_sockets() {
     use crate::web::{Reply, Web};

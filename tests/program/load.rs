@@ -29,7 +29,7 @@ use crate::soak::garbage;
 const CONFIG: &str = "
 [log]
 format = \"json\"
-level = \"info,handout::connection=warn\"    # not a line for each connection
+level = \"info,handout::net::connection=warn\"    # not a line for each connection
 [limits]
 max-connections = 20000
 max-per-client = 400

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod activation;
-#[cfg(all(feature = "alert", feature = "mirror"))]
+#[cfg(feature = "gateway")]
 mod alerts;
 mod ask;
 mod bare;
@@ -13,41 +13,39 @@ mod clock_jumps;
 mod common;
 mod control;
 mod cost;
-#[cfg(all(feature = "alert", feature = "mirror"))]
+#[cfg(feature = "gateway")]
 mod crash;
 mod delivery;
 mod documents;
-#[cfg(feature = "mirror")]
+#[cfg(feature = "gateway")]
 mod download;
 mod faults;
 mod fetch;
 mod file;
 mod file_systems;
 mod folder;
-#[cfg(feature = "mirror")]
+#[cfg(feature = "gateway")]
 mod gateway;
 mod good;
-#[cfg(feature = "mirror")]
+#[cfg(feature = "gateway")]
 mod http;
 mod limits;
 mod load;
 mod logs;
 mod lost_logs;
-#[cfg(all(feature = "alert", feature = "mirror"))]
+#[cfg(feature = "gateway")]
 mod mail;
 mod manual;
 mod metrics;
-#[cfg(feature = "mirror")]
+#[cfg(feature = "gateway")]
 mod mirror;
-#[cfg(all(feature = "alert", feature = "mirror"))]
+#[cfg(feature = "gateway")]
 mod monitoring;
 mod mounts;
-#[cfg(not(feature = "alert"))]
-mod no_alert;
-#[cfg(not(feature = "mirror"))]
-mod no_mirror;
+#[cfg(not(feature = "gateway"))]
+mod no_gateway;
 mod package;
-#[cfg(all(feature = "alert", feature = "mirror"))]
+#[cfg(feature = "gateway")]
 mod postbox;
 mod probes;
 mod promises;
@@ -58,7 +56,7 @@ mod scale_out;
 mod servers;
 mod shutdown;
 mod slow_peers;
-#[cfg(all(feature = "alert", feature = "mirror"))]
+#[cfg(feature = "gateway")]
 mod sms;
 mod soak;
 mod strace;
@@ -67,7 +65,7 @@ mod supply;
 mod systemd;
 mod terminal;
 mod time;
-#[cfg(feature = "mirror")]
+#[cfg(feature = "gateway")]
 mod tls;
-#[cfg(feature = "mirror")]
+#[cfg(feature = "gateway")]
 mod web;

@@ -97,8 +97,8 @@ fn unsafe_code_is_in_one_file_only() {
         let files = sources.iter().filter(|(_, source)| source.contains(words));
         files.map(|(path, _)| path.to_str().unwrap()).collect()
     };
-    assert_eq!(with("allow(unsafe_code"), ["src/kernel.rs"]);
-    assert_eq!(with("unsafe {"), ["src/kernel.rs"]);
+    assert_eq!(with("allow(unsafe_code"), ["src/sys.rs"]);
+    assert_eq!(with("unsafe {"), ["src/sys.rs"]);
     assert_eq!(with("deny(unsafe_code"), ["src/lib.rs"]);
     assert_eq!(with("forbid(unsafe_code"), ["src/main.rs"]);
 }
@@ -106,13 +106,13 @@ fn unsafe_code_is_in_one_file_only() {
 #[test]
 fn the_core_names_no_library_of_what_is_done_to_the_outside() {
     for (path, source) in sources() {
-        // The commands of the outside are below `client`, as those of the core are.
         let outside = [
             "src/http",
             "src/notify",
-            "src/outbound",
-            "src/client/download.rs",
-            "src/client/send.rs",
+            "src/mirror",
+            "src/alert",
+            "src/cli/download.rs",
+            "src/cli/send.rs",
         ];
         if outside.iter().any(|outside| path.starts_with(outside)) {
             continue;

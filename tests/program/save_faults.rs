@@ -138,7 +138,7 @@ fn fetch_saves_completely_or_not_at_all_whichever_call_fails() {
     check(&rows, &["fetch", &server, "-o", "INTO/file", "--force"], Some(b"old"));
 }
 
-#[cfg(feature = "mirror")]
+#[cfg(feature = "gateway")]
 #[test]
 fn download_saves_completely_or_not_at_all_whichever_call_fails() {
     use crate::web::{Reply, Web, http_date};

@@ -212,7 +212,7 @@ fn fetch_takes_what_arrived_during_its_pause() {
 }
 
 #[test]
-#[cfg(feature = "mirror")]
+#[cfg(feature = "gateway")]
 fn download_takes_what_arrived_during_its_pause() {
     let folder = tempfile::tempdir().unwrap();
     let beginning = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nal";

@@ -35,7 +35,7 @@ const LET_GO: Duration = Duration::from_secs(30);
 const CONFIG: &str = "
 [log]
 format = \"json\"
-level = \"info,handout::connection=warn\"    # not a line for each connection
+level = \"info,handout::net::connection=warn\"    # not a line for each connection
 [limits]
 max-connections = 500
 max-per-client = 40

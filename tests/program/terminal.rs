@@ -130,7 +130,7 @@ fn ctrl_c_removes_the_bars() {
     let mut reply = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n".to_vec();
     reply.extend(sample(9, 50_000));
     let web = Server::stalls_after(reply);
-    if cfg!(feature = "mirror") {
+    if cfg!(feature = "gateway") {
         let urls = ["a.bin", "%E5%9B%BE%E7%89%87.jpg"];
         let urls = urls.map(|name| format!("http://{}/{name}", web.address));
         commands.push(format!("download {}", urls.join(" ")));

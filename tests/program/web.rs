@@ -21,7 +21,7 @@ use crate::servers::{Server, end};
 #[derive(Debug, Clone)]
 pub struct Request {
     /// `GET` or `POST`.
-    #[cfg_attr(not(feature = "alert"), expect(dead_code, reason = "mirrors only GET"))]
+    #[cfg_attr(not(feature = "gateway"), expect(dead_code, reason = "mirrors only GET"))]
     pub method: String,
     /// As it stands in the first line; a whole URL where the server is taken for a proxy.
     pub target: String,

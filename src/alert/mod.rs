@@ -1,0 +1,10 @@
+//! Alerts: collects events, groups them into notifications and sends these to channels.
+//!
+//! An event of the daemon passes through [`grouping`] (what is told, and when) → [`outbox`] (stored
+//! until sent, across restarts) → [`dispatcher`] (one task; sends and retries) → a channel of
+//! `notify`. [`config`] reads `[alert]`. Nothing here speaks SMTP or HTTP.
+
+pub mod config;
+pub mod dispatcher;
+pub mod grouping;
+pub mod outbox;

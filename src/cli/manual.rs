@@ -1,0 +1,236 @@
+//! The manual pages, made from what else there is to say it: `handout.1` from the command line,
+//! `handout.toml.5` from the configuration as it is shipped.
+
+use std::io;
+
+use clap::builder::StyledStr;
+use clap::{Command, CommandFactory, ValueEnum};
+use clap_mangen::Man;
+use clap_mangen::roff::{Roff, bold, roman};
+
+use crate::cli::args::{Cli, DEFAULT_CONFIG};
+
+/// The configuration as it is shipped.
+const CONFIGURATION: &str = include_str!("../../config/handout.toml");
+
+const DESCRIPTION: &str = "\
+handout serve is a small daemon for machines whose clock is wrong, so that HTTPS cannot start; for \
+devices that have a socket and nothing else; and for those who learn sockets. \
+The other commands check its configuration, and are clients that trust no server.";
+
+const CONFIGURATION_DESCRIPTION: &str = "\
+The configuration is written in TOML. Below it stands as it is shipped: every key with its \
+default, and what it means.";
+
+/// What only a manual page says, by its section.
+const FILES: &[(&str, &str)] = &[
+    (DEFAULT_CONFIG, "The configuration, unless another is named; see handout.toml(5)."),
+    (
+        ".handout-mirror.json",
+        "In a folder that is mirrored into: what is known of its files, so that only what changed is \
+         asked for. It can be removed.",
+    ),
+    (
+        ".handout-alerts.json",
+        "In the folder of the service's state, as /var/lib/handout: alerts that wait to be sent.",
+    ),
+    ("/run/handout/", "The place for Unix sockets of the service."),
+    ("/run/handout/control", "The socket of handout reload, for root and the user of the service."),
+    ("/usr/share/doc/handout/", "What is sent over the wire, and examples."),
+];
+const ENVIRONMENT: &[(&str, &str)] = &[
+    ("HANDOUT_CONFIG", "The configuration file, if --config names none."),
+    ("NO_COLOR", "If it is set and not empty, a log on a terminal has no colours."),
+    ("TZ", "The time zone that is called local."),
+    (
+        "NOTIFY_SOCKET, WATCHDOG_USEC, LISTEN_FDS, JOURNAL_STREAM",
+        "Set by systemd for handout serve; see systemd.exec(5).",
+    ),
+    (
+        "RUNTIME_DIRECTORY",
+        "Set by systemd (RuntimeDirectory=): where the control socket is, instead of /run/handout.",
+    ),
+    ("STATE_DIRECTORY", "Set by systemd (StateDirectory=): where alerts wait to be sent."),
+    ("CREDENTIALS_DIRECTORY", "Set by systemd: where the secrets are that LoadCredential= passes."),
+];
+const SIGNALS: &[(&str, &str)] = &[
+    (
+        "SIGTERM, SIGINT",
+        "handout serve closes its listeners at once; connections get the configured grace to \
+         finish, then they are reset; mirrors end, and go on where they were the next time; alerts that \
+         are due are sent, and what cannot be waits for the next time. A second \
+         signal ends it now. A client ends, and leaves nothing half done; download keeps what has \
+         come, hidden, to go on from there.",
+    ),
+    (
+        "SIGHUP",
+        "handout serve reads its configuration anew, all or nothing: a service that did not \
+         change keeps its sockets and its connections, and if there is any fault everything stays \
+         as it is, and the log says why. handout reload does the same and waits for the outcome.",
+    ),
+];
+
+/// The manual pages that there are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Page {
+    /// The commands
+    #[default]
+    #[value(name = "handout")]
+    Commands,
+    /// The configuration
+    #[value(name = "handout.toml")]
+    Configuration,
+}
+
+impl Page {
+    /// The page for man(1).
+    ///
+    /// # Errors
+    /// None that is to be expected: it is written to memory.
+    pub fn render(self) -> io::Result<String> {
+        match self {
+            Self::Commands => commands(),
+            Self::Configuration => Ok(configuration()),
+        }
+        .map(|page| literal(&page))
+    }
+}
+
+fn commands() -> io::Result<String> {
+    // That --help and -V are there need not be said of every command.
+    let mut command = Cli::command()
+        .disable_help_subcommand(true)
+        .mut_subcommands(|command| command.disable_help_flag(true));
+    command.build();
+
+    let mut head = title("HANDOUT", "1");
+    head.control("SH", ["NAME"]);
+    head.text([roman(format!("handout - {}", text(command.get_about())))]);
+    head.control("SH", ["SYNOPSIS"]).control("nf", []);
+    for command in command.get_subcommands_mut() {
+        let usage = command.render_usage().to_string();
+        head.text([bold(usage.trim_start_matches("Usage: "))]);
+    }
+    head.control("fi", []);
+    head.control("SH", ["DESCRIPTION"]);
+    head.text([roman(DESCRIPTION)]);
+    head.control("SH", ["OPTIONS"]);
+    let mut page = head.to_roff() + &options(&command)?;
+
+    page += ".SH COMMANDS\n";
+    for command in command.get_subcommands() {
+        let name = command.get_bin_name().unwrap_or_else(|| command.get_name());
+        let mut about = Roff::new();
+        about.control("SS", [name]).text([roman(text(command.get_about()) + ".")]);
+        let mut examples = Roff::new();
+        paragraphs(&mut examples, &text(command.get_after_help()));
+        page += &(about.to_roff() + &options(command)? + &examples.to_roff());
+    }
+
+    let mut tail = Roff::new();
+    entries(&mut tail, "FILES", FILES);
+    entries(&mut tail, "ENVIRONMENT", ENVIRONMENT);
+    tail.control("SH", ["EXIT STATUS"]).text([roman(text(command.get_after_help()))]);
+    entries(&mut tail, "SIGNALS", SIGNALS);
+    tail.control("SH", ["SEE ALSO"]).text([roman("handout.toml(5), systemd.service(5)")]);
+    Ok(page + &tail.to_roff())
+}
+
+fn configuration() -> String {
+    let mut page = title("HANDOUT.TOML", "5");
+    page.control("SH", ["NAME"]).text([roman("handout.toml - the configuration of handout(1)")]);
+    page.control("SH", ["DESCRIPTION"]).text([roman(CONFIGURATION_DESCRIPTION)]);
+    page.control("SH", ["THE FILE"]);
+    // Its lines are long: no indentation.
+    page.control("in", ["0"]);
+    example(&mut page, CONFIGURATION.lines());
+    page.control("SH", ["SEE ALSO"]).text([roman("handout(1)")]);
+    page.to_roff()
+}
+
+/// No date: the same source makes the same page.
+fn title(name: &str, section: &str) -> Roff {
+    let mut roff = Roff::new();
+    let source = concat!("handout ", env!("CARGO_PKG_VERSION"));
+    roff.control("TH", [name, section, "\"\"", source]);
+    roff
+}
+
+/// The options and arguments of a command, without the heading: they stand below its own.
+fn options(command: &Command) -> io::Result<String> {
+    let mut section = Vec::new();
+    Man::new(command.clone()).render_options_section(&mut section)?;
+    let section = String::from_utf8_lossy(&section);
+    let options = section.split_once(".SH OPTIONS\n").map(|(_, options)| options);
+    Ok(options.unwrap_or_default().to_owned())
+}
+
+/// A section of terms and what they mean.
+fn entries(roff: &mut Roff, section: &str, entries: &[(&str, &str)]) {
+    roff.control("SH", [section]);
+    for (term, meaning) in entries {
+        roff.control("TP", []).text([bold(*term)]).text([roman(*meaning)]);
+    }
+}
+
+/// Text as --help has it: lines that are indented are examples, the others prose.
+fn paragraphs(roff: &mut Roff, text: &str) {
+    let lines: Vec<_> = text.lines().filter(|line| !line.is_empty()).collect();
+    for block in lines.chunk_by(|a, b| a.starts_with(' ') == b.starts_with(' ')) {
+        if block.iter().all(|line| line.starts_with(' ')) {
+            example(roff, block.iter().copied());
+        } else {
+            for line in block {
+                roff.control("PP", []).text([roman(*line)]);
+            }
+        }
+    }
+}
+
+/// Lines that stay as they are.
+fn example<'a>(roff: &mut Roff, lines: impl Iterator<Item = &'a str>) {
+    roff.control("EX", []);
+    for line in lines {
+        roff.text([roman(line)]);
+    }
+    roff.control("EE", []);
+}
+
+fn text(text: Option<&StyledStr>) -> String {
+    text.map(ToString::to_string).unwrap_or_default()
+}
+
+/// Keeps typographic signs from taking the place of those that stand in a command or a string.
+fn literal(page: &str) -> String {
+    // The first is how a page would say an apostrophe if it began with a definition of that name.
+    [(r"\*(Aq", r"\(aq"), ("'", r"\(aq"), ("`", r"\(ga"), ("^", r"\(ha"), ("~", r"\(ti")]
+        .iter()
+        .fold(page.to_owned(), |page, (sign, escaped)| page.replace(sign, escaped))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prose_is_filled_and_examples_stay_as_they_are() {
+        let mut roff = Roff::new();
+        paragraphs(&mut roff, "Examples:\n  a  b\n  .c\n\nThe end.");
+        let expected = ".PP\nExamples:\n.EX\n  a  b\n  .c\n.EE\n.PP\nThe end.\n";
+        assert_eq!(roff.to_roff(), expected);
+    }
+
+    #[test]
+    fn what_roff_would_take_for_its_own_is_printed() {
+        let mut roff = Roff::new();
+        example(&mut roff, ["'a' `b` ~/c^d", "\\n-e", ".f", ""].into_iter());
+        let expected = r".EX
+\&\(aqa\(aq \(gab\(ga \(ti/c\(had
+\\n\-e
+\&.f
+
+.EE
+";
+        assert_eq!(literal(&roff.to_roff()), expected);
+    }
+}

@@ -1,0 +1,165 @@
+//! Tells a person how the fetching goes: a bar on a terminal, a line for each file elsewhere.
+
+use std::io::{self, IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use console::Term;
+use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
+
+use crate::text::error_chain;
+
+use crate::client::fetch::{Error, Report, Saved};
+use crate::fs::filename::escape;
+
+/// Reports to standard error.
+#[derive(Debug)]
+pub struct Progress {
+    bar: ProgressBar,
+    begun: Instant,
+    quiet: bool,
+}
+
+impl Progress {
+    /// A quiet one says only what failed.
+    pub fn new(quiet: bool) -> Self {
+        let bar = ProgressBar::with_draw_target(None, draw_target(quiet));
+        Self { bar, begun: Instant::now(), quiet }
+    }
+
+    /// Prints a line above the bar, if there is one.
+    fn line(&self, line: &str) {
+        self.bar.suspend(|| {
+            // If standard error is closed, the exit code has to do.
+            let _ = writeln!(io::stderr(), "{line}");
+        });
+    }
+}
+
+/// Bars are redrawn this often at most.
+const REDRAWS_PER_SECOND: u8 = 20;
+
+/// Where bars are drawn: nowhere if they are not wanted or standard error is no terminal.
+pub(super) fn draw_target(quiet: bool) -> ProgressDrawTarget {
+    if quiet || !io::stderr().is_terminal() {
+        ProgressDrawTarget::hidden()
+    } else {
+        let terminal = BarTerminal(Term::buffered_stderr());
+        ProgressDrawTarget::term_like_with_hz(Box::new(terminal), REDRAWS_PER_SECOND)
+    }
+}
+
+/// A terminal whose cursor waits at the beginning of the last bar. indicatif leaves it behind the bar,
+/// at the right edge, where the echo of Ctrl-C would begin another line, and the bar would stay.
+#[derive(Debug)]
+struct BarTerminal(Term);
+
+impl TermLike for BarTerminal {
+    fn width(&self) -> u16 {
+        self.0.size().1
+    }
+
+    fn height(&self) -> u16 {
+        self.0.size().0
+    }
+
+    fn move_cursor_up(&self, n: usize) -> io::Result<()> {
+        self.0.move_cursor_up(n)
+    }
+
+    fn move_cursor_down(&self, n: usize) -> io::Result<()> {
+        self.0.move_cursor_down(n)
+    }
+
+    fn move_cursor_right(&self, n: usize) -> io::Result<()> {
+        self.0.move_cursor_right(n)
+    }
+
+    fn move_cursor_left(&self, n: usize) -> io::Result<()> {
+        self.0.move_cursor_left(n)
+    }
+
+    fn write_line(&self, text: &str) -> io::Result<()> {
+        self.0.write_line(text)
+    }
+
+    fn write_str(&self, text: &str) -> io::Result<()> {
+        self.0.write_str(text)
+    }
+
+    fn clear_line(&self) -> io::Result<()> {
+        self.0.clear_line()
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.0.write_str("\r")?;
+        self.0.flush()
+    }
+}
+
+/// A style of a bar.
+pub(super) fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+impl Report for Progress {
+    fn begin(&mut self, name: Option<&str>) {
+        self.begun = Instant::now();
+        self.bar.reset();
+        self.bar.unset_length();
+        self.bar.set_style(style("{msg} {spinner} {bytes} {bytes_per_sec}"));
+        self.bar.set_message(name.map(escape).unwrap_or_default());
+    }
+
+    fn silent(&mut self, server: &str, duration: Duration) {
+        if !self.quiet {
+            self.line(&format!(
+                "handout: {} sent nothing for {} s. A folder service waits for requests: \
+                 try --list or --all.",
+                escape(server),
+                duration.as_secs()
+            ));
+        }
+    }
+
+    fn advance(&mut self, length: u64, size: Option<u64>) {
+        if let Some(size) = size
+            && self.bar.length().is_none()
+        {
+            self.bar.set_length(size);
+            self.bar.set_style(style(
+                "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta} left",
+            ));
+        }
+        self.bar.set_position(length);
+    }
+
+    fn saved(&mut self, saved: &Saved) {
+        self.bar.reset();
+        let Some(place) = &saved.place else { return };
+        if self.quiet {
+            return;
+        }
+        let place = escape(&place.to_string_lossy());
+        let size = HumanBytes(saved.length);
+        let seconds = self.begun.elapsed().as_secs_f64();
+        if saved.unchanged {
+            self.line(&format!("{place}: {size}, unchanged"));
+        } else {
+            self.line(&format!("{place}: {size} in {seconds:.1} s"));
+        }
+    }
+
+    fn failed(&mut self, name: Option<&str>, error: &Error) {
+        self.bar.reset();
+        match name {
+            Some(name) => self.line(&format!("handout: {}: {}", escape(name), error_chain(error))),
+            None => self.line(&format!("handout: {}", error_chain(error))),
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}

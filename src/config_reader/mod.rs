@@ -1,0 +1,8 @@
+//! Reads tables, keys and values of a TOML file and reports faults with their lines.
+//!
+//! Every module reads its own section through a [`table::Table`]; faults are collected as
+//! [`diagnostic`]s, so that all are reported at once. Knows no section.
+
+pub mod diagnostic;
+pub mod table;
+pub mod values;

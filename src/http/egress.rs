@@ -1,0 +1,503 @@
+//! Which hosts and addresses may be asked, and where a redirect may lead.
+//!
+//! Only arithmetic on names and addresses. A host that the operator names may have any address;
+//! any other, public ones only, so that nobody is led to services that trust this machine's network.
+
+use std::collections::HashSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::{Ipv4Net, Ipv6Net};
+use reqwest::Url;
+
+use crate::fs::filename::escape;
+
+/// The longest address (URL) that is asked, in bytes; longer than any that works everywhere.
+const MAX_URL: usize = 8192;
+
+/// IPv4 networks that are not of the public Internet (RFC 6890 and IANA's registry).
+const SPECIAL_V4: [Ipv4Net; 15] = [
+    v4([0, 0, 0, 0], 8),
+    v4([10, 0, 0, 0], 8),
+    v4([100, 64, 0, 0], 10),
+    v4([127, 0, 0, 0], 8),
+    v4([169, 254, 0, 0], 16),
+    v4([172, 16, 0, 0], 12),
+    v4([192, 0, 0, 0], 24),
+    v4([192, 0, 2, 0], 24),
+    v4([192, 88, 99, 0], 24),
+    v4([192, 168, 0, 0], 16),
+    v4([198, 18, 0, 0], 15),
+    v4([198, 51, 100, 0], 24),
+    v4([203, 0, 113, 0], 24),
+    // Multicast; then reserved, with broadcast.
+    v4([224, 0, 0, 0], 4),
+    v4([240, 0, 0, 0], 4),
+];
+
+/// All of public IPv6, so far.
+const GLOBAL_V6: Ipv6Net = v6([0x2000, 0, 0], 3);
+
+/// What is in it and not public: protocols with Teredo among them, documentation, 6to4.
+const SPECIAL_V6: [Ipv6Net; 4] = [
+    v6([0x2001, 0, 0], 23),
+    v6([0x2001, 0xdb8, 0], 32),
+    v6([0x2002, 0, 0], 16),
+    v6([0x3fff, 0, 0], 20),
+];
+
+/// IPv4 addresses behind a translator (RFC 6052), as networks without IPv4 have them from DNS64.
+const NAT64: Ipv6Net = v6([0x64, 0xff9b, 0], 96);
+
+const fn v4([a, b, c, d]: [u8; 4], prefix: u8) -> Ipv4Net {
+    Ipv4Net::new_assert(Ipv4Addr::new(a, b, c, d), prefix)
+}
+
+const fn v6([a, b, c]: [u16; 3], prefix: u8) -> Ipv6Net {
+    Ipv6Net::new_assert(Ipv6Addr::new(a, b, c, 0, 0, 0, 0, 0), prefix)
+}
+
+/// Whether an address is one of the public Internet: not private, loopback, link-local, shared,
+/// multicast, reserved or for documentation, in whatever form.
+pub fn is_public(address: IpAddr) -> bool {
+    match address.to_canonical() {
+        IpAddr::V4(address) => !SPECIAL_V4.iter().any(|special| special.contains(&address)),
+        IpAddr::V6(address) if NAT64.contains(&address) => {
+            let [.., a, b, c, d] = address.octets();
+            is_public(Ipv4Addr::new(a, b, c, d).into())
+        }
+        IpAddr::V6(address) => {
+            GLOBAL_V6.contains(&address)
+                && !SPECIAL_V6.iter().any(|special| special.contains(&address))
+        }
+    }
+}
+
+/// Why somebody is not asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// It is no URL.
+    #[error("expected a URL as https://example.org/file: {0}")]
+    Url(String),
+    /// It is too long.
+    #[error("the URL is longer than {MAX_URL} bytes")]
+    Long,
+    /// It is not for HTTP.
+    #[error("expected http:// or https://")]
+    Scheme,
+    /// It has a user or a password in it.
+    #[error("the URL has a user or a password in it, which would be seen in many places")]
+    Credentials,
+    /// Nobody named the host.
+    #[error("{0} is not among the hosts that may be asked (`hosts`)")]
+    Host(String),
+    /// The host is not named, and has an address that is not public.
+    #[error("{host} has the address {address}, which is not public: only a host that is named may")]
+    Address {
+        /// The host.
+        host: String,
+        /// Its address.
+        address: IpAddr,
+    },
+    /// A redirect from https to http.
+    #[error("it is redirected from https to http")]
+    Downgrade,
+}
+
+/// Takes a text for a URL that can be asked.
+///
+/// # Errors
+/// If it is none, or has what no URL should have.
+pub fn url(text: &str) -> Result<Url, Refused> {
+    check(Url::parse(text).map_err(|error| Refused::Url(error.to_string()))?)
+}
+
+/// Takes a text that is relative to a URL for another.
+///
+/// # Errors
+/// As [`url`].
+pub fn join(base: &Url, text: &str) -> Result<Url, Refused> {
+    check(base.join(text).map_err(|error| Refused::Url(error.to_string()))?)
+}
+
+fn check(mut url: Url) -> Result<Url, Refused> {
+    if url.as_str().len() > MAX_URL {
+        return Err(Refused::Long);
+    }
+    if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
+        return Err(Refused::Scheme);
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(Refused::Credentials);
+    }
+    // It is not for the server.
+    url.set_fragment(None);
+    Ok(url)
+}
+
+/// A URL as people are told it: on one line and without its query, which may hold secrets.
+pub fn shown(url: &Url) -> String {
+    let mut shown = url.clone();
+    shown.set_query(None);
+    let more = if url.query().is_some() { "?…" } else { "" };
+    escape(shown.as_str()) + more
+}
+
+/// A host as it is compared.
+fn canonical(host: &str) -> String {
+    host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase()
+}
+
+/// The host of a URL, as it is compared.
+pub fn host_of(url: &Url) -> String {
+    canonical(url.host_str().unwrap_or_default())
+}
+
+/// The address that a host is, if it is no name.
+fn address_of(host: &str) -> Option<IpAddr> {
+    host.trim_start_matches('[').trim_end_matches(']').parse().ok()
+}
+
+/// Whether a host is this machine, whatever the names in the network say.
+pub fn is_loopback(host: &str) -> bool {
+    host == "localhost" || address_of(host).is_some_and(|ip| ip.to_canonical().is_loopback())
+}
+
+/// Hosts that may be asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Host {
+    /// Exactly this one.
+    Exact(String),
+    /// Every one whose name ends with this, which begins with a dot.
+    Below(String),
+}
+
+impl Host {
+    /// Reads a host's name or address, or `*.example.org` for all hosts below a domain.
+    ///
+    /// # Errors
+    /// Says what was expected.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let expected = || "expected a host, as cdn.example.org or *.example.org".to_owned();
+        let (below, name) = text.strip_prefix("*.").map_or((false, text), |name| (true, name));
+        let name =
+            if name.parse::<Ipv6Addr>().is_ok() { format!("[{name}]") } else { name.to_owned() };
+        if name.contains(['/', '?', '#', '@', '\\', '*']) {
+            return Err(expected());
+        }
+        let url = Url::parse(&format!("http://{name}/")).map_err(|_| expected())?;
+        if name.contains("]:") || name.contains(':') && !name.starts_with('[') {
+            return Err("expected a host without a port: every port of it may be asked".to_owned());
+        }
+        let host = host_of(&url);
+        let is_address = host.starts_with('[') || host.parse::<Ipv4Addr>().is_ok();
+        match (below, is_address, host.is_empty()) {
+            (_, _, true) | (true, true, _) => Err(expected()),
+            (true, ..) => Ok(Self::Below(format!(".{host}"))),
+            (false, ..) => Ok(Self::Exact(host)),
+        }
+    }
+}
+
+/// Who may be asked.
+#[derive(Debug, Clone, Default)]
+pub struct Reach {
+    /// Hosts that may have any address.
+    named: HashSet<String>,
+    /// Ends of names of hosts that must have public addresses.
+    below: Vec<String>,
+    /// Whether every other host with public addresses may be asked.
+    anybody: bool,
+}
+
+impl Reach {
+    /// The hosts of these URLs, and these hosts; if so, also `anybody` with public addresses.
+    pub fn new<'a>(
+        urls: impl IntoIterator<Item = &'a Url>,
+        hosts: impl IntoIterator<Item = &'a Host>,
+        anybody: bool,
+    ) -> Self {
+        let mut reach = Self { anybody, ..Self::default() };
+        reach.named.extend(urls.into_iter().map(host_of));
+        for host in hosts {
+            match host {
+                Host::Exact(name) => drop(reach.named.insert(name.clone())),
+                Host::Below(end) => reach.below.push(end.clone()),
+            }
+        }
+        reach
+    }
+
+    /// Whether a URL may be asked, as far as it says itself.
+    ///
+    /// An address in a URL is never looked up, so that it must be looked at here.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn may_ask(&self, url: &Url) -> Result<(), Refused> {
+        let host = host_of(url);
+        if self.named.contains(&host) {
+            return Ok(());
+        }
+        if !self.anybody && !self.below.iter().any(|end| host.ends_with(end)) {
+            return Err(Refused::Host(escape(&host)));
+        }
+        match address_of(&host) {
+            Some(address) => self.may_connect(&host, [address]),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a host may be connected to that turns out to have these addresses: all must be
+    /// public unless it is named.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn may_connect(
+        &self,
+        host: &str,
+        addresses: impl IntoIterator<Item = IpAddr>,
+    ) -> Result<(), Refused> {
+        if self.named.contains(&canonical(host)) {
+            return Ok(());
+        }
+        match addresses.into_iter().find(|address| !is_public(*address)) {
+            Some(address) => Err(Refused::Address { host: escape(host), address }),
+            None => Ok(()),
+        }
+    }
+
+    /// Where a redirect leads.
+    ///
+    /// # Errors
+    /// Why it is not followed.
+    pub fn next_hop(&self, from: &Url, location: &str) -> Result<Url, Refused> {
+        let to = join(from, location)?;
+        if from.scheme() == "https" && to.scheme() != "https" {
+            return Err(Refused::Downgrade);
+        }
+        self.may_ask(&to).map(|()| to)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn address(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn only_addresses_of_the_internet_are_public() {
+        for public in [
+            "8.8.8.8",
+            "1.1.1.1",
+            "100.63.0.1",
+            "100.128.0.1",
+            "172.32.0.1",
+            "192.0.1.1",
+            "223.255.255.255",
+            "2606:4700::1111",
+            "2a00::1",
+            "::ffff:8.8.8.8",
+            "64:ff9b::808:808",
+        ] {
+            assert!(is_public(address(public)), "{public}");
+        }
+        for special in [
+            "0.0.0.0",
+            "0.1.2.3",
+            "10.0.0.1",
+            "100.64.0.1",
+            "100.127.255.255",
+            "127.0.0.1",
+            "127.255.0.1",
+            "169.254.169.254",
+            "172.16.0.1",
+            "172.31.255.255",
+            "192.0.0.8",
+            "192.0.2.1",
+            "192.88.99.1",
+            "192.168.1.1",
+            "198.18.0.1",
+            "198.19.0.1",
+            "198.51.100.1",
+            "203.0.113.1",
+            "224.0.0.1",
+            "239.1.1.1",
+            "240.0.0.1",
+            "255.255.255.255",
+            "::",
+            "::1",
+            "::7f00:1",
+            "::ffff:127.0.0.1",
+            "::ffff:10.0.0.1",
+            "64:ff9b::7f00:1",
+            "64:ff9b::a00:1",
+            "64:ff9b:1::808:808",
+            "100::1",
+            "2001::1",
+            "2001:db8::1",
+            "2002:7f00:1::",
+            "2002:808:808::1",
+            "3fff::1",
+            "5f00::1",
+            "fc00::1",
+            "fd12::1",
+            "fe80::1",
+            "fec0::1",
+            "ff02::1",
+        ] {
+            assert!(!is_public(address(special)), "{special}");
+        }
+    }
+
+    #[test]
+    fn a_url_is_for_http_and_has_no_password() {
+        assert_eq!(url("https://Example.org/a#b").unwrap().as_str(), "https://example.org/a");
+        assert_eq!(url("ftp://example.org/"), Err(Refused::Scheme));
+        assert_eq!(url("file:///etc/passwd"), Err(Refused::Scheme));
+        assert_eq!(url("data:,x"), Err(Refused::Scheme));
+        assert_eq!(url("https://me@example.org/"), Err(Refused::Credentials));
+        assert_eq!(url("https://:secret@example.org/"), Err(Refused::Credentials));
+        assert_eq!(url(&format!("https://example.org/{}", "x".repeat(9000))), Err(Refused::Long));
+        for bad in ["", "example.org", "http://", "/a"] {
+            assert!(url(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_query_is_not_shown() {
+        assert_eq!(shown(&url("https://a.org/b?key=secret").unwrap()), "https://a.org/b?…");
+        assert_eq!(shown(&url("https://a.org/b").unwrap()), "https://a.org/b");
+    }
+
+    #[test]
+    fn hosts_are_exact_or_below_a_domain() {
+        assert_eq!(Host::parse("CDN.example.org."), Ok(Host::Exact("cdn.example.org".to_owned())));
+        assert_eq!(Host::parse("*.example.org"), Ok(Host::Below(".example.org".to_owned())));
+        assert_eq!(Host::parse("127.1"), Ok(Host::Exact("127.0.0.1".to_owned())));
+        assert_eq!(Host::parse("::1"), Ok(Host::Exact("[::1]".to_owned())));
+        assert_eq!(Host::parse("[::1]"), Ok(Host::Exact("[::1]".to_owned())));
+        for bad in [
+            "",
+            "*",
+            "*.",
+            "a.*.org",
+            "http://a",
+            "a/b",
+            "a:80",
+            "[::1]:80",
+            "u@a",
+            "*.127.0.0.1",
+            "a b",
+        ] {
+            assert!(Host::parse(bad).unwrap_err().starts_with("expected a host"), "{bad}");
+        }
+    }
+
+    fn mirror() -> Reach {
+        let source = url("http://api.example.org/list").unwrap();
+        let hosts = ["cdn.example.net", "*.example.com"].map(|host| Host::parse(host).unwrap());
+        Reach::new([&source], &hosts, false)
+    }
+
+    #[test]
+    fn a_mirror_asks_whom_it_was_told_to() {
+        let may = |text: &str| mirror().may_ask(&url(text).unwrap());
+        for good in [
+            "http://api.example.org/x",
+            "https://API.example.org.:8443/",
+            "https://cdn.example.net/",
+            "https://a.example.com/",
+        ] {
+            assert_eq!(may(good), Ok(()), "{good}");
+        }
+        for bad in [
+            "https://example.com/",
+            "https://evil-example.com/",
+            "https://example.org/",
+            "http://8.8.8.8/",
+        ] {
+            assert!(matches!(may(bad), Err(Refused::Host(_))), "{bad}");
+        }
+    }
+
+    #[test]
+    fn only_what_is_named_may_have_an_address_that_is_not_public() {
+        let private = [address("10.0.0.1")];
+        assert_eq!(mirror().may_connect("api.example.org", private), Ok(()));
+        assert_eq!(mirror().may_connect("cdn.example.net.", private), Ok(()));
+        assert!(mirror().may_connect("a.example.com", private).is_err());
+        // One of several is enough: which one would be connected to, nobody knows.
+        let both = [address("8.8.8.8"), address("::1")];
+        assert!(mirror().may_connect("a.example.com", both).is_err());
+        assert_eq!(mirror().may_connect("a.example.com", [address("8.8.8.8")]), Ok(()));
+    }
+
+    #[test]
+    fn a_literal_address_is_looked_at_in_every_notation() {
+        let anybody = Reach::new([&url("http://127.0.0.1:8080/").unwrap()], [], true);
+        let may = |text: &str| anybody.may_ask(&url(text).unwrap());
+        assert_eq!(may("http://127.0.0.1:9/"), Ok(()));
+        assert_eq!(may("http://8.8.8.8/"), Ok(()));
+        for bad in [
+            "http://127.0.0.2/",
+            "http://10.1/",
+            "http://0x7f000002/",
+            "http://[::1]/",
+            "http://[::ffff:10.0.0.1]/",
+            "http://2852039166/",
+        ] {
+            assert!(matches!(may(bad), Err(Refused::Address { .. })), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_redirect_stays_with_https_and_with_those_who_may_be_asked() {
+        let hop = |from: &str, to: &str| {
+            mirror().next_hop(&url(from).unwrap(), to).map(|to| to.to_string())
+        };
+        assert_eq!(
+            hop("https://api.example.org/a/b", "../c"),
+            Ok("https://api.example.org/c".to_owned())
+        );
+        assert_eq!(
+            hop("http://api.example.org/", "https://a.example.com/").unwrap(),
+            "https://a.example.com/"
+        );
+        assert_eq!(
+            hop("https://api.example.org/", "http://api.example.org/"),
+            Err(Refused::Downgrade)
+        );
+        assert_eq!(hop("https://api.example.org/", "ftp://api.example.org/"), Err(Refused::Scheme));
+        assert!(matches!(hop("https://api.example.org/", "//evil.org/"), Err(Refused::Host(_))));
+        assert_eq!(
+            hop("https://api.example.org/", "//u:p@api.example.org/"),
+            Err(Refused::Credentials)
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn an_ipv4_address_is_as_public_in_its_other_forms(bits: u32) {
+            let [a, b, c, d] = bits.to_be_bytes();
+            let v4 = Ipv4Addr::from(bits);
+            let translated = format!("64:ff9b::{:x}:{:x}", u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
+            prop_assert_eq!(is_public(v4.into()), is_public(v4.to_ipv6_mapped().into()));
+            prop_assert_eq!(is_public(v4.into()), is_public(address(&translated)));
+            prop_assert!(!is_public(v4.to_ipv6_compatible().into()));
+        }
+
+        #[test]
+        fn nothing_that_a_server_says_leads_to_where_it_must_not(location in "\\PC{0,40}|(https?:)?//[a-z0-9.@:\\[\\]]{0,20}/x") {
+            let from = url("https://api.example.org/").unwrap();
+            if let Ok(to) = mirror().next_hop(&from, &location) {
+                prop_assert_eq!(to.scheme(), "https");
+                prop_assert!(mirror().may_ask(&to).is_ok());
+                prop_assert!(to.username().is_empty());
+            }
+        }
+    }
+}

@@ -1,0 +1,343 @@
+//! What monitoring is told: the metrics, in the `OpenMetrics` text format that Prometheus reads, and
+//! whether all is well.
+//!
+//! Nothing is kept for it: what services count anyway is read when somebody asks.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder, NoLabelSet};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::clock::Health;
+use crate::daemon::health;
+use crate::daemon::mirrors;
+use crate::net::instance::Served;
+use crate::telemetry::counters::{Counter, Label};
+
+/// The media type of [`Monitor::metrics`].
+pub const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// How a reload ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reload {
+    /// The configuration is in force.
+    Done,
+    /// It has a fault; nothing was changed.
+    Failed,
+}
+
+impl Label for Reload {
+    const NAMED: &'static [(Self, &'static str)] =
+        &[(Self::Done, "done"), (Self::Failed, "failed")];
+}
+
+/// What is known of the daemon as a whole.
+#[derive(Debug, Default)]
+pub struct Monitor {
+    services: Mutex<Vec<Arc<Served>>>,
+    mirrors: Mutex<Vec<Arc<mirrors::Counts>>>,
+    alerts: Mutex<Vec<Arc<health::Counts>>>,
+    reloads: Counter<Reload>,
+    last_reload_failed: AtomicBool,
+    draining: AtomicBool,
+    lost_lines: AtomicU64,
+}
+
+impl Monitor {
+    /// These are the services from now on.
+    pub fn watch(&self, services: Vec<Arc<Served>>) {
+        *self.services.lock().unwrap_or_else(PoisonError::into_inner) = services;
+    }
+
+    /// These are the mirrors from now on.
+    pub fn watch_mirrors(&self, mirrors: Vec<Arc<mirrors::Counts>>) {
+        *self.mirrors.lock().unwrap_or_else(PoisonError::into_inner) = mirrors;
+    }
+
+    /// These are the channels from now on over which the operator is told.
+    pub fn watch_alerts(&self, alerts: Vec<Arc<health::Counts>>) {
+        *self.alerts.lock().unwrap_or_else(PoisonError::into_inner) = alerts;
+    }
+
+    /// A reload has ended.
+    pub fn count_reload(&self, reload: Reload) {
+        self.reloads.add(reload);
+        self.last_reload_failed.store(reload == Reload::Failed, Ordering::Relaxed);
+    }
+
+    /// So many lines of the log were lost until now; returns how many that were before.
+    pub fn note_lost_lines(&self, lost: u64) -> u64 {
+        self.lost_lines.swap(lost, Ordering::Relaxed)
+    }
+
+    /// The daemon is about to end.
+    pub fn note_draining(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    fn services(&self) -> Vec<Arc<Served>> {
+        self.services.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What is not well, a line for each; none if all is.
+    pub fn troubles(&self) -> Vec<String> {
+        let draining = self.draining.load(Ordering::Relaxed);
+        let draining = draining.then(|| "the daemon is stopping".to_owned());
+        let services = self.services();
+        let of_services = services.iter().filter_map(|served| {
+            served.trouble().map(|trouble| format!("{}: {trouble}", served.name()))
+        });
+        draining.into_iter().chain(of_services).collect()
+    }
+
+    /// All metrics of this moment.
+    ///
+    /// # Errors
+    /// None is expected: writing to a string does not fail.
+    pub fn metrics(&self) -> Result<String, fmt::Error> {
+        let mut registry = Registry::with_prefix("handout");
+        registry.register_collector(Box::new(Snapshot {
+            services: self.services(),
+            mirrors: self.mirrors.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            alerts: self.alerts.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            reloads: self.reloads.each().collect(),
+            last_reload_successful: !self.last_reload_failed.load(Ordering::Relaxed),
+            lost_lines: self.lost_lines.load(Ordering::Relaxed),
+            clock: Health::read().ok(),
+        }));
+        let mut text = String::new();
+        encode(&mut text, &registry)?;
+        Ok(text)
+    }
+}
+
+/// What one answer tells of.
+#[derive(Debug)]
+struct Snapshot {
+    services: Vec<Arc<Served>>,
+    mirrors: Vec<Arc<mirrors::Counts>>,
+    alerts: Vec<Arc<health::Counts>>,
+    reloads: Vec<(Reload, u64)>,
+    last_reload_successful: bool,
+    lost_lines: u64,
+    /// None if the kernel may not be asked.
+    clock: Option<Health>,
+}
+
+impl Collector for Snapshot {
+    fn encode(&self, mut to: DescriptorEncoder<'_>) -> fmt::Result {
+        self.connections(&mut to)?;
+        self.by_label(
+            &mut to,
+            ("datagrams", "Datagrams that arrived, by what became of them"),
+            "outcome",
+            |served| served.service.datagrams().map(|_| &served.counts().datagrams),
+        )?;
+        self.files(&mut to)?;
+        // Who has no mirror is not told of them.
+        if !self.mirrors.is_empty() {
+            self.mirrors(&mut to)?;
+        }
+        if !self.alerts.is_empty() {
+            self.alerts(&mut to)?;
+        }
+        self.daemon(&mut to)
+    }
+}
+
+impl Snapshot {
+    fn connections(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        self.by_label(
+            to,
+            ("connections", "Connections that have ended, by how they ended"),
+            "outcome",
+            |served| Some(&served.counts().endings),
+        )?;
+        self.by_label(
+            to,
+            ("refused", "Connections that were reset, or given up in the queue, before a word"),
+            "reason",
+            |served| Some(&served.counts().refusals),
+        )?;
+        self.gauges(to, ("connections_active", "Connections at this moment"), None, |served| {
+            Some(served.counts().active())
+        })?;
+        self.gauges(
+            to,
+            ("connections_max", "Connections that there may be at one time (max-connections)"),
+            None,
+            |served| Some(served.limits.max_connections.get().into()),
+        )?;
+        let help = "Bytes that the kernel has taken for clients";
+        let mut sent =
+            to.encode_descriptor("sent", help, Some(&Unit::Bytes), MetricType::Counter)?;
+        for served in &self.services {
+            let number = ConstCounter::new(served.counts().sent());
+            number.encode(sent.encode_family(&[("service", &**served.name())])?)?;
+        }
+        let help = "How long connections lasted, from being accepted to being closed";
+        let kind = MetricType::Histogram;
+        let mut durations =
+            to.encode_descriptor("connection_duration", help, Some(&Unit::Seconds), kind)?;
+        for served in &self.services {
+            let (sum, buckets) = served.counts().durations.read();
+            let count = buckets.iter().map(|(_, count)| count).sum();
+            durations
+                .encode_family(&[("service", &**served.name())])?
+                .encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
+        }
+        Ok(())
+    }
+
+    fn files(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let help = "When the content of the version that is served was last modified, since 1970";
+        self.gauges(to, ("file_version_timestamp", help), Some(&Unit::Seconds), |served| {
+            served.service.version().and_then(|modified| modified.as_second().try_into().ok())
+        })?;
+        let help = "1 if its addresses can be served and its files can be read";
+        self.gauges(to, ("service_healthy", help), None, |served| {
+            Some(u64::from(served.trouble().is_none()))
+        })
+    }
+
+    fn mirrors(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let kind = MetricType::Counter;
+        let help = "Files of mirrors, by what became of them in a run";
+        let mut files = to.encode_descriptor("mirror_files", help, None, kind)?;
+        for mirror in &self.mirrors {
+            for (outcome, count) in mirror.files.each() {
+                let labels = [("mirror", &*mirror.name), ("outcome", outcome.name())];
+                ConstCounter::new(count).encode(files.encode_family(&labels)?)?;
+            }
+        }
+        let help = "Runs of mirrors, by how they ended";
+        let mut runs = to.encode_descriptor("mirror_runs", help, None, kind)?;
+        for mirror in &self.mirrors {
+            for (outcome, count) in mirror.runs.each() {
+                let labels = [("mirror", &*mirror.name), ("outcome", outcome.name())];
+                ConstCounter::new(count).encode(runs.encode_family(&labels)?)?;
+            }
+        }
+        let help = "Bytes of files that mirrors have received";
+        let mut received =
+            to.encode_descriptor("mirror_received", help, Some(&Unit::Bytes), kind)?;
+        for mirror in &self.mirrors {
+            let labels = [("mirror", &*mirror.name)];
+            ConstCounter::new(mirror.received()).encode(received.encode_family(&labels)?)?;
+        }
+        let (kind, unit) = (MetricType::Gauge, Some(&Unit::Seconds));
+        let help = "When a mirror's last run without a failure ended, since 1970";
+        let mut last = to.encode_descriptor("mirror_last_success_timestamp", help, unit, kind)?;
+        for mirror in &self.mirrors {
+            if let Some(seconds) = mirror.last_success() {
+                let labels = [("mirror", &*mirror.name)];
+                ConstGauge::new(seconds).encode(last.encode_family(&labels)?)?;
+            }
+        }
+        let help = "How long a mirror's last run took";
+        let mut took = to.encode_descriptor("mirror_run", help, unit, kind)?;
+        for mirror in &self.mirrors {
+            if let Some(duration) = mirror.last_duration() {
+                let labels = [("mirror", &*mirror.name)];
+                ConstGauge::new(duration.as_secs_f64()).encode(took.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn alerts(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let help = "Alerts, by what became of them or of an attempt to send them";
+        let mut alerts = to.encode_descriptor("alerts", help, None, MetricType::Counter)?;
+        for counts in &self.alerts {
+            for (outcome, count) in counts.outcomes.each() {
+                let labels = [("channel", &*counts.channel), ("outcome", outcome.name())];
+                ConstCounter::new(count).encode(alerts.encode_family(&labels)?)?;
+            }
+        }
+        let help = "Alerts that wait to be sent";
+        let mut queued = to.encode_descriptor("alerts_queued", help, None, MetricType::Gauge)?;
+        for counts in &self.alerts {
+            let labels = [("channel", &*counts.channel)];
+            ConstGauge::new(counts.queued()).encode(queued.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+
+    fn daemon(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let help = "Reloads, by how they ended";
+        let mut reloads = to.encode_descriptor("reloads", help, None, MetricType::Counter)?;
+        for (reload, count) in &self.reloads {
+            let number = ConstCounter::new(*count);
+            number.encode(reloads.encode_family(&[("outcome", reload.name())])?)?;
+        }
+        let help = "Lines of the log that nobody took";
+        let lost = to.encode_descriptor("log_lines_lost", help, None, MetricType::Counter)?;
+        ConstCounter::new(self.lost_lines).encode(lost)?;
+        let mut gauge = |name, help, unit: Option<&Unit>, value: f64| -> fmt::Result {
+            let gauge = to.encode_descriptor(name, help, unit, MetricType::Gauge)?;
+            ConstGauge::new(value).encode(gauge)
+        };
+        let truth = |truth| if truth { 1.0 } else { 0.0 };
+        let help = "1 if the last reload took effect, or none was ordered yet";
+        let successful = truth(self.last_reload_successful);
+        gauge("config_last_reload_successful", help, None, successful)?;
+        if let Some(clock) = self.clock {
+            let help = "1 if the kernel says that its clock is synchronized";
+            gauge("clock_synchronized", help, None, truth(clock.synchronized))?;
+            let help = "By how much the clock may be wrong, as the kernel says";
+            #[expect(clippy::cast_precision_loss, reason = "the kernel stops at 16 seconds")]
+            let seconds = clock.max_error_us as f64 / 1e6;
+            gauge("clock_max_error", help, Some(&Unit::Seconds), seconds)?;
+        }
+        // A gauge that is always 1, as Prometheus itself has it: not everything that reads metrics
+        // knows the type for it.
+        let help = "The version of handout";
+        let mut build = to.encode_descriptor("build_info", help, None, MetricType::Gauge)?;
+        let labels = [("version", env!("CARGO_PKG_VERSION"))];
+        ConstGauge::new(1_u64).encode(build.encode_family(&labels)?)
+    }
+
+    /// A counter for each label of each service that has such a counter.
+    fn by_label<L: Label>(
+        &self,
+        to: &mut DescriptorEncoder<'_>,
+        (name, help): (&str, &str),
+        label: &str,
+        counter: impl Fn(&Served) -> Option<&Counter<L>>,
+    ) -> fmt::Result {
+        let mut family = to.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for served in &self.services {
+            for (value, count) in counter(served).into_iter().flat_map(Counter::each) {
+                let labels = [("service", &**served.name()), (label, value.name())];
+                ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A gauge for each service that has such a value.
+    fn gauges(
+        &self,
+        to: &mut DescriptorEncoder<'_>,
+        (name, help): (&str, &str),
+        unit: Option<&Unit>,
+        value: impl Fn(&Served) -> Option<u64>,
+    ) -> fmt::Result {
+        let mut family: MetricEncoder<'_> =
+            to.encode_descriptor(name, help, unit, MetricType::Gauge)?;
+        for served in &self.services {
+            if let Some(value) = value(served) {
+                let labels = [("service", &**served.name())];
+                ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
+    }
+}

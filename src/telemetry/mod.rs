@@ -1,0 +1,12 @@
+//! Logs, counters and metrics: how the operator learns what the daemon does.
+//!
+//! Services and connections increment [`counters`]; [`metrics`] encodes them for monitoring.
+//! [`logging`] formats log lines and hands them to [`log_queue`], whose thread writes to standard
+//! error or to the journal ([`journald`]). Alerts belong to `alert`.
+
+pub mod counters;
+pub mod health_flag;
+mod journald;
+mod log_queue;
+pub mod logging;
+pub mod metrics;
