@@ -242,7 +242,7 @@ fn mirrors_and_alert_queues_work_on_exfat_fat_and_ntfs() {
             web.url("a.txt")
         );
         fs::write(place.join("files/a.txt"), "old").unwrap();
-        let daemon = Daemon::start(&config);
+        let mut daemon = Daemon::start(&config);
         eventually("the mirrored file", || {
             decode(&read_all(daemon.tcp("file.file"))).1 == b"alpha"
         });
@@ -251,6 +251,8 @@ fn mirrors_and_alert_queues_work_on_exfat_fat_and_ntfs() {
             let queue = fs::read_to_string(place.join("state/.handout-alerts.json"));
             queue.is_ok_and(|queue| queue.contains("file.file"))
         });
+        // The next write of the queue may be under way until the daemon has ended.
+        assert!(daemon.stop().success());
         assert_eq!(names(&place.join("state")), [".handout-alerts.json"], "{kind:?}");
     });
 }
