@@ -25,30 +25,71 @@
 //! through the folders.
 // Not `forbid`, which would not let `kernel` have its exception.
 #![deny(unsafe_code, missing_docs)]
-#![warn(clippy::pedantic, clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+#![warn(unreachable_pub)]
+#![warn(clippy::pedantic, clippy::unwrap_used, clippy::indexing_slicing)]
 #![allow(clippy::must_use_candidate, clippy::struct_excessive_bools)]
+// Shared code that only the gateway calls is checked in the full build.
+#![cfg_attr(not(feature = "gateway"), allow(dead_code, clippy::unused_self))]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing))]
 
 #[cfg(feature = "gateway")]
-pub mod alert;
+mod alert;
 pub mod cli;
-pub mod client;
-pub mod clock;
-pub mod config;
-pub mod config_reader;
-pub mod daemon;
-pub mod document;
-pub mod fs;
+mod client;
+mod clock;
+mod config;
+mod config_reader;
+mod daemon;
+mod document;
+mod fs;
 #[cfg(feature = "gateway")]
-pub mod http;
+mod http;
 #[cfg(feature = "gateway")]
-pub mod mirror;
-pub mod net;
+mod mirror;
+mod net;
 #[cfg(feature = "gateway")]
-pub mod notify;
-pub mod runtime;
-pub mod secret;
-pub mod services;
-pub mod sys;
-pub mod telemetry;
-pub mod text;
+mod notify;
+mod runtime;
+mod secret;
+mod services;
+mod sys;
+mod telemetry;
+mod text;
+
+/// Items for fuzz targets, benchmarks and tests; not an interface.
+#[doc(hidden)]
+pub mod internals {
+    pub use crate::client::time_reply::{Told, read_rfc868, read_text};
+    pub use crate::clock::Format;
+    pub use crate::config::{Config, Sources, load_part};
+    pub use crate::config_reader::diagnostic::Place;
+    pub use crate::document::{File, Head, ReadError, Reader, Refusal, file_closing};
+    pub use crate::fs::file::{Folder, MAX_NAME};
+    pub use crate::fs::filename::{escape, escape_bytes, file_name, last_component, relative_path};
+    pub use crate::net::connection::{
+        Broken, Connection, Deadlines, Next, Peer, Shutdown, Stream, Terms,
+    };
+    pub use crate::net::memfd::MemoryFile;
+    pub use crate::net::proxy_protocol::{Beginning, MAX_HEADER};
+    pub use crate::net::udp_filter::may_be_answered;
+    pub use crate::secret::{Secret, Secrets};
+    pub use crate::services::folder::{FolderService, Settings as FolderSettings};
+    pub use crate::services::metrics::MetricsService;
+    pub use crate::services::time::{Settings as TimeSettings, TimeService};
+    pub use crate::telemetry::metrics::Monitor;
+
+    #[cfg(feature = "gateway")]
+    pub use gateway::*;
+    #[cfg(feature = "gateway")]
+    mod gateway {
+        pub use crate::http::egress::{Host, Reach};
+        pub use crate::http::pointer::Pointer;
+        pub use crate::mirror::listing::{Error as ListingError, Pointers, read as read_listing};
+        pub use crate::notify::address::EmailAddress;
+        pub use crate::notify::channel::{Failure, words};
+        pub use crate::notify::mail::Settings as MailSettings;
+        pub use crate::notify::sms::Settings as SmsSettings;
+        pub use crate::notify::smtp::{Doing, start_tls};
+        pub use crate::notify::smtp_client::SmtpClient;
+    }
+}

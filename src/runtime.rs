@@ -15,13 +15,13 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 const MAX_WAITING: usize = 256;
 
 /// How long one that hangs in the file system may delay the end of a loop.
-pub const END_TIME: Duration = Duration::from_millis(100);
+pub(crate) const END_TIME: Duration = Duration::from_millis(100);
 
 /// A runtime that is one event loop.
 ///
 /// # Errors
 /// If the kernel gives it none.
-pub fn event_loop() -> io::Result<Runtime> {
+pub(crate) fn event_loop() -> io::Result<Runtime> {
     Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads((MAX_WAITING / cores()).max(8))
@@ -34,7 +34,7 @@ fn cores() -> usize {
 
 /// Every event loop. Dropped, it ends those that it has started.
 #[derive(Debug)]
-pub struct Workers {
+pub(crate) struct Workers {
     loops: Vec<Handle>,
     _started: Vec<EventLoop>,
 }
@@ -44,7 +44,7 @@ impl Workers {
     ///
     /// # Errors
     /// If a thread or its loop cannot be had.
-    pub fn start() -> io::Result<Self> {
+    pub(crate) fn start() -> io::Result<Self> {
         let started = (1..cores()).map(|number| EventLoop::start(&format!("worker-{number}")));
         let started = started.collect::<io::Result<Vec<_>>>()?;
         let others = started.iter().map(|other| other.handle.clone());
@@ -55,14 +55,14 @@ impl Workers {
     }
 
     /// The loops; the first is that of the thread that has started the others.
-    pub fn loops(&self) -> &[Handle] {
+    pub(crate) fn loops(&self) -> &[Handle] {
         &self.loops
     }
 }
 
 /// A thread with an event loop of its own. It ends when this is dropped.
 #[derive(Debug)]
-pub struct EventLoop {
+pub(crate) struct EventLoop {
     /// Where tasks are started.
     pub handle: Handle,
     _end: DropGuard,
@@ -73,7 +73,7 @@ impl EventLoop {
     ///
     /// # Errors
     /// If the thread or its loop cannot be had.
-    pub fn start(name: &str) -> io::Result<Self> {
+    pub(crate) fn start(name: &str) -> io::Result<Self> {
         let runtime = event_loop()?;
         let (end, handle) = (CancellationToken::new(), runtime.handle().clone());
         let ended = end.clone();
@@ -86,7 +86,7 @@ impl EventLoop {
 }
 
 /// Returns when each of these loops has turned.
-pub async fn turn(loops: &[Handle]) {
+pub(crate) async fn turn(loops: &[Handle]) {
     for event_loop in loops {
         // It fails only at the end of the process.
         let _ = event_loop.spawn(async {}).await;

@@ -131,7 +131,7 @@ impl Secrets {
 
 /// The file that a secret is in: the credential of that name, if the service manager has passed one
 /// (systemd.exec(5), `LoadCredential=`), else the file of that name, relative to `folder`.
-pub fn path(name: &str, folder: &Path, credentials: Option<&Path>) -> PathBuf {
+pub(crate) fn path(name: &str, folder: &Path, credentials: Option<&Path>) -> PathBuf {
     let credential = credentials.filter(|_| !name.contains('/')).map(|folder| folder.join(name));
     credential.filter(|path| path.is_file()).unwrap_or_else(|| folder.join(name))
 }
@@ -140,7 +140,7 @@ pub fn path(name: &str, folder: &Path, credentials: Option<&Path>) -> PathBuf {
 ///
 /// # Errors
 /// Says what is wrong.
-pub fn file(name: &str, context: &Context<'_>) -> Result<(PathBuf, Secret), String> {
+pub(crate) fn file(name: &str, context: &Context<'_>) -> Result<(PathBuf, Secret), String> {
     let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
     let path = path(name, context.folder, credentials.as_deref());
     let secret = Secret::read(&path).map_err(|error| format!("cannot be read: {error}"))?;

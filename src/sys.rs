@@ -13,14 +13,14 @@ use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
 /// A socket whose readiness can be waited for apart from what is done with it.
 #[derive(Debug)]
-pub struct Watched(AsyncFd<OwnedFd>);
+pub(crate) struct Watched(AsyncFd<OwnedFd>);
 
 impl Watched {
     /// Hands the socket to tokio's reactor, which must be running, to be told of this.
     ///
     /// # Errors
     /// If it cannot be watched. The socket is closed then.
-    pub fn new(socket: OwnedFd, interest: Interest) -> io::Result<Self> {
+    pub(crate) fn new(socket: OwnedFd, interest: Interest) -> io::Result<Self> {
         // SAFETY: an `OwnedFd` is open and the same until it is dropped, and it is not handed out
         // in a way that would allow to exchange it.
         let registered = unsafe { AsyncFd::register_with_interest(socket, interest) };
@@ -31,7 +31,7 @@ impl Watched {
     ///
     /// # Errors
     /// If the reactor has stopped.
-    pub async fn readable(&self) -> io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
+    pub(crate) async fn readable(&self) -> io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
         self.0.readable().await
     }
 
@@ -39,7 +39,7 @@ impl Watched {
     ///
     /// # Errors
     /// If the reactor has stopped.
-    pub fn poll_ready(
+    pub(crate) fn poll_ready(
         &self,
         context: &mut Context<'_>,
         direction: Interest,
@@ -63,7 +63,7 @@ impl AsFd for Watched {
 ///
 /// # Errors
 /// If the manager's environment variables make no sense, or name what is not open.
-pub fn inherited_descriptors() -> io::Result<Vec<(OwnedFd, String)>> {
+pub(crate) fn inherited_descriptors() -> io::Result<Vec<(OwnedFd, String)>> {
     static TAKEN: AtomicBool = AtomicBool::new(false);
     if TAKEN.swap(true, Ordering::Relaxed) {
         return Ok(Vec::new());
@@ -77,7 +77,7 @@ pub fn inherited_descriptors() -> io::Result<Vec<(OwnedFd, String)>> {
 
 /// What the kernel knows of its clock (adjtimex(2)), unprocessed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Timex {
+pub(crate) struct Timex {
     /// The clock state: `TIME_OK`, `TIME_INS`, …, `TIME_ERROR`.
     pub state: i32,
     /// The status bits, `STA_*`.
@@ -90,7 +90,7 @@ pub struct Timex {
 ///
 /// # Errors
 /// The system call's own, as under a filter that forbids it (`ProtectClock=yes`).
-pub fn read_timex() -> io::Result<Timex> {
+pub(crate) fn read_timex() -> io::Result<Timex> {
     // SAFETY: `timex` is a plain structure of integers, for which all zeros is a valid value;
     // with `modes` zero the call changes nothing and only fills it.
     let (state, timex) = unsafe {
@@ -110,7 +110,7 @@ pub fn read_timex() -> io::Result<Timex> {
 ///
 /// # Errors
 /// The system call's own; none is expected of an open socket.
-pub fn unacknowledged(socket: BorrowedFd<'_>) -> io::Result<u64> {
+pub(crate) fn unacknowledged(socket: BorrowedFd<'_>) -> io::Result<u64> {
     let mut bytes: libc::c_int = 0;
     // SAFETY: SIOCOUTQ (the same number as TIOCOUTQ) stores one int through the pointer, which is
     // valid for the duration of the call.

@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 use base64::Engine as _;
 use base64::engine::Simd;
 use base64::engine::general_purpose::PAD;
-use handout::document::file_closing;
+use handout::internals::file_closing;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 

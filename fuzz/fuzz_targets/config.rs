@@ -6,8 +6,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
-use handout::config::{Config, Sources};
-use handout::config_reader::diagnostic::Place;
+use handout::internals::{Config, Place, Sources};
 use handout_fuzz::{folder, is_one_line};
 use libfuzzer_sys::fuzz_target;
 

@@ -7,9 +7,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use handout::clock::Format;
-use handout::net::udp_filter::may_be_answered;
-use handout::services::time::{Settings, TimeService};
+use handout::internals::{Format, TimeService, TimeSettings as Settings, may_be_answered};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use libfuzzer_sys::fuzz_target;

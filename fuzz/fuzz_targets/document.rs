@@ -6,7 +6,7 @@
 //! wanted. Input: how it is cut, in one byte, and what a server sends.
 #![no_main]
 
-use handout::document::{File, Head, ReadError, Reader, Refusal};
+use handout::internals::{File, Head, ReadError, Reader, Refusal};
 use handout_fuzz::{is_one_line, pieces};
 use libfuzzer_sys::fuzz_target;
 

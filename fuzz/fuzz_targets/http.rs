@@ -6,8 +6,7 @@
 
 use std::sync::{Arc, LazyLock};
 
-use handout::services::metrics::MetricsService;
-use handout::telemetry::metrics::Monitor;
+use handout::internals::{MetricsService, Monitor};
 use handout_fuzz::{answered, pieces};
 use libfuzzer_sys::fuzz_target;
 

@@ -8,9 +8,9 @@
 use std::collections::HashSet;
 use std::path::{Component, Path};
 
-use handout::http::egress::{Host, Reach};
-use handout::http::pointer::Pointer;
-use handout::mirror::listing::{Error, Pointers, read};
+use handout::internals::{
+    Host, ListingError as Error, Pointer, Pointers, Reach, read_listing as read,
+};
 use handout_fuzz::is_one_line;
 use libfuzzer_sys::fuzz_target;
 use reqwest::Url;

@@ -4,7 +4,7 @@
 
 use std::path::{Component, Path};
 
-use handout::fs::filename::{escape, escape_bytes, file_name, last_component, relative_path};
+use handout::internals::{escape, escape_bytes, file_name, last_component, relative_path};
 use handout_fuzz::is_one_line;
 use libfuzzer_sys::fuzz_target;
 

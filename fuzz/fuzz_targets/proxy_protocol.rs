@@ -2,7 +2,7 @@
 //! bytes are split, it is the same; nobody waits for more than the longest header.
 #![no_main]
 
-use handout::net::proxy_protocol::{Beginning, MAX_HEADER};
+use handout::internals::{Beginning, MAX_HEADER};
 use libfuzzer_sys::fuzz_target;
 use proxy_header::{ParseConfig, ProxyHeader};
 

@@ -11,8 +11,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
 use base64::prelude::{BASE64_STANDARD, Engine as _};
-use handout::fs::file::{Folder, MAX_NAME};
-use handout::services::folder::{FolderService, Settings};
+use handout::internals::{Folder, FolderService, FolderSettings as Settings, MAX_NAME};
 use handout_fuzz::{answered, folder, pieces};
 use libfuzzer_sys::fuzz_target;
 use serde_json::{Value, json};

@@ -7,10 +7,7 @@
 use std::fs;
 use std::sync::LazyLock;
 
-use handout::config::load_part;
-use handout::notify::channel::words;
-use handout::notify::sms::Settings;
-use handout::secret::Secrets;
+use handout::internals::{Secrets, SmsSettings as Settings, load_part, words};
 use handout_fuzz::{folder, is_one_line};
 use libfuzzer_sys::fuzz_target;
 use serde_json::Value;

@@ -8,13 +8,10 @@
 use std::fs;
 use std::sync::LazyLock;
 
-use handout::config::load_part;
-use handout::notify::address::EmailAddress;
-use handout::notify::channel::Failure;
-use handout::notify::mail::Settings;
-use handout::notify::smtp::{Doing, start_tls};
-use handout::notify::smtp_client::SmtpClient;
-use handout::secret::{Secret, Secrets};
+use handout::internals::{
+    Doing, EmailAddress, Failure, MailSettings as Settings, Secret, Secrets, SmtpClient, load_part,
+    start_tls,
+};
 use handout_fuzz::{Memory, block_on, folder, is_one_line, pieces};
 use libfuzzer_sys::fuzz_target;
 

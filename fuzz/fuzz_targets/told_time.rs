@@ -6,8 +6,7 @@
 
 use std::sync::LazyLock;
 
-use handout::client::time_reply::{Told, read_rfc868, read_text};
-use handout::clock::Format;
+use handout::internals::{Format, Told, read_rfc868, read_text};
 use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
 use libfuzzer_sys::fuzz_target;

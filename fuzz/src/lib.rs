@@ -13,8 +13,7 @@ use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use handout::net::connection::{Connection, Deadlines, Next, Peer, Shutdown, Stream, Terms};
-use handout::net::memfd::MemoryFile;
+use handout::internals::{Connection, Deadlines, MemoryFile, Next, Peer, Shutdown, Stream, Terms};
 use tempfile::TempDir;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -151,7 +150,7 @@ impl Stream for Memory {
 /// What a client hears that says these pieces; the service must bring it to its end.
 pub fn answered<'a>(
     pieces: impl IntoIterator<Item = &'a [u8]>,
-    answer: impl AsyncFnOnce(&mut Connection<Memory>) -> Result<(), handout::net::connection::Broken>,
+    answer: impl AsyncFnOnce(&mut Connection<Memory>) -> Result<(), handout::internals::Broken>,
 ) -> Vec<u8> {
     let hour = Duration::from_secs(3600);
     let terms = Terms {

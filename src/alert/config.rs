@@ -125,7 +125,7 @@ impl Alert {
     }
 
     /// Where the queue is kept: where the configuration says, or the service manager.
-    pub fn folder(&self) -> Option<PathBuf> {
+    pub(crate) fn folder(&self) -> Option<PathBuf> {
         let manager = || {
             let folders = env::var_os("STATE_DIRECTORY")?;
             env::split_paths(&folders).find(|folder| folder.is_absolute())
@@ -162,7 +162,7 @@ fn read_channel(
 ///
 /// # Errors
 /// If something is wrong with it, or there is none.
-pub fn channel(
+pub(crate) fn channel(
     root: &mut Table<'_>,
     context: &Context<'_>,
     kind: &'static str,
@@ -190,11 +190,11 @@ pub(super) mod tests {
 
     const SHIPPED: &str = include_str!("../../config/handout.toml");
 
-    pub const MAIL: &str = "[mail.a]\nserver = \"127.0.0.1:1\"\nsecurity = \"none\"\n\
+    pub(crate) const MAIL: &str = "[mail.a]\nserver = \"127.0.0.1:1\"\nsecurity = \"none\"\n\
                         from = \"a@example.org\"\nto = [\"b@example.org\"]\n";
 
     /// What a configuration says, or its faults.
-    pub fn load(text: &str) -> Result<Settings, String> {
+    pub(crate) fn load(text: &str) -> Result<Settings, String> {
         load_in(&tempfile::tempdir().unwrap(), text)
     }
 

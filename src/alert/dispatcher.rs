@@ -50,7 +50,7 @@ const TIDY_EVERY: Duration = Duration::from_mins(1);
 
 /// Who tells the operator.
 #[derive(Debug, Default)]
-pub struct Alerts {
+pub(crate) struct Alerts {
     reporter: Reporter,
     /// None before there was anything to do.
     event_loop: Option<EventLoop>,
@@ -79,7 +79,7 @@ impl Alerts {
     ///
     /// # Errors
     /// If it cannot be had.
-    pub fn prepare(&mut self, settings: &Settings) -> io::Result<()> {
+    pub(crate) fn prepare(&mut self, settings: &Settings) -> io::Result<()> {
         if settings.is_on() && self.event_loop.is_none() {
             self.event_loop = Some(EventLoop::start("alerts")?);
         }
@@ -87,7 +87,7 @@ impl Alerts {
     }
 
     /// Tells what is wanted from now on, as is wanted. What waits to be sent goes on waiting.
-    pub fn change(&mut self, settings: &Settings) {
+    pub(crate) fn change(&mut self, settings: &Settings) {
         let counts = settings.channels.iter().map(|channel| {
             let before = self.counts.iter().find(|counts| counts.channel == *channel.name());
             before.map_or_else(|| Arc::new(Counts::new(Arc::clone(channel.name()))), Arc::clone)
@@ -108,24 +108,24 @@ impl Alerts {
     }
 
     /// Where events are handed over.
-    pub fn reporter(&self) -> Reporter {
+    pub(crate) fn reporter(&self) -> Reporter {
         self.reporter.clone()
     }
 
     /// What the channels count that are told, or have something to send.
-    pub fn counts(&self) -> Vec<Arc<Counts>> {
+    pub(crate) fn counts(&self) -> Vec<Arc<Counts>> {
         if self.job.is_some() { self.counts.clone() } else { Vec::new() }
     }
 
     /// Tells at once what there is to be told, and then ends.
-    pub fn stop(&self) {
+    pub(crate) fn stop(&self) {
         if let Some(job) = &self.job {
             job.stop.cancel();
         }
     }
 
     /// Waits until that is done. What could not be sent stays in the queue.
-    pub async fn ended(&mut self) {
+    pub(crate) async fn ended(&mut self) {
         if let Some(job) = self.job.take() {
             // A panic of it has been logged.
             let _ = job.task.await;

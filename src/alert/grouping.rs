@@ -48,7 +48,7 @@ const HOUR: i64 = 3600;
 
 /// What is told, and when.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Policy {
+pub(crate) struct Policy {
     /// Of what.
     pub on: BTreeSet<Kind>,
     /// What happens within is told in one message.
@@ -86,7 +86,7 @@ struct Flapping {
 /// What is kept of all that goes on, so that a restart changes nothing of what is told. That something
 /// comes and goes is not: after a restart it is told once how it is.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Kept {
+pub(crate) struct Kept {
     #[serde(default)]
     known: Vec<KeptIncident>,
     #[serde(default)]
@@ -131,7 +131,7 @@ struct Happened {
 
 /// Everything that goes on.
 #[derive(Debug)]
-pub struct Incidents {
+pub(crate) struct Incidents {
     policy: Policy,
     known: BTreeMap<(Kind, Arc<str>), Incident>,
     happened: Vec<Happened>,
@@ -143,7 +143,7 @@ pub struct Incidents {
 
 /// What is to be told in one message.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Report {
+pub(crate) struct Report {
     entries: Vec<Entry>,
     /// How much more has happened.
     more: u64,
@@ -163,20 +163,20 @@ struct Entry {
 
 impl Incidents {
     /// Nothing has happened yet.
-    pub fn new(policy: Policy) -> Self {
+    pub(crate) fn new(policy: Policy) -> Self {
         let (known, happened) = (BTreeMap::new(), Vec::new());
         Self { policy, known, happened, uncounted: 0, group: None }
     }
 
     /// This is told from now on. What lasts and was told stays so.
-    pub fn set_policy(&mut self, policy: Policy) {
+    pub(crate) fn set_policy(&mut self, policy: Policy) {
         self.known.retain(|(kind, _), _| policy.on.contains(kind));
         self.happened.retain(|happened| policy.on.contains(&happened.kind));
         self.policy = policy;
     }
 
     /// Something has happened.
-    pub fn add(&mut self, event: Event, now: Duration) {
+    pub(crate) fn add(&mut self, event: Event, now: Duration) {
         let Event { kind, subject, at, change } = event;
         if !self.policy.on.contains(&kind) {
             return;
@@ -253,7 +253,7 @@ impl Incidents {
     }
 
     /// When there is something to be told, unless something else happens before.
-    pub fn next(&self) -> Option<Duration> {
+    pub(crate) fn next(&self) -> Option<Duration> {
         let calm = self.policy.wait.saturating_mul(CALM_TIME);
         let each = self.known.values().filter_map(|incident| match &incident.flapping {
             Some(flapping) if flapping.told => Some(flapping.changed.saturating_add(calm)),
@@ -264,7 +264,7 @@ impl Incidents {
     }
 
     /// What is to be kept; `second` says when a time is, in seconds since 1970.
-    pub fn kept(&self, second: impl Fn(Duration) -> i64) -> Kept {
+    pub(crate) fn kept(&self, second: impl Fn(Duration) -> i64) -> Kept {
         let known = self.known.iter().map(|((kind, subject), incident)| KeptIncident {
             kind: kind.name().to_owned(),
             subject: subject.to_string(),
@@ -288,7 +288,7 @@ impl Incidents {
     }
 
     /// Takes up what was kept, as far as it is told. `second` is the time of day at `now`.
-    pub fn take_up(&mut self, kept: Kept, now: Duration, second: i64) {
+    pub(crate) fn take_up(&mut self, kept: Kept, now: Duration, second: i64) {
         let Policy { on, wait, repeat } = &self.policy;
         let told = |name: &str| on.iter().copied().find(|kind| kind.name() == name);
         let time = |second| Timestamp::from_second(second).unwrap_or_default();
@@ -322,13 +322,13 @@ impl Incidents {
     }
 
     /// What lasts.
-    pub fn lasting(&self) -> impl Iterator<Item = (Kind, Arc<str>)> {
+    pub(crate) fn lasting(&self) -> impl Iterator<Item = (Kind, Arc<str>)> {
         let lasting = self.known.iter().filter(|(_, incident)| incident.until.is_none());
         lasting.map(|((kind, subject), _)| (*kind, Arc::clone(subject)))
     }
 
     /// What is to be told at `now`, if anything. At the `end`, also what would be told a little later.
-    pub fn due(&mut self, now: Duration, end: bool) -> Option<Report> {
+    pub(crate) fn due(&mut self, now: Duration, end: bool) -> Option<Report> {
         let Policy { wait, repeat, .. } = self.policy;
         let (calm, window) = (wait.saturating_mul(CALM_TIME), wait.saturating_mul(FLAPPING_TIME));
         let group = self.group.is_some_and(|due| due <= now || end);
@@ -422,7 +422,7 @@ impl Report {
 
     /// What of it is told over a channel, if anything: not what is about the channel itself.
     #[must_use]
-    pub fn over(&self, channel: &str) -> Option<Self> {
+    pub(crate) fn over(&self, channel: &str) -> Option<Self> {
         let mut report = self.clone();
         report.entries.retain(|entry| entry.channel.as_deref() != Some(channel));
         (!report.is_empty()).then_some(report)
@@ -438,7 +438,7 @@ impl Report {
     }
 
     /// The subject of its message: where, and what.
-    pub fn subject(&self, host: &str) -> String {
+    pub(crate) fn subject(&self, host: &str) -> String {
         let first = self.entries.first().map_or("", |entry| &entry.subject);
         let others = self.entries.len().saturating_sub(1);
         let more = if others > 0 { format!(" and {others} more") } else { String::new() };
@@ -448,7 +448,7 @@ impl Report {
 
     /// The text of its message; its first line says where, what, and since when. `withheld` is what
     /// was not told before.
-    pub fn text(&self, host: &str, withheld: &Withheld) -> String {
+    pub(crate) fn text(&self, host: &str, withheld: &Withheld) -> String {
         let mut text = format!("{host}: {}\n", self.lines().join("\n"));
         let Withheld { count, lines } = withheld;
         if *count > 0 {
@@ -466,7 +466,7 @@ impl Report {
 
 /// Messages that were not sent, as there were too many: how many, and the last lines of them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Withheld {
+pub(crate) struct Withheld {
     /// How many.
     pub count: u64,
     /// What they said, as far as it is kept.
@@ -475,7 +475,7 @@ pub struct Withheld {
 
 impl Withheld {
     /// One more.
-    pub fn add(&mut self, report: &Report) {
+    pub(crate) fn add(&mut self, report: &Report) {
         self.count += 1;
         self.lines.extend(report.lines());
         let too_many = self.lines.len().saturating_sub(MAX_WITHHELD);
@@ -483,7 +483,7 @@ impl Withheld {
     }
 
     /// A report of nothing else, to be told when there is a place for it.
-    pub fn report(&self) -> Report {
+    pub(crate) fn report(&self) -> Report {
         let Self { count, lines } = self;
         let subject = format!("{} withheld (max-per-hour)", counted(*count, "message"));
         let last = lines.back().map_or(String::new(), |last| format!("; the last: {last}"));
@@ -495,21 +495,21 @@ impl Withheld {
 
 /// How many messages a channel has had in the last hour.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Hour(VecDeque<i64>);
+pub(crate) struct Hour(VecDeque<i64>);
 
 impl Hour {
     /// Those at these times, in seconds.
-    pub fn new(times: impl IntoIterator<Item = i64>) -> Self {
+    pub(crate) fn new(times: impl IntoIterator<Item = i64>) -> Self {
         Self(times.into_iter().collect())
     }
 
     /// When they were.
-    pub fn times(&self) -> impl Iterator<Item = i64> {
+    pub(crate) fn times(&self) -> impl Iterator<Item = i64> {
         self.0.iter().copied()
     }
 
     /// Takes a place for one at `now`, if there is one.
-    pub fn take(&mut self, now: i64, max: usize) -> bool {
+    pub(crate) fn take(&mut self, now: i64, max: usize) -> bool {
         while self.0.front().is_some_and(|at| *at <= now - HOUR) {
             self.0.pop_front();
         }
@@ -521,7 +521,7 @@ impl Hour {
     }
 
     /// When there is a place again.
-    pub fn free_at(&self, max: usize) -> i64 {
+    pub(crate) fn free_at(&self, max: usize) -> i64 {
         let last = self.0.len().checked_sub(max).and_then(|index| self.0.get(index));
         last.map_or(i64::MIN, |at| at.saturating_add(HOUR))
     }

@@ -4,7 +4,7 @@
 //! until sent, across restarts) → [`dispatcher`] (one task; sends and retries) → a channel of
 //! `notify`. [`config`] reads `[alert]`. Nothing here speaks SMTP or HTTP.
 
-pub mod config;
-pub mod dispatcher;
-pub mod grouping;
-pub mod outbox;
+pub(crate) mod config;
+pub(crate) mod dispatcher;
+pub(crate) mod grouping;
+pub(crate) mod outbox;

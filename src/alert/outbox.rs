@@ -27,11 +27,11 @@ const UNREADABLE: &str = ".handout-alerts.json.unreadable";
 const MAX_FILE: u64 = 64 << 20;
 
 /// How many messages may wait for one channel.
-pub const MAX_WAITING: usize = 100;
+pub(crate) const MAX_WAITING: usize = 100;
 
 /// A message that is to be sent over one channel.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Message {
+pub(crate) struct Message {
     /// By which it is known, here and as its Message-ID.
     pub id: String,
     /// The channel, as `mail.ops`.
@@ -110,7 +110,7 @@ fn lock(folder: &Path) -> Result<Option<File>, OpenError> {
 
 /// The queue of all channels.
 #[derive(Debug, Default)]
-pub struct Queue {
+pub(crate) struct Queue {
     /// None if nothing is kept.
     folder: Option<PathBuf>,
     /// The folder, locked for as long as the queue is there; not every file system has locks.
@@ -121,7 +121,7 @@ pub struct Queue {
 
 /// Why there is no queue.
 #[derive(Debug, thiserror::Error)]
-pub enum OpenError {
+pub(crate) enum OpenError {
     /// It is somebody else's.
     #[error("another handout has it: give each a `state` of its own")]
     Taken,
@@ -136,7 +136,7 @@ impl Queue {
     /// # Errors
     /// If it is somebody else's, or cannot be read. In the latter case one can still be had without
     /// what is there: see [`Queue::begin_anew`].
-    pub fn open(folder: &Path) -> Result<Self, OpenError> {
+    pub(crate) fn open(folder: &Path) -> Result<Self, OpenError> {
         let lock = lock(folder)?;
         let contents = Contents::read(folder)?;
         Ok(Self { folder: Some(folder.to_owned()), _lock: lock, contents, changed: false })
@@ -146,7 +146,7 @@ impl Queue {
     ///
     /// # Errors
     /// If it is somebody else's.
-    pub fn begin_anew(folder: &Path) -> Result<Self, OpenError> {
+    pub(crate) fn begin_anew(folder: &Path) -> Result<Self, OpenError> {
         let lock = lock(folder)?;
         // If that fails, it is replaced.
         let _ = fs::rename(folder.join(FILE), folder.join(UNREADABLE));
@@ -157,7 +157,7 @@ impl Queue {
     ///
     /// # Errors
     /// Whatever the disk says. What waits is then in both.
-    pub fn take_over(&mut self, other: Self) -> io::Result<()> {
+    pub(crate) fn take_over(&mut self, other: Self) -> io::Result<()> {
         for message in other.contents.messages {
             self.add(message);
         }
@@ -183,7 +183,7 @@ impl Queue {
     ///
     /// # Errors
     /// Whatever the disk says; it is tried again the next time.
-    pub fn save(&mut self) -> io::Result<()> {
+    pub(crate) fn save(&mut self) -> io::Result<()> {
         let Some(folder) = &self.folder else { return Ok(()) };
         if !self.changed {
             return Ok(());
@@ -197,7 +197,7 @@ impl Queue {
     }
 
     /// Takes a message, if there is a place for it.
-    pub fn add(&mut self, message: Message) -> bool {
+    pub(crate) fn add(&mut self, message: Message) -> bool {
         let fits = self.waiting(&message.channel) < MAX_WAITING;
         if fits {
             self.contents.messages.push_back(message);
@@ -207,28 +207,28 @@ impl Queue {
     }
 
     /// How many messages wait for a channel.
-    pub fn waiting(&self, channel: &str) -> usize {
+    pub(crate) fn waiting(&self, channel: &str) -> usize {
         self.contents.messages.iter().filter(|message| message.channel == channel).count()
     }
 
     /// The channels for which messages wait.
-    pub fn channels(&self) -> BTreeSet<&str> {
+    pub(crate) fn channels(&self) -> BTreeSet<&str> {
         self.contents.messages.iter().map(|message| &*message.channel).collect()
     }
 
     /// The next message for a channel.
-    pub fn first(&self, channel: &str) -> Option<&Message> {
+    pub(crate) fn first(&self, channel: &str) -> Option<&Message> {
         self.contents.messages.iter().find(|message| message.channel == channel)
     }
 
     /// A message was taken, or never will be.
-    pub fn remove(&mut self, channel: &str, id: &str) {
+    pub(crate) fn remove(&mut self, channel: &str, id: &str) {
         self.contents.messages.retain(|message| !message.is(channel, id));
         self.changed = true;
     }
 
     /// A message is on its way: somebody has got it, and these have not.
-    pub fn go_on(&mut self, channel: &str, id: &str, to: Vec<String>) {
+    pub(crate) fn go_on(&mut self, channel: &str, id: &str, to: Vec<String>) {
         if let Some(message) = self.contents.messages.iter_mut().find(|one| one.is(channel, id)) {
             (message.to, message.tries) = (Some(to), 0);
             self.changed = true;
@@ -236,7 +236,13 @@ impl Queue {
     }
 
     /// A message is to be tried again, after those that wait; for these recipients, if not for all.
-    pub fn put_back(&mut self, channel: &str, id: &str, to: Option<Vec<String>>, tries: u32) {
+    pub(crate) fn put_back(
+        &mut self,
+        channel: &str,
+        id: &str,
+        to: Option<Vec<String>>,
+        tries: u32,
+    ) {
         let at = self.contents.messages.iter().position(|one| one.is(channel, id));
         if let Some(mut message) = at.and_then(|at| self.contents.messages.remove(at)) {
             message.to = to.or(message.to);
@@ -247,7 +253,7 @@ impl Queue {
     }
 
     /// Takes out what came before `since`.
-    pub fn expire(&mut self, since: Duration) -> Vec<Message> {
+    pub(crate) fn expire(&mut self, since: Duration) -> Vec<Message> {
         let (old, young) = std::mem::take(&mut self.contents.messages)
             .into_iter()
             .partition::<VecDeque<_>, _>(|message| message.since < since);
@@ -257,34 +263,34 @@ impl Queue {
     }
 
     /// When messages were made for a channel lately, in seconds since 1970.
-    pub fn made(&self, channel: &str) -> Vec<i64> {
+    pub(crate) fn made(&self, channel: &str) -> Vec<i64> {
         self.contents.made.get(channel).cloned().unwrap_or_default()
     }
 
     /// Messages were made for a channel at these times.
-    pub fn set_made(&mut self, channel: &str, times: Vec<i64>) {
+    pub(crate) fn set_made(&mut self, channel: &str, times: Vec<i64>) {
         self.contents.made.insert(channel.to_owned(), times);
         self.changed = true;
     }
 
     /// What was not told over a channel.
-    pub fn withheld(&self, channel: &str) -> Withheld {
+    pub(crate) fn withheld(&self, channel: &str) -> Withheld {
         self.contents.withheld.get(channel).cloned().unwrap_or_default()
     }
 
     /// What went on when this was written.
-    pub fn incidents(&self) -> &Kept {
+    pub(crate) fn incidents(&self) -> &Kept {
         &self.contents.incidents
     }
 
     /// This goes on now.
-    pub fn set_incidents(&mut self, incidents: Kept) {
+    pub(crate) fn set_incidents(&mut self, incidents: Kept) {
         self.changed |= self.contents.incidents != incidents;
         self.contents.incidents = incidents;
     }
 
     /// Changes what was not told over a channel.
-    pub fn set_withheld(&mut self, channel: &str, withheld: Withheld) {
+    pub(crate) fn set_withheld(&mut self, channel: &str, withheld: Withheld) {
         self.contents.withheld.insert(channel.to_owned(), withheld);
         self.changed = true;
     }

@@ -15,7 +15,7 @@ const MAX_DIGITS: u32 = 6;
 /// The offset of a server's clock. Displayed as `+0.4 s ± 0.6 s, round trip 0.000129 s`: the middle
 /// of the interval, and a bound that is rounded up, so that what is printed contains the interval.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ClockOffset {
+pub(crate) struct ClockOffset {
     lowest: SignedDuration,
     highest: SignedDuration,
     round_trip: SignedDuration,
@@ -26,7 +26,7 @@ pub struct ClockOffset {
 impl ClockOffset {
     /// The offset of a server that told `told` to a client which asked at `asked_at` and had the
     /// reply at `received_at`, by its own clock.
-    pub fn new(told: Told, asked_at: Timestamp, received_at: Timestamp) -> Self {
+    pub(crate) fn new(told: Told, asked_at: Timestamp, received_at: Timestamp) -> Self {
         let (earliest, latest) = told.range();
         Self {
             lowest: earliest.duration_since(received_at),

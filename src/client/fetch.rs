@@ -35,7 +35,7 @@ use crate::text::counted;
 use crate::text::error_chain;
 
 /// The port of file services, by custom.
-pub const PORT: u16 = 5566;
+pub(crate) const PORT: u16 = 5566;
 
 /// How much is received at one time.
 const BUFFER: usize = 256 << 10;
@@ -95,7 +95,7 @@ pub enum Output {
 
 /// Why something was not fetched.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// The server could not be reached.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -179,7 +179,7 @@ pub enum Error {
 
 /// What became of a file that was asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Saved {
+pub(crate) struct Saved {
     /// Where it is; nowhere for standard output.
     pub place: Option<PathBuf>,
     /// How long it is, in bytes.
@@ -189,7 +189,7 @@ pub struct Saved {
 }
 
 /// Is told how the fetching goes.
-pub trait Report {
+pub(crate) trait Report {
     /// A file is begun; `name` is known if it was asked for by name.
     fn begin(&mut self, name: Option<&str>);
     /// The server, named with its port, has sent nothing for this long.
@@ -204,7 +204,7 @@ pub trait Report {
 
 /// A file in a list.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-pub struct Listed {
+pub(crate) struct Listed {
     /// The server's name for it: any text at all.
     pub filename: String,
     /// Its size in bytes.
@@ -217,7 +217,7 @@ pub struct Listed {
 ///
 /// # Errors
 /// If the server does not send one.
-pub async fn list(order: &Order) -> Result<Vec<Listed>, Error> {
+pub(crate) async fn list(order: &Order) -> Result<Vec<Listed>, Error> {
     list_until(order, Instant::now() + order.timeout).await
 }
 
@@ -226,7 +226,7 @@ async fn list_until(order: &Order, deadline: Instant) -> Result<Vec<Listed>, Err
 }
 
 /// Fetches what is wanted, and reports; true if everything was saved.
-pub async fn fetch(order: &Order, report: &mut impl Report) -> bool {
+pub(crate) async fn fetch(order: &Order, report: &mut impl Report) -> bool {
     let deadline = Instant::now() + order.timeout;
     let names = match &order.wanted {
         Wanted::Pushed => {

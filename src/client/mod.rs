@@ -11,10 +11,10 @@
 //! | `send` | sends mail and SMS |
 //! | `names` | which names of a server's choice are taken, and how they are printed |
 
-pub mod clock_offset;
-pub mod fetch;
-pub mod time;
-pub mod time_reply;
+pub(crate) mod clock_offset;
+pub(crate) mod fetch;
+pub(crate) mod time;
+pub(crate) mod time_reply;
 
 use std::fmt;
 use std::io;

@@ -16,7 +16,7 @@ use crate::client::{ConnectError, Server};
 use crate::fs::filename::escape_bytes;
 
 /// The port of time services, by custom.
-pub const PORT: u16 = 6789;
+pub(crate) const PORT: u16 = 6789;
 
 /// The longest reply that is taken for a time.
 const MAX_REPLY: usize = 4096;
@@ -42,7 +42,7 @@ pub struct Question {
 
 /// A service that did not tell the time.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// It could not be reached.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -75,7 +75,7 @@ pub enum Error {
 
 /// What a service answered, and when.
 #[derive(Debug)]
-pub struct Answer {
+pub(crate) struct Answer {
     question: Question,
     reply: Vec<u8>,
     /// This machine's time when it asked.
@@ -89,7 +89,7 @@ impl Answer {
     ///
     /// # Errors
     /// If it was asked for RFC 868 and said something else.
-    pub fn line(&self) -> Result<String, Error> {
+    pub(crate) fn line(&self) -> Result<String, Error> {
         if self.question.rfc868 {
             return Ok(self.told(&TimeZone::UTC)?.instant.to_string());
         }
@@ -101,7 +101,7 @@ impl Answer {
     ///
     /// # Errors
     /// If the reply tells no time that is understood.
-    pub fn offset(&self, zone: &TimeZone) -> Result<ClockOffset, Error> {
+    pub(crate) fn offset(&self, zone: &TimeZone) -> Result<ClockOffset, Error> {
         Ok(ClockOffset::new(self.told(zone)?, self.asked_at, self.received_at))
     }
 
@@ -129,7 +129,7 @@ struct Received {
 ///
 /// # Errors
 /// If it cannot be reached, or does not answer in time or at all.
-pub async fn ask(question: Question) -> Result<Answer, Error> {
+pub(crate) async fn ask(question: Question) -> Result<Answer, Error> {
     let asking = async {
         if question.udp { ask_by_datagram(&question).await } else { ask_by_tcp(&question).await }
     };

@@ -33,7 +33,7 @@ impl Told {
 const SECOND: SignedDuration = SignedDuration::from_secs(1);
 
 /// Returns the first line of a reply that is not blank, without white space around it.
-pub fn first_line(reply: &[u8]) -> &[u8] {
+pub(crate) fn first_line(reply: &[u8]) -> &[u8] {
     let mut lines = reply.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
     lines.find(|line| !line.is_empty()).unwrap_or_default()
 }

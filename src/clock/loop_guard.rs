@@ -12,7 +12,7 @@ use crate::clock::{Format, MAX_REPLY};
 /// its own service; so two patterns might take each other's replies for questions. They do not go on
 /// for long, as an answer to one always [outranks](Self::outranks) it.
 #[derive(Debug)]
-pub struct ReplyShapes {
+pub(crate) struct ReplyShapes {
     shapes: Vec<Vec<u8>>,
     /// RFC 868 replies are four bytes of any value.
     four_bytes: bool,
@@ -22,7 +22,7 @@ pub struct ReplyShapes {
 impl ReplyShapes {
     /// The replies of every named format, and those of `own`, which may be a pattern, as told in
     /// `zone`.
-    pub fn new(own: &Format, zone: &TimeZone) -> Self {
+    pub(crate) fn new(own: &Format, zone: &TimeZone) -> Self {
         let mut shapes: Vec<Vec<u8>> = Vec::new();
         let utc = TimeZone::UTC;
         let named = Format::NAMED.iter().map(|(_, format)| (format, &utc));
@@ -44,7 +44,7 @@ impl ReplyShapes {
     }
 
     /// Whether `datagram` looks like the reply of a time service.
-    pub fn match_datagram(&self, datagram: &[u8]) -> bool {
+    pub(crate) fn match_datagram(&self, datagram: &[u8]) -> bool {
         // Nothing longer is a reply of ours.
         if datagram.len() > MAX_REPLY {
             return false;
@@ -56,7 +56,7 @@ impl ReplyShapes {
     /// Whether `reply` may follow `datagram`. A pattern's must have more digits, or as many and more
     /// bytes. So answers to answers, if there are any, grow until they end; and a question, which has
     /// few digits, is answered.
-    pub fn outranks(&self, reply: &[u8], datagram: &[u8]) -> bool {
+    pub(crate) fn outranks(&self, reply: &[u8], datagram: &[u8]) -> bool {
         !self.pattern || rank(datagram) < rank(reply)
     }
 }

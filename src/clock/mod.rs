@@ -17,17 +17,17 @@ use jiff::tz::{Offset, TimeZone};
 
 use crate::sys;
 
-pub use loop_guard::ReplyShapes;
-pub use zone::{current_zone, find_zone};
+pub(crate) use loop_guard::ReplyShapes;
+pub(crate) use zone::{current_zone, find_zone};
 
 /// The longest text that a strftime pattern may make: a reply fits one datagram with ease.
 const MAX_TEXT: usize = 512;
 
 /// The longest reply in any format: the longest text and its newline.
-pub const MAX_REPLY: usize = MAX_TEXT + 1;
+pub(crate) const MAX_REPLY: usize = MAX_TEXT + 1;
 
 /// Seconds from 1900, where RFC 868 begins to count, to 1970.
-pub const SECONDS_1900_TO_1970: i64 = 2_208_988_800;
+pub(crate) const SECONDS_1900_TO_1970: i64 = 2_208_988_800;
 
 /// Days from the start of the Modified Julian Date, 1858-11-17, to 1970-01-01.
 const MODIFIED_JULIAN_1970: i64 = 40_587;
@@ -164,7 +164,7 @@ impl fmt::Display for Format {
 /// How well the kernel's clock is kept, from adjtimex(2): whoever disciplines the clock (chrony,
 /// ntpd, systemd-timesyncd) tells the kernel, and the kernel tells us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Health {
+pub(crate) struct Health {
     /// Whether the clock is disciplined by somebody.
     pub synchronized: bool,
     /// The maximum error in microseconds; the kernel lets it grow while nobody corrects it.
@@ -175,7 +175,7 @@ pub struct Health {
 
 /// The leap second that is due at the end of the day, if one is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Leap {
+pub(crate) enum Leap {
     /// The day has 86,400 seconds.
     None,
     /// A second is inserted.
@@ -189,7 +189,7 @@ impl Health {
     ///
     /// # Errors
     /// If a filter on system calls forbids to ask.
-    pub fn read() -> io::Result<Self> {
+    pub(crate) fn read() -> io::Result<Self> {
         Ok(Self::from(sys::read_timex()?))
     }
 }

@@ -40,7 +40,7 @@ type FileState = (PathBuf, Option<PathBuf>, Option<Stamp>);
 ///
 /// # Errors
 /// A description of the expected names.
-pub fn find_zone(name: &str) -> Result<TimeZone, String> {
+pub(crate) fn find_zone(name: &str) -> Result<TimeZone, String> {
     if name == "local" && env::var_os("TZ").is_none() && is_missing(LOCALTIME) {
         return Ok(TimeZone::UTC);
     }
@@ -51,7 +51,7 @@ pub fn find_zone(name: &str) -> Result<TimeZone, String> {
 ///
 /// # Errors
 /// A description of the expected names; also if `/etc/localtime` is missing.
-pub fn current_zone(name: &str) -> Result<TimeZone, String> {
+pub(crate) fn current_zone(name: &str) -> Result<TimeZone, String> {
     if name == "UTC" {
         return Ok(TimeZone::UTC);
     }

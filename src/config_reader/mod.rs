@@ -3,6 +3,6 @@
 //! Every module reads its own section through a [`table::Table`]; faults are collected as
 //! [`diagnostic`]s, so that all are reported at once. Knows no section.
 
-pub mod diagnostic;
-pub mod table;
-pub mod values;
+pub(crate) mod diagnostic;
+pub(crate) mod table;
+pub(crate) mod values;

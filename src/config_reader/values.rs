@@ -18,7 +18,7 @@ const MAX_SOCKET_PATH: usize = 108;
 ///
 /// # Errors
 /// Says what was expected.
-pub fn duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let parsed = text.parse::<SignedDuration>().ok().and_then(|parsed| parsed.try_into().ok());
     match parsed {
         Some(duration) if duration > Duration::ZERO && duration <= MAX_DURATION => Ok(duration),
@@ -31,7 +31,7 @@ pub fn duration(text: &str) -> Result<Duration, String> {
 ///
 /// # Errors
 /// Says what was expected.
-pub fn size(text: &str) -> Result<u64, String> {
+pub(crate) fn size(text: &str) -> Result<u64, String> {
     let expected = || "expected a size with its unit, as \"64MiB\" or \"500kB\"".to_owned();
     // A bare number could be meant in any unit.
     if !text.ends_with(|last: char| last.is_ascii_alphabetic()) {

@@ -54,7 +54,7 @@ const ACCEPT_BACKOFF: Duration = Duration::from_secs(1);
 /// The answer to a request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "outcome", rename_all = "kebab-case")]
-pub enum Reply {
+pub(crate) enum Reply {
     /// The new configuration is in force.
     Reloaded {
         /// Summary of the changes, in one line.
@@ -74,7 +74,7 @@ pub enum Reply {
 
 impl Reply {
     /// A rejection with the faults in the lines of `text`, cut at the maximum length of a reply.
-    pub fn rejected(text: &str) -> Self {
+    pub(crate) fn rejected(text: &str) -> Self {
         let fitting = text.get(..text.floor_char_boundary(MAX_FAULTS)).unwrap_or(text);
         let mut faults: Vec<_> = fitting.lines().map(str::to_owned).collect();
         if fitting.len() < text.len() {
@@ -89,21 +89,21 @@ type Request = Option<oneshot::Sender<Reply>>;
 
 /// Hands reload requests to the daemon.
 #[derive(Debug, Clone)]
-pub struct ReloadSender(mpsc::Sender<Request>);
+pub(crate) struct ReloadSender(mpsc::Sender<Request>);
 
 /// Reload requests, as the daemon takes them.
 #[derive(Debug)]
-pub struct ReloadQueue(mpsc::Receiver<Request>);
+pub(crate) struct ReloadQueue(mpsc::Receiver<Request>);
 
 /// Creates the queue of reload requests.
-pub fn reload_queue() -> (ReloadSender, ReloadQueue) {
+pub(crate) fn reload_queue() -> (ReloadSender, ReloadQueue) {
     let (sender, receiver) = mpsc::channel(MAX_REQUESTS);
     (ReloadSender(sender), ReloadQueue(receiver))
 }
 
 impl ReloadSender {
     /// Requests a reload without waiting for it.
-    pub fn notify(&self) {
+    pub(crate) fn notify(&self) {
         // If the queue is full, a reload is about to begin.
         let _ = self.0.try_send(None);
     }
@@ -121,7 +121,7 @@ impl ReloadSender {
 impl ReloadQueue {
     /// Waits for requests, and takes all that one reload can serve. `None` if there can be none any
     /// more.
-    pub async fn next(&mut self) -> Option<Waiting> {
+    pub(crate) async fn next(&mut self) -> Option<Waiting> {
         let mut waiting = Waiting(self.0.recv().await?.into_iter().collect());
         while let Ok(request) = self.0.try_recv() {
             waiting.0.extend(request);
@@ -133,11 +133,11 @@ impl ReloadQueue {
 /// Clients that wait for the outcome of one reload. Dropped unanswered, they learn that the daemon is
 /// stopping.
 #[derive(Debug)]
-pub struct Waiting(Vec<oneshot::Sender<Reply>>);
+pub(crate) struct Waiting(Vec<oneshot::Sender<Reply>>);
 
 impl Waiting {
     /// Sends the outcome to all.
-    pub fn answer(self, reply: &Reply) {
+    pub(crate) fn answer(self, reply: &Reply) {
         for client in self.0 {
             // Fails only if the client has disconnected.
             let _ = client.send(reply.clone());
@@ -147,7 +147,7 @@ impl Waiting {
 
 /// Path of the control socket if no argument names it: in the service manager's runtime directory, of
 /// which `RUNTIME_DIRECTORY` lists one or several (systemd.exec(5)).
-pub fn default_path() -> PathBuf {
+pub(crate) fn default_path() -> PathBuf {
     let dirs = env::var_os("RUNTIME_DIRECTORY").unwrap_or_default();
     let dir = env::split_paths(&dirs).find(|dir| dir.is_absolute());
     dir.unwrap_or_else(|| DEFAULT_DIR.into()).join("control")
@@ -155,7 +155,7 @@ pub fn default_path() -> PathBuf {
 
 /// A bound control socket. Its file is removed when it is dropped.
 #[derive(Debug)]
-pub struct ControlSocket {
+pub(crate) struct ControlSocket {
     listener: UnixListener,
     _file: SocketFile,
 }
@@ -166,7 +166,7 @@ impl ControlSocket {
     ///
     /// # Errors
     /// If `path` cannot be bound.
-    pub fn open(path: Option<&Path>) -> io::Result<Option<Self>> {
+    pub(crate) fn open(path: Option<&Path>) -> io::Result<Option<Self>> {
         if let Some(path) = path {
             return Self::bind(path).map(Some);
         }
@@ -193,7 +193,7 @@ impl ControlSocket {
     }
 
     /// Serves clients until the future is dropped; accepted clients still get their reply.
-    pub async fn serve(self, reloads: ReloadSender) {
+    pub(crate) async fn serve(self, reloads: ReloadSender) {
         let permits = Arc::new(Semaphore::new(MAX_CLIENTS));
         // The semaphore is never closed.
         while let Ok(permit) = Arc::clone(&permits).acquire_owned().await {
@@ -242,7 +242,7 @@ async fn read_request(client: &mut UnixStream) -> io::Result<String> {
 
 /// Why there is no outcome of a request.
 #[derive(Debug, thiserror::Error)]
-pub enum RequestError {
+pub(crate) enum RequestError {
     /// The daemon cannot be reached.
     #[error("cannot reach the daemon at {}: {cause}: {}", shown(.path), remedy(.cause.kind()))]
     Connect {
@@ -275,7 +275,7 @@ fn remedy(cause: io::ErrorKind) -> &'static str {
 ///
 /// # Errors
 /// If the daemon cannot be reached or ends before its reply.
-pub async fn request_reload(path: &Path) -> Result<Reply, RequestError> {
+pub(crate) async fn request_reload(path: &Path) -> Result<Reply, RequestError> {
     let connect = |cause| RequestError::Connect { path: path.to_owned(), cause };
     let mut stream = UnixStream::connect(path).await.map_err(connect)?;
     stream.write_all(format!("{RELOAD}\n").as_bytes()).await.map_err(RequestError::NoReply)?;

@@ -20,13 +20,13 @@ use crate::telemetry::counters::{Counter, Ending, Label};
 use crate::text::counted;
 
 #[cfg(feature = "gateway")]
-pub use crate::alert::{config::Settings, dispatcher::Alerts};
+pub(crate) use crate::alert::{config::Settings, dispatcher::Alerts};
 
 #[cfg(not(feature = "gateway"))]
-pub use absent::{Alerts, Settings};
+pub(crate) use absent::{Alerts, Settings};
 
 /// How often it is looked at what is not well.
-pub const LOOK_EVERY: Duration = Duration::from_millis(500);
+pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// How many events may wait to be taken.
 const WAITING: usize = 1024;
@@ -76,7 +76,7 @@ impl Label for Kind {
 
 /// Something that is to be told.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Event {
+pub(crate) struct Event {
     /// What it is.
     pub kind: Kind,
     /// Of what, as `file.picture`.
@@ -89,7 +89,7 @@ pub struct Event {
 
 /// What becomes of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Change {
+pub(crate) enum Change {
     /// It begins, or is known in other words; these.
     Begun(String),
     /// It is over.
@@ -108,7 +108,7 @@ type Lasting = BTreeSet<(Kind, Arc<str>)>;
 
 /// Where events are handed over. As long as there is nobody at the other end, they are not.
 #[derive(Debug, Clone, Default)]
-pub struct Reporter {
+pub(crate) struct Reporter {
     sender: Arc<OnceLock<mpsc::Sender<Event>>>,
     lost: Arc<AtomicU64>,
     /// What lasted when the daemon before this one ended.
@@ -116,17 +116,17 @@ pub struct Reporter {
 }
 
 /// The other end of a [`Reporter`].
-pub type Events = mpsc::Receiver<Event>;
+pub(crate) type Events = mpsc::Receiver<Event>;
 
 impl Reporter {
     /// Its other end, which there is only once.
-    pub fn connect(&self) -> Option<Events> {
+    pub(crate) fn connect(&self) -> Option<Events> {
         let (sender, events) = mpsc::channel(WAITING);
         self.sender.set(sender).ok().map(|()| events)
     }
 
     /// Hands an event over; never waits. False if there is no place for it, which is counted.
-    pub fn report(&self, event: Event) -> bool {
+    pub(crate) fn report(&self, event: Event) -> bool {
         let Some(sender) = self.sender.get() else { return true };
         let taken = sender.try_send(event).is_ok();
         if !taken {
@@ -136,7 +136,7 @@ impl Reporter {
     }
 
     /// This lasted when the daemon before this one ended: it has begun, and may be over.
-    pub fn resume(&self, lasting: impl Iterator<Item = (Kind, Arc<str>)>) {
+    pub(crate) fn resume(&self, lasting: impl Iterator<Item = (Kind, Arc<str>)>) {
         self.resumed.lock().unwrap_or_else(PoisonError::into_inner).extend(lasting);
     }
 
@@ -145,7 +145,7 @@ impl Reporter {
     }
 
     /// How many events there was no place for.
-    pub fn lost(&self) -> u64 {
+    pub(crate) fn lost(&self) -> u64 {
         self.lost.load(Ordering::Relaxed)
     }
 }
@@ -204,7 +204,7 @@ impl Counts {
 
 /// Something that is not well at this moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Trouble {
+pub(crate) struct Trouble {
     /// What it is.
     pub kind: Kind,
     /// Of what.
@@ -215,7 +215,7 @@ pub struct Trouble {
 
 /// Sees what begins and what ends.
 #[derive(Debug, Default)]
-pub struct Watch {
+pub(crate) struct Watch {
     reporter: Reporter,
     /// What has begun, as far as it was told, and in which words.
     begun: BTreeMap<(Kind, Arc<str>), String>,
@@ -229,18 +229,18 @@ pub struct Watch {
 
 impl Watch {
     /// One that hands over to `reporter`.
-    pub fn new(reporter: Reporter) -> Self {
+    pub(crate) fn new(reporter: Reporter) -> Self {
         Self { reporter, ..Self::default() }
     }
 
     /// Only these kinds are told from now on. Of the others, what lasts is new to whoever wants to be
     /// told later.
-    pub fn forget_all_but(&mut self, kinds: &BTreeSet<Kind>) {
+    pub(crate) fn forget_all_but(&mut self, kinds: &BTreeSet<Kind>) {
         self.begun.retain(|(kind, _), _| kinds.contains(kind));
     }
 
     /// Looks at everything, and hands over what is different from the last time, of these kinds.
-    pub fn look<'a>(
+    pub(crate) fn look<'a>(
         &mut self,
         services: impl Iterator<Item = &'a Arc<Served>>,
         mirrors: &[Arc<mirrors::Counts>],
@@ -425,35 +425,35 @@ mod absent {
 
     /// Who tells: nobody.
     #[derive(Debug, Default)]
-    pub struct Alerts {}
+    pub(crate) struct Alerts {}
 
     impl Alerts {
         /// Prepares nothing.
         ///
         /// # Errors
         /// None.
-        pub fn prepare(&mut self, _: &Settings) -> io::Result<()> {
+        pub(crate) fn prepare(&mut self, _: &Settings) -> io::Result<()> {
             Ok(())
         }
 
         /// Changes nothing.
-        pub fn change(&mut self, _: &Settings) {}
+        pub(crate) fn change(&mut self, _: &Settings) {}
 
         /// Where events are handed over.
-        pub fn reporter(&self) -> Reporter {
+        pub(crate) fn reporter(&self) -> Reporter {
             Reporter::default()
         }
 
         /// What the channels count.
-        pub fn counts(&self) -> Vec<Arc<Counts>> {
+        pub(crate) fn counts(&self) -> Vec<Arc<Counts>> {
             Vec::new()
         }
 
         /// Ends nothing.
-        pub fn stop(&self) {}
+        pub(crate) fn stop(&self) {}
 
         /// Waits for nothing.
-        pub async fn ended(&mut self) {}
+        pub(crate) async fn ended(&mut self) {}
     }
 }
 

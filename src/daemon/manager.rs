@@ -33,11 +33,11 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// How long the files of a configuration, or what one service serves, may take to be read: longer
 /// than any that a file system still reads.
-pub const PATIENCE: Duration = Duration::from_mins(1);
+pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Why the daemon cannot become what a configuration says.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// An address could not be bound.
     #[error("{service}")]
     Bind {
@@ -100,7 +100,7 @@ impl Scopes {
 
 /// All that runs.
 #[derive(Debug)]
-pub struct Running {
+pub(crate) struct Running {
     workers: Workers,
     services: Vec<RunningService>,
     sockets: Vec<OpenSocket>,
@@ -152,7 +152,7 @@ enum Registered {
 
 /// A change that can be carried out.
 #[derive(Debug)]
-pub struct Prepared {
+pub(crate) struct Prepared {
     services: Vec<RunningService>,
     sockets: Vec<OpenSocket>,
     removed: Vec<RunningService>,
@@ -165,7 +165,7 @@ pub struct Prepared {
 
 /// How many services a change adds, changes, removes and leaves alone.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Summary {
+pub(crate) struct Summary {
     /// New ones.
     pub added: usize,
     /// Those that serve something else, elsewhere, or by other limits.
@@ -181,7 +181,7 @@ impl Running {
     ///
     /// # Errors
     /// If one cannot be watched.
-    pub fn new(workers: Workers, inherited: Vec<Inherited>) -> Result<Self, Error> {
+    pub(crate) fn new(workers: Workers, inherited: Vec<Inherited>) -> Result<Self, Error> {
         let mut loops = workers.loops().iter().cycle();
         let open = |Inherited { socket, endpoint, name }| {
             let held = Held {
@@ -207,22 +207,22 @@ impl Running {
     }
 
     /// The event loops that serve.
-    pub fn loops(&self) -> &[Handle] {
+    pub(crate) fn loops(&self) -> &[Handle] {
         self.workers.loops()
     }
 
     /// Every service.
-    pub fn services(&self) -> impl Iterator<Item = &Arc<Served>> {
+    pub(crate) fn services(&self) -> impl Iterator<Item = &Arc<Served>> {
         self.services.iter().map(|service| &service.served)
     }
 
     /// What they serve.
-    pub fn settings(&self) -> Vec<Settings> {
+    pub(crate) fn settings(&self) -> Vec<Settings> {
         self.services.iter().map(|service| service.config.settings.clone()).collect()
     }
 
     /// On how many addresses they listen.
-    pub fn addresses(&self) -> usize {
+    pub(crate) fn addresses(&self) -> usize {
         self.sockets.len()
     }
 
@@ -231,7 +231,7 @@ impl Running {
     ///
     /// # Errors
     /// The first thing that fails.
-    pub async fn prepare(&self, config: &Config) -> Result<Prepared, Error> {
+    pub(crate) async fn prepare(&self, config: &Config) -> Result<Prepared, Error> {
         let running: Vec<_> = self.services.iter().map(|service| &service.config).collect();
         let held: Vec<_> = self.sockets.iter().map(OpenSocket::as_held).collect();
         let Difference { steps, removed, closed } =
@@ -337,7 +337,7 @@ impl Running {
     }
 
     /// Becomes what was prepared. Connections to services that are gone may go on for `grace`.
-    pub fn change(&mut self, prepared: Prepared, grace: Duration) -> Summary {
+    pub(crate) fn change(&mut self, prepared: Prepared, grace: Duration) -> Summary {
         let Prepared { services, sockets, removed, closed, successions, summary } = prepared;
         for (now, before) in successions {
             now.take_over(&before);
@@ -364,7 +364,7 @@ impl Running {
     }
 
     /// Tells monitoring which services there are, with those that still have connections.
-    pub fn forget_who_has_left(&mut self) {
+    pub(crate) fn forget_who_has_left(&mut self) {
         let names: Vec<_> = self.services().map(|served| Arc::clone(served.name())).collect();
         // One that came back has its predecessor's counts.
         self.leaving
@@ -404,7 +404,7 @@ impl Running {
     }
 
     /// Waits until a task has failed, which none should; the others end when they are told to.
-    pub async fn failure(&mut self) -> JoinError {
+    pub(crate) async fn failure(&mut self) -> JoinError {
         loop {
             match self.tasks.join_next().await {
                 Some(Err(error)) => return error,
@@ -415,13 +415,13 @@ impl Running {
     }
 
     /// The connections that are under way, but for those of monitoring.
-    pub fn under_way(&self) -> TaskTracker {
+    pub(crate) fn under_way(&self) -> TaskTracker {
         self.scopes.serving.connections.clone()
     }
 
     /// Closes every listener, after those who are in its queue, and lets connections finish what
     /// they have begun. Monitoring goes on.
-    pub async fn drain(&mut self) {
+    pub(crate) async fn drain(&mut self) {
         self.monitor.note_draining();
         let Scope { shutdown, connections } = &self.scopes.serving;
         connections.close();
@@ -435,7 +435,7 @@ impl Running {
     }
 
     /// Resets what is left, and ends monitoring, which may take so long.
-    pub async fn end(&mut self, time: Duration) {
+    pub(crate) async fn end(&mut self, time: Duration) {
         let Scopes { serving, monitoring } = &self.scopes;
         serving.shutdown.abort.cancel();
         monitoring.shutdown.drain.cancel();

@@ -8,10 +8,10 @@ use std::time::{Duration, SystemTime};
 use crate::telemetry::counters::{Counter, Label};
 
 #[cfg(feature = "gateway")]
-pub use crate::mirror::config::{Mirrors, Settings};
+pub(crate) use crate::mirror::config::{Mirrors, Settings};
 
 #[cfg(not(feature = "gateway"))]
-pub use absent::{Mirrors, Settings};
+pub(crate) use absent::{Mirrors, Settings};
 
 /// What became of a file of a mirror.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -136,7 +136,7 @@ impl Counts {
 
 /// How many mirrors a change starts, changes, ends and leaves alone.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Summary {
+pub(crate) struct Summary {
     /// New ones.
     pub started: usize,
     /// Those that do something else.
@@ -192,31 +192,31 @@ mod absent {
 
     /// All mirrors that run: none.
     #[derive(Debug, Default)]
-    pub struct Mirrors {}
+    pub(crate) struct Mirrors {}
 
     impl Mirrors {
         /// Prepares nothing.
         ///
         /// # Errors
         /// None.
-        pub fn prepare(&mut self, _: &[Settings]) -> io::Result<()> {
+        pub(crate) fn prepare(&mut self, _: &[Settings]) -> io::Result<()> {
             Ok(())
         }
 
         /// Changes nothing.
-        pub fn change(&mut self, _: &[Settings], _: &Reporter) -> Summary {
+        pub(crate) fn change(&mut self, _: &[Settings], _: &Reporter) -> Summary {
             Summary::default()
         }
 
         /// What the mirrors count.
-        pub fn counts(&self) -> Vec<Arc<Counts>> {
+        pub(crate) fn counts(&self) -> Vec<Arc<Counts>> {
             Vec::new()
         }
 
         /// Ends nothing.
-        pub fn stop(&self) {}
+        pub(crate) fn stop(&self) {}
 
         /// Waits for nothing.
-        pub async fn ended(&mut self) {}
+        pub(crate) async fn ended(&mut self) {}
     }
 }

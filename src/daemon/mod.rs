@@ -1,12 +1,12 @@
 //! The supervisor: everything is bound and opened, then said to be ready, then served, changed when
 //! a reload is ordered, until the order to stop; then what is under way may finish.
 
-pub mod control;
-pub mod health;
-pub mod manager;
-pub mod mirrors;
-pub mod plan;
-pub mod systemd;
+pub(crate) mod control;
+pub(crate) mod health;
+pub(crate) mod manager;
+pub(crate) mod mirrors;
+pub(crate) mod plan;
+pub(crate) mod systemd;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -56,7 +56,7 @@ const CREATE_TIMEOUT: Duration = Duration::from_secs(2);
 /// the program, after which it cannot go on.
 #[derive(Debug, thiserror::Error)]
 #[error("a part of the daemon ended unasked")]
-pub struct Ended(#[source] JoinError);
+pub(crate) struct Ended(#[source] JoinError);
 
 /// Why a reload changed nothing.
 #[derive(Debug, thiserror::Error)]
@@ -75,7 +75,7 @@ enum ReloadError {
 
 /// What the daemon is told from outside; by signals, as a rule.
 #[derive(Debug, Clone, Default)]
-pub struct Orders {
+pub(crate) struct Orders {
     /// Stop: let the connections finish.
     pub stop: CancellationToken,
     /// Stop now.
@@ -83,7 +83,7 @@ pub struct Orders {
 }
 
 /// A daemon that serves, or is ready to.
-pub struct Daemon {
+pub(crate) struct Daemon {
     /// Where the configuration comes from.
     sources: Sources,
     log: Logger,
@@ -107,7 +107,7 @@ impl Daemon {
     ///
     /// # Errors
     /// The first that fails, with its service.
-    pub async fn start(
+    pub(crate) async fn start(
         sources: Sources,
         config: &Config,
         inherited: Vec<Inherited>,
@@ -148,7 +148,11 @@ impl Daemon {
     ///
     /// # Errors
     /// If a part of it ended unasked.
-    pub async fn run(mut self, orders: Orders, mut reloads: ReloadQueue) -> Result<(), Ended> {
+    pub(crate) async fn run(
+        mut self,
+        orders: Orders,
+        mut reloads: ReloadQueue,
+    ) -> Result<(), Ended> {
         let notifier = Arc::clone(&self.notifier);
         let notifying = tokio::spawn(send_keep_alives(notifier, self.running.loops().to_vec()));
         let status = self.status();

@@ -11,7 +11,7 @@ use crate::config_reader::values::{Endpoint, Listen};
 
 /// A socket that the daemon has.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Held {
+pub(crate) struct Held {
     /// Where it listens, as it was configured or inherited.
     pub endpoint: Endpoint,
     /// Its name, if the service manager has passed it.
@@ -24,7 +24,7 @@ pub struct Held {
 
 /// What becomes of a service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Change {
+pub(crate) enum Change {
     /// It is new.
     Add,
     /// It stays as it is: this one of those that run.
@@ -37,7 +37,7 @@ pub enum Change {
 
 /// Where a socket comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Origin {
+pub(crate) enum Origin {
     /// It is there: this one of those that are held.
     Held(usize),
     /// It has to be bound.
@@ -46,7 +46,7 @@ pub enum Origin {
 
 /// A service of the new configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Step {
+pub(crate) struct Step {
     /// What it is to those that run.
     pub change: Change,
     /// Its sockets.
@@ -55,7 +55,7 @@ pub struct Step {
 
 /// What leads from what runs to what is configured.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Difference {
+pub(crate) struct Difference {
     /// One for each service of the new configuration, in its order.
     pub steps: Vec<Step>,
     /// The running services that go.
@@ -66,7 +66,7 @@ pub struct Difference {
 
 /// A configuration that does not fit the inherited sockets.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Mismatch {
+pub(crate) enum Mismatch {
     /// Clients of this socket would wait for ever.
     #[error(
         "no service listens on {endpoint}, which was inherited from systemd under the name \
@@ -108,7 +108,7 @@ pub enum Mismatch {
 ///
 /// # Errors
 /// Every inherited socket that does not fit.
-pub fn difference(
+pub(crate) fn difference(
     running: &[&Service],
     held: &[Held],
     wanted: &[Service],

@@ -28,7 +28,7 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
 /// The way to the service manager.
 #[derive(Debug, Default)]
-pub struct Notifier {
+pub(crate) struct Notifier {
     manager: Option<Manager>,
     state: Mutex<State>,
     /// Wakes [`Self::retry_pending`].
@@ -79,7 +79,7 @@ impl Pending {
 
 impl Notifier {
     /// Opens the socket that the environment names. One that cannot be used is logged.
-    pub fn from_env() -> Self {
+    pub(crate) fn from_env() -> Self {
         let Some(name) = env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()) else {
             return Self::default();
         };
@@ -95,13 +95,13 @@ impl Notifier {
     }
 
     /// Reports that everything is bound and opened, or that a reload has ended.
-    pub fn ready(&self, status: &str) {
+    pub(crate) fn ready(&self, status: &str) {
         let message = message(&[NotifyState::Ready, NotifyState::Status(truncate(status))]);
         self.update(|pending| pending.lifecycle = Some(message));
     }
 
     /// Reports that a reload has begun; [`Self::ready`] ends it.
-    pub fn reloading(&self) {
+    pub(crate) fn reloading(&self) {
         // Without a clock there is nothing to report, and the manager does not wait for it.
         let Ok(now) = NotifyState::monotonic_usec_now() else { return };
         let message = message(&[NotifyState::Reloading, now]);
@@ -109,19 +109,19 @@ impl Notifier {
     }
 
     /// Reports that the daemon is stopping.
-    pub fn stopping(&self, status: &str) {
+    pub(crate) fn stopping(&self, status: &str) {
         let message = message(&[NotifyState::Stopping, NotifyState::Status(truncate(status))]);
         self.update(|pending| pending.set_stopping(message));
     }
 
     /// Reports that the event loops turn.
-    pub fn keep_alive(&self) {
+    pub(crate) fn keep_alive(&self) {
         let message = message(&[NotifyState::Watchdog]);
         self.update(|pending| pending.watchdog = Some(message));
     }
 
     /// Sends what the manager did not take, until this is dropped.
-    pub async fn retry_pending(&self) {
+    pub(crate) async fn retry_pending(&self) {
         loop {
             self.failed.notified().await;
             sleep(RETRY_INTERVAL).await;
@@ -191,7 +191,7 @@ impl State {
 
 /// Interval at which the manager expects [`Notifier::keep_alive`]: half of its time limit, if it
 /// has one.
-pub fn watchdog_interval() -> Option<Duration> {
+pub(crate) fn watchdog_interval() -> Option<Duration> {
     sd_notify::watchdog_enabled().map(|limit| limit / 2).filter(|half| !half.is_zero())
 }
 

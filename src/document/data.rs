@@ -12,7 +12,7 @@ const CHARACTERS: usize = 4;
 /// Every fault is found in [`Decoder::character`], one character after the other, so that it is the
 /// same however the text was cut. [`Decoder::run`] is the fast way for text without any.
 #[derive(Debug)]
-pub struct Decoder {
+pub(crate) struct Decoder {
     /// The group that is not whole: its first `waiting` characters.
     group: [u8; CHARACTERS],
     waiting: usize,
@@ -26,12 +26,12 @@ pub struct Decoder {
 
 impl Decoder {
     /// A decoder of at most `limit` bytes.
-    pub fn new(limit: u64) -> Self {
+    pub(crate) fn new(limit: u64) -> Self {
         Self { group: [0; CHARACTERS], waiting: 0, padded: false, length: 0, limit }
     }
 
     /// Takes a run of characters, the first of which stands at `at`; appends what they stand for.
-    pub fn run(&mut self, run: &[u8], at: u64, data: &mut Vec<u8>) -> Result<(), ReadError> {
+    pub(crate) fn run(&mut self, run: &[u8], at: u64, data: &mut Vec<u8>) -> Result<(), ReadError> {
         let missing = if self.waiting == 0 { 0 } else { CHARACTERS.saturating_sub(self.waiting) };
         let (begun, run_left) = run.split_at_checked(missing).unwrap_or((run, &[]));
         let (groups, rest) = run_left.as_chunks::<CHARACTERS>();
@@ -58,7 +58,12 @@ impl Decoder {
     }
 
     /// Takes one character, which stands at `at`.
-    pub fn character(&mut self, byte: u8, at: u64, data: &mut Vec<u8>) -> Result<(), ReadError> {
+    pub(crate) fn character(
+        &mut self,
+        byte: u8,
+        at: u64,
+        data: &mut Vec<u8>,
+    ) -> Result<(), ReadError> {
         let unexpected = |expected| Err(ReadError::Unexpected { expected, found: byte, at });
         if self.padded {
             return unexpected("the end of the data behind its padding");
@@ -109,7 +114,7 @@ impl Decoder {
     }
 
     /// The end of the text, before the byte `found` at `at`; returns how many bytes were decoded.
-    pub fn end(&self, found: u8, at: u64) -> Result<u64, ReadError> {
+    pub(crate) fn end(&self, found: u8, at: u64) -> Result<u64, ReadError> {
         let expected = "the rest of a group of four base64 characters";
         match self.waiting {
             0 => Ok(self.length),

@@ -41,7 +41,7 @@ pub struct Refusal {
 
 /// A key that means something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Key {
+pub(crate) enum Key {
     Filename,
     Filedata,
     Size,
@@ -56,15 +56,15 @@ impl Key {
 
     /// How much of a key must be known to tell whether it is one of these: a byte more than the
     /// longest has, so that a longer one is not taken for it.
-    pub const ENOUGH: usize = "filename".len() + 1;
+    pub(crate) const ENOUGH: usize = "filename".len() + 1;
 
     /// The key that is called so, of which [`Key::ENOUGH`] is known.
-    pub fn named(name: &[u8]) -> Option<Self> {
+    pub(crate) fn named(name: &[u8]) -> Option<Self> {
         Self::ALL.into_iter().find(|key| key.name().as_bytes() == name)
     }
 
     /// What it is called.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Filename => "filename",
             Self::Filedata => "filedata",
@@ -76,7 +76,7 @@ impl Key {
     }
 
     /// How much of its text is kept, in bytes. More of it is refused.
-    pub fn limit(self) -> usize {
+    pub(crate) fn limit(self) -> usize {
         match self {
             Self::Filename | Self::Error => 4096,
             Self::Modified | Self::Sha256 => 64,
@@ -85,7 +85,7 @@ impl Key {
     }
 
     /// The error of a value that has another type.
-    pub fn wrong_type(self, at: u64) -> ReadError {
+    pub(crate) fn wrong_type(self, at: u64) -> ReadError {
         let expected = match self {
             Self::Size => "a whole number below 2^64",
             _ => "a string",
@@ -96,7 +96,7 @@ impl Key {
 
 /// The values so far.
 #[derive(Debug, Default)]
-pub struct Values {
+pub(crate) struct Values {
     pub filename: Option<String>,
     pub size: Option<u64>,
     modified: Option<Timestamp>,
@@ -108,7 +108,7 @@ pub struct Values {
 
 impl Values {
     /// Checks that `key`, which was read up to `at`, may have a value here.
-    pub fn check_new(&self, key: Key, at: u64) -> Result<(), ReadError> {
+    pub(crate) fn check_new(&self, key: Key, at: u64) -> Result<(), ReadError> {
         let is_there = match key {
             Key::Filename => self.filename.is_some(),
             Key::Filedata => self.length.is_some(),
@@ -128,7 +128,7 @@ impl Values {
     }
 
     /// Takes the text of `key`, which was read up to `at`.
-    pub fn set(&mut self, key: Key, text: String, at: u64) -> Result<(), ReadError> {
+    pub(crate) fn set(&mut self, key: Key, text: String, at: u64) -> Result<(), ReadError> {
         let wrong =
             |expected, found| ReadError::WrongValue { key: key.name(), expected, found, at };
         match key {
@@ -148,7 +148,7 @@ impl Values {
     }
 
     /// What the values make together.
-    pub fn into_head(self) -> Result<Head, ReadError> {
+    pub(crate) fn into_head(self) -> Result<Head, ReadError> {
         let Self { filename, size, modified, sha256, error, length } = self;
         if let Some(error) = error {
             return Ok(Head::Refusal(Refusal { error, filename }));

@@ -9,19 +9,19 @@ use crate::document::ReadError;
 use crate::document::string::{Escape, Progress};
 
 /// How many objects and arrays may be in one another, the outermost included.
-pub const MAX_DEPTH: u32 = u64::BITS;
+pub(crate) const MAX_DEPTH: u32 = u64::BITS;
 
 /// The byte order mark in UTF-8, which a reader of JSON may ignore in front of it (RFC 8259, 8.1).
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Text without the byte order mark in front of it, if there is one.
-pub fn without_bom(text: &[u8]) -> &[u8] {
+pub(crate) fn without_bom(text: &[u8]) -> &[u8] {
     text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text)
 }
 
 /// One part of the object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Event<'a> {
+pub(crate) enum Event<'a> {
     /// A key begins.
     KeyStart,
     /// A string begins that is a value.
@@ -77,7 +77,7 @@ enum State {
 
 /// Reads one JSON object.
 #[derive(Debug)]
-pub struct Scanner {
+pub(crate) struct Scanner {
     state: State,
     nesting: Nesting,
     offset: u64,
@@ -85,33 +85,36 @@ pub struct Scanner {
 
 impl Scanner {
     /// A scanner before the first byte.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { state: State::Start, nesting: Nesting::default(), offset: 0 }
     }
 
     /// How many bytes were taken.
-    pub fn offset(&self) -> u64 {
+    pub(crate) fn offset(&self) -> u64 {
         self.offset
     }
 
     /// How many objects and arrays are open.
-    pub fn depth(&self) -> u32 {
+    pub(crate) fn depth(&self) -> u32 {
         self.nesting.depth
     }
 
     /// Whether the object has begun.
-    pub fn is_begun(&self) -> bool {
+    pub(crate) fn is_begun(&self) -> bool {
         !matches!(self.state, State::Start | State::ByteOrderMark(_))
     }
 
     /// Whether the object has ended. Then nothing more is taken.
-    pub fn is_at_end(&self) -> bool {
+    pub(crate) fn is_at_end(&self) -> bool {
         self.state == State::End
     }
 
     /// Takes from the front of `input` what makes the next event; `None` if all of it was taken
     /// without making one, or if the object has ended.
-    pub fn next<'a>(&mut self, input: &mut &'a [u8]) -> Result<Option<Event<'a>>, ReadError> {
+    pub(crate) fn next<'a>(
+        &mut self,
+        input: &mut &'a [u8],
+    ) -> Result<Option<Event<'a>>, ReadError> {
         while let Some(&byte) = input.first() {
             let event = match self.state {
                 State::End => break,

@@ -20,6 +20,7 @@ mod error;
 mod head;
 mod json;
 #[cfg(test)]
+#[allow(unreachable_pub, reason = "the fuzz target includes the file, too")]
 mod oracle;
 #[cfg(test)]
 mod properties;
@@ -34,10 +35,12 @@ use base64::engine::general_purpose::PAD;
 
 pub use error::ReadError;
 pub use head::{File, Head, Refusal};
-pub use json::without_bom;
-pub use reader::{Reader, Tail};
-pub use writer::{
-    WHOLE_GROUP, append_encoded, closing, encoded_len, file_closing, file_opening, opening, refusal,
+pub(crate) use json::without_bom;
+pub use reader::Reader;
+pub(crate) use reader::Tail;
+pub use writer::file_closing;
+pub(crate) use writer::{
+    WHOLE_GROUP, append_encoded, closing, encoded_len, file_opening, opening, refusal,
 };
 
 /// Base64 for writing and reading: it picks the widest vector instructions of this processor, and

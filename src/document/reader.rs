@@ -240,7 +240,7 @@ impl Member {
 
 /// What may stand behind a document that is the last: one newline, LF or CRLF, or nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Tail {
+pub(crate) enum Tail {
     /// Nothing so far.
     #[default]
     Nothing,
@@ -255,7 +255,7 @@ impl Tail {
     ///
     /// # Errors
     /// If they are anything but the newline.
-    pub fn feed(&mut self, input: &[u8]) -> Result<(), ReadError> {
+    pub(crate) fn feed(&mut self, input: &[u8]) -> Result<(), ReadError> {
         for &found in input {
             *self = match (*self, found) {
                 (Self::Nothing, b'\r') => Self::CarriageReturn,
@@ -271,7 +271,7 @@ impl Tail {
     ///
     /// # Errors
     /// If the newline is not whole.
-    pub fn finish(self) -> Result<(), ReadError> {
+    pub(crate) fn finish(self) -> Result<(), ReadError> {
         match self {
             Self::CarriageReturn => Err(ReadError::Behind { found: b'\r' }),
             Self::Nothing | Self::Newline => Ok(()),

@@ -7,7 +7,7 @@ use crate::document::ReadError;
 
 /// An escape, from behind its backslash on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Escape {
+pub(crate) enum Escape {
     /// The backslash was there.
     #[default]
     Started,
@@ -28,7 +28,7 @@ pub enum Escape {
 
 /// What one more byte made of an escape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Progress {
+pub(crate) enum Progress {
     /// It goes on.
     More(Escape),
     /// It stands for this character.
@@ -37,7 +37,7 @@ pub enum Progress {
 
 impl Escape {
     /// Takes the next byte of the escape, which stands at `at`.
-    pub fn next(self, byte: u8, at: u64) -> Result<Progress, ReadError> {
+    pub(crate) fn next(self, byte: u8, at: u64) -> Result<Progress, ReadError> {
         match self {
             Escape::Started => Escape::named(byte, at),
             Escape::Half(high) if byte == b'\\' => Ok(Progress::More(Escape::HalfStarted(high))),
@@ -91,13 +91,13 @@ impl Escape {
 }
 
 /// The value of a hexadecimal digit of either case.
-pub fn hex_digit(byte: u8) -> Option<u8> {
+pub(crate) fn hex_digit(byte: u8) -> Option<u8> {
     char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok())
 }
 
 /// The text of one string: all of it is checked, its beginning is kept.
 #[derive(Debug, Default)]
-pub struct Text {
+pub(crate) struct Text {
     kept: Vec<u8>,
     limit: usize,
     /// The key whose value must not be longer than the limit, if there is one.
@@ -108,17 +108,17 @@ pub struct Text {
 
 impl Text {
     /// Text of any length, of which `limit` bytes are kept.
-    pub fn beginning(limit: usize) -> Self {
+    pub(crate) fn beginning(limit: usize) -> Self {
         Self { limit, ..Self::default() }
     }
 
     /// The value of `key`: text that is refused beyond `limit` bytes.
-    pub fn bounded(key: &'static str, limit: usize) -> Self {
+    pub(crate) fn bounded(key: &'static str, limit: usize) -> Self {
         Self { limit, bounded: Some(key), ..Self::default() }
     }
 
     /// Takes a run of bytes without quote and backslash, the first of which stands at `at`.
-    pub fn run(&mut self, run: &[u8], at: u64) -> Result<(), ReadError> {
+    pub(crate) fn run(&mut self, run: &[u8], at: u64) -> Result<(), ReadError> {
         // In two steps, so that of two faults the first is told, however the run was cut.
         let (fits, excess) = self.split(run);
         self.check(fits, at)?;
@@ -129,7 +129,7 @@ impl Text {
     }
 
     /// Takes the character of an escape, the last byte of which stands at `at`.
-    pub fn char(&mut self, character: char, at: u64) -> Result<(), ReadError> {
+    pub(crate) fn char(&mut self, character: char, at: u64) -> Result<(), ReadError> {
         self.end(at)?;
         let mut buffer = [0; 4];
         let (fits, excess) = self.split(character.encode_utf8(&mut buffer).as_bytes());
@@ -138,23 +138,23 @@ impl Text {
     }
 
     /// Checks that the text may end here, before the byte at `at`.
-    pub fn end(&self, at: u64) -> Result<(), ReadError> {
+    pub(crate) fn end(&self, at: u64) -> Result<(), ReadError> {
         if self.partial.is_empty() { Ok(()) } else { Err(ReadError::NotUtf8 { at }) }
     }
 
     /// What was kept.
-    pub fn kept(&self) -> &[u8] {
+    pub(crate) fn kept(&self) -> &[u8] {
         &self.kept
     }
 
     /// How much memory the text takes.
     #[cfg(test)]
-    pub fn capacity(&self) -> usize {
+    pub(crate) fn capacity(&self) -> usize {
         self.kept.capacity() + self.partial.capacity()
     }
 
     /// The whole text, which leaves nothing here.
-    pub fn take(&mut self, at: u64) -> Result<String, ReadError> {
+    pub(crate) fn take(&mut self, at: u64) -> Result<String, ReadError> {
         self.end(at)?;
         let kept = std::mem::take(&mut self.kept);
         String::from_utf8(kept).map_err(|_| ReadError::NotUtf8 { at })

@@ -10,7 +10,7 @@ use crate::document::BASE64;
 
 /// What stands before the file's data.
 #[must_use]
-pub fn opening(filename: &str) -> String {
+pub(crate) fn opening(filename: &str) -> String {
     // A `Value` is the one thing that serde_json prints without any way to fail.
     let name = Value::from(filename);
     format!("{{\"filename\":{name},\"filedata\":\"")
@@ -18,13 +18,13 @@ pub fn opening(filename: &str) -> String {
 
 /// What stands behind the file's data.
 #[must_use]
-pub fn closing(newline: bool) -> &'static str {
+pub(crate) fn closing(newline: bool) -> &'static str {
     if newline { "\"}\n" } else { "\"}" }
 }
 
 /// What stands before the data of a file out of a folder: with it go its size in bytes and the time
 /// of its last change.
-pub fn file_opening(filename: &str, size: u64, modified: Timestamp) -> String {
+pub(crate) fn file_opening(filename: &str, size: u64, modified: Timestamp) -> String {
     let name = Value::from(filename);
     format!("{{\"filename\":{name},\"size\":{size},\"modified\":\"{modified}\",\"filedata\":\"")
 }
@@ -41,7 +41,7 @@ pub fn file_closing(sha256: &[u8; 32]) -> String {
 }
 
 /// What is sent instead of a document, with the name that was asked for, if there was one.
-pub fn refusal(problem: &str, filename: Option<&str>) -> String {
+pub(crate) fn refusal(problem: &str, filename: Option<&str>) -> String {
     let problem = Value::from(problem);
     match filename.map(Value::from) {
         Some(name) => format!("{{\"error\":{problem},\"filename\":{name}}}\n"),
@@ -51,7 +51,7 @@ pub fn refusal(problem: &str, filename: Option<&str>) -> String {
 
 /// The length of `size` bytes in base64, or `None` if that is more than memory could hold.
 #[must_use]
-pub fn encoded_len(size: usize) -> Option<usize> {
+pub(crate) fn encoded_len(size: usize) -> Option<usize> {
     base64::encoded_len(size, true)
 }
 
@@ -59,7 +59,7 @@ pub fn encoded_len(size: usize) -> Option<usize> {
 ///
 /// A file may be encoded piece by piece if every piece but the last is a multiple of
 /// [`WHOLE_GROUP`] bytes long.
-pub fn append_encoded(data: &[u8], document: &mut Vec<u8>) {
+pub(crate) fn append_encoded(data: &[u8], document: &mut Vec<u8>) {
     let start = document.len();
     let length = encoded_len(data.len()).unwrap_or(usize::MAX);
     document.resize(start.saturating_add(length), 0);
@@ -71,7 +71,7 @@ pub fn append_encoded(data: &[u8], document: &mut Vec<u8>) {
 }
 
 /// Base64 turns three bytes into four characters: pieces of whole groups need no padding.
-pub const WHOLE_GROUP: usize = 3;
+pub(crate) const WHOLE_GROUP: usize = 3;
 
 #[cfg(test)]
 mod tests {

@@ -21,10 +21,10 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 /// Prefix of hidden names that handout makes.
-pub const HIDDEN_PREFIX: &str = ".handout-";
+pub(crate) const HIDDEN_PREFIX: &str = ".handout-";
 
 /// Mode of new files; the umask applies, as for any program.
-pub const NEW_FILE: Mode = Mode::from_raw_mode(0o666);
+pub(crate) const NEW_FILE: Mode = Mode::from_raw_mode(0o666);
 
 /// Descriptors as paths, for giving an unnamed file its name.
 const OPEN_FILES: &str = "/proc/self/fd";
@@ -60,7 +60,7 @@ impl OverwritePolicy {
 
 /// Why a file was not saved.
 #[derive(Debug, thiserror::Error)]
-pub enum SaveError {
+pub(crate) enum SaveError {
     /// The name is taken and [`OverwritePolicy::Refuse`] holds.
     #[error("a file of this name exists")]
     Exists,
@@ -86,14 +86,14 @@ impl From<Errno> for SaveError {
 
 /// An open folder. All names are relative to it.
 #[derive(Debug, Clone)]
-pub struct DirHandle(Arc<OwnedFd>);
+pub(crate) struct DirHandle(Arc<OwnedFd>);
 
 impl DirHandle {
     /// Opens a folder.
     ///
     /// # Errors
     /// If it does not exist or may not be entered.
-    pub fn open(path: &Path) -> io::Result<Self> {
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
         let open = |access| {
             let flags = access | OFlags::DIRECTORY | OFlags::CLOEXEC;
             retry(|| openat(CWD, path, flags, Mode::empty()))
@@ -107,7 +107,7 @@ impl DirHandle {
     }
 
     /// Syncs the names in the folder, as far as the file system can.
-    pub fn sync(&self) {
+    pub(crate) fn sync(&self) {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let synced = match fsync(self) {
             // Opened with `O_PATH`.
@@ -124,7 +124,7 @@ impl DirHandle {
     ///
     /// # Errors
     /// If the file could not be written; the old one is intact then.
-    pub fn write(&self, name: &str, mode: Mode, bytes: &[u8]) -> Result<(), SaveError> {
+    pub(crate) fn write(&self, name: &str, mode: Mode, bytes: &[u8]) -> Result<(), SaveError> {
         let temp = OsString::from(format!("{name}.new"));
         self.remove(Path::new(&temp));
         let mut pending = PendingFile::create_named(self.clone(), temp, mode)?;
@@ -135,7 +135,7 @@ impl DirHandle {
     }
 
     /// Removes a temporary file, if it exists.
-    pub fn remove(&self, name: &Path) {
+    pub(crate) fn remove(&self, name: &Path) {
         match unlinkat(self, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => {}
             removed => log_unsupported("removing a temporary file", removed),
@@ -167,7 +167,7 @@ impl AsFd for DirHandle {
 }
 
 /// Whether a file is a device, FIFO or socket.
-pub fn is_special(kind: FileType) -> bool {
+pub(crate) fn is_special(kind: FileType) -> bool {
     use FileType::{BlockDevice, CharacterDevice, Fifo, Socket};
     matches!(kind, BlockDevice | CharacterDevice | Fifo | Socket)
 }
@@ -175,7 +175,7 @@ pub fn is_special(kind: FileType) -> bool {
 /// A file that has no name yet, or only a hidden one. Dropping it removes it unless
 /// [`keep_on_drop`](Self::keep_on_drop) is set.
 #[derive(Debug)]
-pub struct PendingFile {
+pub(crate) struct PendingFile {
     /// The data, for reading and writing.
     pub file: File,
     /// Leaves the file under its hidden name, to be resumed.
@@ -192,7 +192,7 @@ impl PendingFile {
     ///
     /// # Errors
     /// If nothing can be created in the folder.
-    pub fn create(dir: DirHandle, mode: Mode) -> io::Result<Self> {
+    pub(crate) fn create(dir: DirHandle, mode: Mode) -> io::Result<Self> {
         if Path::new(OPEN_FILES).is_dir() {
             let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
             match retry(|| openat(&dir, ".", flags, mode)) {
@@ -214,7 +214,7 @@ impl PendingFile {
     ///
     /// # Errors
     /// If it cannot be created.
-    pub fn create_named(dir: DirHandle, temp: OsString, mode: Mode) -> io::Result<Self> {
+    pub(crate) fn create_named(dir: DirHandle, temp: OsString, mode: Mode) -> io::Result<Self> {
         let flags =
             OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = retry(|| openat(&dir, &temp, flags, mode))?;
@@ -222,7 +222,12 @@ impl PendingFile {
     }
 
     /// Takes over an open file and its hidden name.
-    pub fn from_open(dir: DirHandle, file: File, temp: Option<OsString>, mode: Mode) -> Self {
+    pub(crate) fn from_open(
+        dir: DirHandle,
+        file: File,
+        temp: Option<OsString>,
+        mode: Mode,
+    ) -> Self {
         Self { file, keep_on_drop: false, dir, temp, mode }
     }
 
@@ -232,7 +237,7 @@ impl PendingFile {
     /// # Errors
     /// If the file could not be published. It is removed then, and another file that has the name
     /// is intact.
-    pub fn publish(
+    pub(crate) fn publish(
         mut self,
         name: &Path,
         policy: OverwritePolicy,
@@ -328,7 +333,7 @@ impl Drop for PendingFile {
 ///
 /// # Errors
 /// If the data could not be written.
-pub fn sync_data(file: &File) -> io::Result<()> {
+pub(crate) fn sync_data(file: &File) -> io::Result<()> {
     match retry(|| fsync(file)) {
         Err(error @ (Errno::INVAL | Errno::ROFS | Errno::NOSYS | Errno::OPNOTSUPP)) => {
             log_unsupported("fsync", Err(error));
@@ -339,7 +344,7 @@ pub fn sync_data(file: &File) -> io::Result<()> {
 }
 
 /// Logs at `debug`, once for each call and error, that a call failed which is not needed.
-pub fn log_unsupported(call: &'static str, result: Result<(), Errno>) {
+pub(crate) fn log_unsupported(call: &'static str, result: Result<(), Errno>) {
     static LOGGED: Mutex<BTreeSet<(&str, i32)>> = Mutex::new(BTreeSet::new());
     let Err(error) = result else { return };
     let mut logged = LOGGED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -352,7 +357,7 @@ pub fn log_unsupported(call: &'static str, result: Result<(), Errno>) {
 ///
 /// # Errors
 /// Those of the call.
-pub fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
+pub(crate) fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
     let mut result = call();
     for _ in 1..ATTEMPTS {
         match result {

@@ -24,7 +24,7 @@ const MAX_DEPTH: usize = 128;
 ///
 /// # Errors
 /// [`Errno::XDEV`] if it leads out, else what openat2(2) says.
-pub fn open(root: &OwnedFd, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
+pub(crate) fn open(root: &OwnedFd, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
     let flags = flags | OFlags::CLOEXEC;
     match ask_kernel(root.as_fd(), path, flags) {
         // Filters refuse with either of the first two. The third is for renames without end.

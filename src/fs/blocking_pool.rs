@@ -32,7 +32,7 @@ const IDLE: Duration = Duration::from_millis(200);
 const SLOW: Duration = Duration::from_secs(5);
 
 /// What is told of a path whose reading does not end.
-pub const UNANSWERED: &str = "its file system does not answer";
+pub(crate) const UNANSWERED: &str = "its file system does not answer";
 
 /// Something that is to be done.
 struct Work {
@@ -55,7 +55,7 @@ fn has_doubled<T>(queue: &VecDeque<T>) -> bool {
 
 /// The threads that read for one service. They are started when there is work, and end without.
 #[derive(Default)]
-pub struct Readers(Arc<Shared>);
+pub(crate) struct Readers(Arc<Shared>);
 
 #[derive(Default)]
 struct Shared {
@@ -96,7 +96,7 @@ impl Readers {
     ///
     /// # Errors
     /// If there is no thread and none can be had, or the work panicked.
-    pub async fn run<T: Send + 'static>(
+    pub(crate) async fn run<T: Send + 'static>(
         &self,
         name: &str,
         work: impl FnOnce() -> T + Send + 'static,
@@ -115,7 +115,7 @@ impl Readers {
 }
 
 /// Waits for a reading to end, and calls `tell` once if it takes so long that it may not.
-pub async fn if_slow<T>(reading: impl Future<Output = T>, tell: impl FnOnce()) -> T {
+pub(crate) async fn if_slow<T>(reading: impl Future<Output = T>, tell: impl FnOnce()) -> T {
     let mut reading = pin!(reading);
     if let Ok(read) = timeout(SLOW, &mut reading).await {
         return read;

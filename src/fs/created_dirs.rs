@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 /// A folder to save into. Dropping it removes the folders that it created and that are still
 /// empty.
 #[derive(Debug)]
-pub struct CreatedDirs {
+pub(crate) struct CreatedDirs {
     path: PathBuf,
     /// Created folders, the innermost first.
     created: Vec<PathBuf>,
@@ -15,7 +15,7 @@ pub struct CreatedDirs {
 
 impl CreatedDirs {
     /// A folder that exists already.
-    pub fn existing(path: &Path) -> Self {
+    pub(crate) fn existing(path: &Path) -> Self {
         Self { path: path.to_owned(), created: Vec::new() }
     }
 
@@ -23,7 +23,7 @@ impl CreatedDirs {
     ///
     /// # Errors
     /// If it cannot be created.
-    pub fn create(path: &Path) -> io::Result<Self> {
+    pub(crate) fn create(path: &Path) -> io::Result<Self> {
         let missing = |folder: &&Path| *folder != Path::new("") && !folder.exists();
         let created = path.ancestors().take_while(missing).map(Path::to_owned).collect();
         let folder = Self { path: path.to_owned(), created };
@@ -34,12 +34,12 @@ impl CreatedDirs {
     }
 
     /// Where the folder is.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// Keeps the folders, because a file was saved in them.
-    pub fn keep(mut self) {
+    pub(crate) fn keep(mut self) {
         self.created.clear();
     }
 }

@@ -190,7 +190,7 @@ fn regular(metadata: &fs::Metadata) -> io::Result<()> {
 
 /// Returns the path that is the same for the same file however it is named, also before that is
 /// created: what exists of it is canonical, and the rest follows as it is written.
-pub fn canonical(path: &Path) -> PathBuf {
+pub(crate) fn canonical(path: &Path) -> PathBuf {
     let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     let mut canonical = PathBuf::new();
     for component in path.components() {
@@ -235,7 +235,7 @@ pub struct Listing {
 }
 
 /// How many unreadable entries a list names.
-pub const MAX_UNREADABLE: usize = 100;
+pub(crate) const MAX_UNREADABLE: usize = 100;
 
 /// Why an entry is not in a list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -4,9 +4,9 @@
 //! [`atomic`] writes a file whole, [`blocking_pool`] runs calls that may hang, [`filename`] accepts
 //! names that a server supplied. Nothing here knows a service.
 
-pub mod atomic;
-pub mod beneath;
-pub mod blocking_pool;
-pub mod created_dirs;
-pub mod file;
-pub mod filename;
+pub(crate) mod atomic;
+pub(crate) mod beneath;
+pub(crate) mod blocking_pool;
+pub(crate) mod created_dirs;
+pub(crate) mod file;
+pub(crate) mod filename;

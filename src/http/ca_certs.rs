@@ -18,7 +18,7 @@ const MAX_ROOTS: u64 = 4 << 20;
 ///
 /// # Errors
 /// Says what is wrong.
-pub fn file(name: &str, context: &Context<'_>) -> Result<PathBuf, String> {
+pub(crate) fn file(name: &str, context: &Context<'_>) -> Result<PathBuf, String> {
     let path = context.folder.join(name);
     read(&path).map(|_| path)
 }
@@ -27,7 +27,7 @@ pub fn file(name: &str, context: &Context<'_>) -> Result<PathBuf, String> {
 ///
 /// # Errors
 /// Says what is wrong.
-pub fn read(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+pub(crate) fn read(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let mut pem = Vec::new();
     let read = fs::File::open(path).and_then(|file| file.take(MAX_ROOTS).read_to_end(&mut pem));
     read.map_err(|error| format!("cannot be read: {error}"))?;

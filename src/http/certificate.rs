@@ -23,7 +23,7 @@ const SERVER_AUTH: &[u8] = &[0x2b, 6, 1, 5, 5, 7, 3, 1];
 
 /// The fields of a certificate, as DER.
 #[derive(Debug, Clone, Copy)]
-pub struct Certificate<'a> {
+pub(crate) struct Certificate<'a> {
     issuer: &'a [u8],
     subject: &'a [u8],
     extensions: &'a [u8],
@@ -31,7 +31,7 @@ pub struct Certificate<'a> {
 
 impl<'a> Certificate<'a> {
     /// Splits a certificate into its fields.
-    pub fn parse(der: &'a [u8]) -> Option<Self> {
+    pub(crate) fn parse(der: &'a [u8]) -> Option<Self> {
         let (SEQUENCE, certificate, _) = element(der)? else { return None };
         let (SEQUENCE, to_be_signed, _) = element(certificate)? else { return None };
         let mut fields = Elements(to_be_signed).filter(|(tag, _)| *tag != VERSION);
@@ -46,23 +46,23 @@ impl<'a> Certificate<'a> {
     }
 
     /// The issuer's common name, else its organization.
-    pub fn issuer(&self) -> Option<String> {
+    pub(crate) fn issuer(&self) -> Option<String> {
         attribute(self.issuer, COMMON_NAME).or_else(|| attribute(self.issuer, ORGANIZATION))
     }
 
     /// The subject's common name.
-    pub fn common_name(&self) -> Option<String> {
+    pub(crate) fn common_name(&self) -> Option<String> {
         attribute(self.subject, COMMON_NAME)
     }
 
     /// Whether the certificate lists the names of its server (RFC 6125), so that its common name
     /// is not one.
-    pub fn has_alt_names(&self) -> bool {
+    pub(crate) fn has_alt_names(&self) -> bool {
         self.extension(SUBJECT_ALT_NAME).is_some()
     }
 
     /// The names and addresses of the server that the certificate lists.
-    pub fn alt_names(&self) -> Vec<String> {
+    pub(crate) fn alt_names(&self) -> Vec<String> {
         let list = self.extension(SUBJECT_ALT_NAME).and_then(element);
         let names = list.map_or(&[][..], |(_, names, _)| names);
         let text = |(tag, name): (u8, &[u8])| match tag {
@@ -79,7 +79,7 @@ impl<'a> Certificate<'a> {
     }
 
     /// Whether the certificate may be that of a server: without an extended key usage it may.
-    pub fn is_for_servers(&self) -> bool {
+    pub(crate) fn is_for_servers(&self) -> bool {
         self.extension(EXTENDED_KEY_USAGE).is_none_or(|value| {
             let purposes = element(value).map_or(&[][..], |(_, purposes, _)| purposes);
             Elements(purposes).any(|(_, purpose)| purpose == SERVER_AUTH)

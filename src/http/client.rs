@@ -128,7 +128,7 @@ impl Error {
 
 /// How a client asks.
 #[derive(Debug)]
-pub struct Options {
+pub(crate) struct Options {
     /// How servers are verified.
     pub tls: ClientConfig,
     /// Whom it asks to ask.
@@ -145,7 +145,7 @@ pub struct Options {
 
 /// Asks servers.
 #[derive(Debug)]
-pub struct Client {
+pub(crate) struct Client {
     inner: reqwest::Client,
     reach: Arc<Reach>,
     headers: HeaderMap,
@@ -158,7 +158,7 @@ impl Client {
     ///
     /// # Errors
     /// If the proxy cannot be used.
-    pub fn new(options: Options, reach: Arc<Reach>) -> Result<Self, BuildError> {
+    pub(crate) fn new(options: Options, reach: Arc<Reach>) -> Result<Self, BuildError> {
         let Options { tls, proxy, headers, sources, timeout, connections } = options;
         let resolver = Resolver {
             reach: Arc::clone(&reach),
@@ -196,7 +196,7 @@ impl Client {
     ///
     /// # Errors
     /// If it may not be asked, cannot be reached, or does not answer.
-    pub async fn get(&self, url: &Url, headers: &HeaderMap) -> Result<Response, Error> {
+    pub(crate) async fn get(&self, url: &Url, headers: &HeaderMap) -> Result<Response, Error> {
         let mut url = url.clone();
         self.reach.may_ask(&url)?;
         for _ in 0..=MAX_REDIRECTS {
@@ -217,7 +217,7 @@ impl Client {
     ///
     /// # Errors
     /// If it may not be asked, cannot be reached, or does not answer.
-    pub async fn get_here(&self, url: &Url, headers: &HeaderMap) -> Result<Response, Error> {
+    pub(crate) async fn get_here(&self, url: &Url, headers: &HeaderMap) -> Result<Response, Error> {
         self.reach.may_ask(url)?;
         self.ask(Method::GET, url, headers, None).await
     }
@@ -227,7 +227,7 @@ impl Client {
     ///
     /// # Errors
     /// If it may not be asked, cannot be reached, or does not answer.
-    pub async fn post(
+    pub(crate) async fn post(
         &self,
         url: &Url,
         headers: &HeaderMap,
@@ -276,7 +276,7 @@ impl Client {
     }
 
     /// Reads a small body of which nothing is wanted, so that its connection can be used again.
-    pub async fn drain(&self, response: &mut Response) {
+    pub(crate) async fn drain(&self, response: &mut Response) {
         let drain = async {
             let mut left = MAX_DRAINED;
             while let Ok(Some(piece)) = response.chunk().await {
@@ -294,7 +294,10 @@ impl Client {
     ///
     /// # Errors
     /// If it does not come, or the body ends before its end.
-    pub async fn piece(&self, response: &mut Response) -> Result<Option<bytes::Bytes>, Error> {
+    pub(crate) async fn piece(
+        &self,
+        response: &mut Response,
+    ) -> Result<Option<bytes::Bytes>, Error> {
         let host = egress::host_of(response.url());
         self.unless_silent(&host, response.chunk()).await
     }
@@ -336,9 +339,9 @@ fn is_redirect(status: StatusCode) -> bool {
 mod url_origin {
     use reqwest::Url;
 
-    pub type Origin = (String, String, Option<u16>);
+    pub(crate) type Origin = (String, String, Option<u16>);
 
-    pub fn of(url: &Url) -> Origin {
+    pub(crate) fn of(url: &Url) -> Origin {
         (url.scheme().to_owned(), crate::http::egress::host_of(url), url.port_or_known_default())
     }
 }

@@ -28,7 +28,7 @@ const MAX_CODINGS: usize = 5;
 
 /// The codings of a body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Codings {
+pub(crate) enum Codings {
     /// gzip, applied this many times.
     Gzip(usize),
     /// Others, which cannot be decoded.
@@ -36,7 +36,7 @@ pub enum Codings {
 }
 
 /// The codings of a body, in any case and in any number of header fields and list elements.
-pub fn codings(headers: &HeaderMap) -> Codings {
+pub(crate) fn codings(headers: &HeaderMap) -> Codings {
     let mut gzip = 0;
     for coding in elements(headers) {
         let coding = coding.to_ascii_lowercase();
@@ -50,7 +50,7 @@ pub fn codings(headers: &HeaderMap) -> Codings {
 }
 
 /// The codings as the server names them, printable.
-pub fn shown(headers: &HeaderMap) -> String {
+pub(crate) fn shown(headers: &HeaderMap) -> String {
     let mut shown = String::new();
     for coding in elements(headers) {
         let separator = if shown.is_empty() { "" } else { ", " };

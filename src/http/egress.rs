@@ -58,7 +58,7 @@ const fn v6([a, b, c]: [u16; 3], prefix: u8) -> Ipv6Net {
 
 /// Whether an address is one of the public Internet: not private, loopback, link-local, shared,
 /// multicast, reserved or for documentation, in whatever form.
-pub fn is_public(address: IpAddr) -> bool {
+pub(crate) fn is_public(address: IpAddr) -> bool {
     match address.to_canonical() {
         IpAddr::V4(address) => !SPECIAL_V4.iter().any(|special| special.contains(&address)),
         IpAddr::V6(address) if NAT64.contains(&address) => {
@@ -107,7 +107,7 @@ pub enum Refused {
 ///
 /// # Errors
 /// If it is none, or has what no URL should have.
-pub fn url(text: &str) -> Result<Url, Refused> {
+pub(crate) fn url(text: &str) -> Result<Url, Refused> {
     check(Url::parse(text).map_err(|error| Refused::Url(error.to_string()))?)
 }
 
@@ -115,7 +115,7 @@ pub fn url(text: &str) -> Result<Url, Refused> {
 ///
 /// # Errors
 /// As [`url`].
-pub fn join(base: &Url, text: &str) -> Result<Url, Refused> {
+pub(crate) fn join(base: &Url, text: &str) -> Result<Url, Refused> {
     check(base.join(text).map_err(|error| Refused::Url(error.to_string()))?)
 }
 
@@ -135,7 +135,7 @@ fn check(mut url: Url) -> Result<Url, Refused> {
 }
 
 /// A URL as people are told it: on one line and without its query, which may hold secrets.
-pub fn shown(url: &Url) -> String {
+pub(crate) fn shown(url: &Url) -> String {
     let mut shown = url.clone();
     shown.set_query(None);
     let more = if url.query().is_some() { "?…" } else { "" };
@@ -148,7 +148,7 @@ fn canonical(host: &str) -> String {
 }
 
 /// The host of a URL, as it is compared.
-pub fn host_of(url: &Url) -> String {
+pub(crate) fn host_of(url: &Url) -> String {
     canonical(url.host_str().unwrap_or_default())
 }
 
@@ -158,7 +158,7 @@ fn address_of(host: &str) -> Option<IpAddr> {
 }
 
 /// Whether a host is this machine, whatever the names in the network say.
-pub fn is_loopback(host: &str) -> bool {
+pub(crate) fn is_loopback(host: &str) -> bool {
     host == "localhost" || address_of(host).is_some_and(|ip| ip.to_canonical().is_loopback())
 }
 

@@ -25,7 +25,7 @@ const OWN: [&str; 15] = [
 ///
 /// # Errors
 /// Says what was expected.
-pub fn read(name: &str, value: &str) -> Result<(HeaderName, HeaderValue), String> {
+pub(crate) fn read(name: &str, value: &str) -> Result<(HeaderName, HeaderValue), String> {
     let shown = name.escape_default();
     let name = HeaderName::try_from(name)
         .map_err(|_| format!("{shown}: expected the name of a header, as Accept"))?;

@@ -5,13 +5,13 @@
 //! [`tls_error`]). [`retry`] classifies failures; [`codings`] decodes bodies. What is requested and
 //! what a reply means belong to `mirror` and `notify`.
 
-pub mod ca_certs;
-pub mod certificate;
-pub mod client;
-pub mod codings;
-pub mod egress;
-pub mod headers;
-pub mod pointer;
-pub mod retry;
-pub mod tls;
-pub mod tls_error;
+pub(crate) mod ca_certs;
+pub(crate) mod certificate;
+pub(crate) mod client;
+pub(crate) mod codings;
+pub(crate) mod egress;
+pub(crate) mod headers;
+pub(crate) mod pointer;
+pub(crate) mod retry;
+pub(crate) mod tls;
+pub(crate) mod tls_error;

@@ -9,10 +9,10 @@ const FIRST: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(30);
 
 /// How long a server may make us wait within a run. Who asks for more is not asked again in it.
-pub const LONGEST_ASKED_FOR: Duration = Duration::from_mins(5);
+pub(crate) const LONGEST_ASKED_FOR: Duration = Duration::from_mins(5);
 
 /// Whether a reply with this status (RFC 9110) may be another one a little later.
-pub fn is_temporary(status: u16) -> bool {
+pub(crate) fn is_temporary(status: u16) -> bool {
     matches!(status, 408 | 425 | 429 | 500 | 502 | 503 | 504)
 }
 
@@ -20,7 +20,7 @@ pub fn is_temporary(status: u16) -> bool {
 ///
 /// `random` is between 0 and 1: at least half of the time is waited, so that many who failed
 /// together do not come back together.
-pub fn wait(
+pub(crate) fn wait(
     retry: u32,
     retries: u32,
     asked_for: Option<Duration>,
@@ -35,7 +35,7 @@ pub fn wait(
 }
 
 /// What a `Retry-After` asks for: seconds, or a date (RFC 9110, 10.2.3).
-pub fn retry_after(value: &str, now: SystemTime) -> Option<Duration> {
+pub(crate) fn retry_after(value: &str, now: SystemTime) -> Option<Duration> {
     let value = value.trim();
     if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) {
         // Too large a number is very long.
@@ -47,7 +47,7 @@ pub fn retry_after(value: &str, now: SystemTime) -> Option<Duration> {
 
 /// A time around `every`, so that many who were started together do not come together: from nine
 /// tenths to eleven tenths of it; `random` is between 0 and 1.
-pub fn around(every: Duration, random: f64) -> Duration {
+pub(crate) fn around(every: Duration, random: f64) -> Duration {
     every.mul_f64(0.9 + 0.2 * random.clamp(0.0, 1.0))
 }
 

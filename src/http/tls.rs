@@ -60,7 +60,7 @@ pub struct CaFileError {
 ///
 /// # Errors
 /// If the file that is named cannot be used.
-pub fn client_config(ca_file: &CaFile) -> Result<ClientConfig, CaFileError> {
+pub(crate) fn client_config(ca_file: &CaFile) -> Result<ClientConfig, CaFileError> {
     let named = match &ca_file.path {
         None => Vec::new(),
         Some(path) => read(ca_file.key, path)?,

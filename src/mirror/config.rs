@@ -225,7 +225,7 @@ fn media_type(text: &str) -> Result<String, String> {
 
 /// All mirrors that run.
 #[derive(Debug, Default)]
-pub struct Mirrors {
+pub(crate) struct Mirrors {
     /// None before there is a mirror.
     event_loop: Option<EventLoop>,
     jobs: Vec<Job>,
@@ -246,7 +246,7 @@ impl Mirrors {
     ///
     /// # Errors
     /// If it cannot be had.
-    pub fn prepare(&mut self, wanted: &[Settings]) -> io::Result<()> {
+    pub(crate) fn prepare(&mut self, wanted: &[Settings]) -> io::Result<()> {
         if wanted.is_empty() || self.event_loop.is_some() {
             return Ok(());
         }
@@ -256,7 +256,7 @@ impl Mirrors {
 
     /// Becomes what is wanted: a mirror that stays as it is goes on undisturbed. Those that are new or
     /// other ones tell `reporter` what they bring.
-    pub fn change(&mut self, wanted: &[Settings], reporter: &Reporter) -> Summary {
+    pub(crate) fn change(&mut self, wanted: &[Settings], reporter: &Reporter) -> Summary {
         let mut summary = Summary::default();
         let mut before = std::mem::take(&mut self.jobs);
         let mut gone = Vec::new();
@@ -302,19 +302,19 @@ impl Mirrors {
     }
 
     /// What the mirrors count.
-    pub fn counts(&self) -> Vec<Arc<Counts>> {
+    pub(crate) fn counts(&self) -> Vec<Arc<Counts>> {
         self.jobs.iter().map(|job| Arc::clone(&job.counts)).collect()
     }
 
     /// Ends all runs. What they have received is kept for the next.
-    pub fn stop(&self) {
+    pub(crate) fn stop(&self) {
         for job in &self.jobs {
             job.stop.cancel();
         }
     }
 
     /// Waits until all that were told to end have done so.
-    pub async fn ended(&mut self) {
+    pub(crate) async fn ended(&mut self) {
         let jobs = std::mem::take(&mut self.jobs).into_iter().map(|job| job.task);
         wait_for(self.ending.take().into_iter().chain(jobs)).await;
     }

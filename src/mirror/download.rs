@@ -62,7 +62,7 @@ pub struct Terms {
 
 /// What became of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// It was not here before.
     New,
     /// It replaced another content.
@@ -73,7 +73,7 @@ pub enum Outcome {
 
 /// A file that is here as it should be.
 #[derive(Debug)]
-pub struct Done {
+pub(crate) struct Done {
     /// What became of it.
     pub outcome: Outcome,
     /// What is known of it now.
@@ -186,34 +186,34 @@ impl Error {
 
 /// What all files together may take.
 #[derive(Debug)]
-pub struct Budget(AtomicU64);
+pub(crate) struct Budget(AtomicU64);
 
 impl Budget {
     /// So many bytes.
-    pub fn new(bytes: u64) -> Self {
+    pub(crate) fn new(bytes: u64) -> Self {
         Self(AtomicU64::new(bytes))
     }
 
     /// Takes some of it; false if there is not as much left.
-    pub fn take(&self, bytes: u64) -> bool {
+    pub(crate) fn take(&self, bytes: u64) -> bool {
         let taken = |left: u64| left.checked_sub(bytes);
         self.0.try_update(Ordering::Relaxed, Ordering::Relaxed, taken).is_ok()
     }
 
     /// Takes some of it, or what is left.
-    pub fn take_what_is_left(&self, bytes: u64) {
+    pub(crate) fn take_what_is_left(&self, bytes: u64) {
         self.0.update(Ordering::Relaxed, Ordering::Relaxed, |left| left.saturating_sub(bytes));
     }
 
     /// Gives some of it back.
-    pub fn give(&self, bytes: u64) {
+    pub(crate) fn give(&self, bytes: u64) {
         self.0.update(Ordering::Relaxed, Ordering::Relaxed, |left| left.saturating_add(bytes));
     }
 }
 
 /// What the transfers of one run share.
 #[derive(Debug)]
-pub struct Shared {
+pub(crate) struct Shared {
     /// Who asks.
     pub client: Client,
     /// Where the files go.
@@ -231,7 +231,7 @@ pub struct Shared {
 }
 
 /// Is told how a transfer goes: so much is here, of so much if that is known.
-pub type Progress<'a> = &'a (dyn Fn(u64, Option<u64>) + Send + Sync);
+pub(crate) type Progress<'a> = &'a (dyn Fn(u64, Option<u64>) + Send + Sync);
 
 /// What is known about a part of a file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -257,7 +257,7 @@ struct Resume {
 ///
 /// # Errors
 /// Why it is not here, or is as it was before.
-pub async fn transfer(
+pub(crate) async fn transfer(
     shared: &Arc<Shared>,
     entry: &Entry,
     known: Option<&Known>,
@@ -849,19 +849,19 @@ fn header<'a>(response: &'a Response, name: &HeaderName) -> Option<&'a str> {
 }
 
 /// What a reply with another status than was hoped for means.
-pub fn failure(response: &Response) -> Error {
+pub(crate) fn failure(response: &Response) -> Error {
     let retry_after = header(response, &RETRY_AFTER)
         .and_then(|value| retry::retry_after(value, SystemTime::now()));
     Error::Status { status: response.status().as_u16(), retry_after }
 }
 
 /// When a reply was sent, as it says.
-pub fn date_of(response: &Response) -> Option<&str> {
+pub(crate) fn date_of(response: &Response) -> Option<&str> {
     header(response, &DATE)
 }
 
 /// The identity of the content of a reply.
-pub fn validators_of(response: &Response) -> Validators {
+pub(crate) fn validators_of(response: &Response) -> Validators {
     Validators::new(header(response, &ETAG), header(response, &LAST_MODIFIED))
 }
 
@@ -887,7 +887,7 @@ fn conditions(ask: &Ask, resume: Option<&Resume>) -> HeaderMap {
 }
 
 /// That something is wanted only if it is not this any more.
-pub fn if_changed(validators: &Validators) -> HeaderMap {
+pub(crate) fn if_changed(validators: &Validators) -> HeaderMap {
     let mut headers = HeaderMap::new();
     if let Some(etag) = &validators.etag {
         say(&mut headers, IF_NONE_MATCH, etag);

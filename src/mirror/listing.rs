@@ -421,7 +421,7 @@ fn entry(
 }
 
 /// Entries for URLs that were named one by one.
-pub fn of_urls(urls: &[Url]) -> Vec<Result<Entry, Faulty>> {
+pub(crate) fn of_urls(urls: &[Url]) -> Vec<Result<Entry, Faulty>> {
     let entry = |url: &Url| match name_of(url) {
         Ok(name) => Ok(Entry { name, url: url.clone(), sha256: None }),
         Err(fault) => Err(Faulty { what: shown(url), name: None, fault }),
@@ -477,7 +477,7 @@ fn without_collisions(entries: Vec<Result<Entry, Faulty>>) -> Vec<Result<Entry, 
 }
 
 /// Every name that a listing has, also of entries that cannot be used.
-pub fn names<'a>(entries: &'a [Result<Entry, Faulty>]) -> HashSet<&'a str> {
+pub(crate) fn names<'a>(entries: &'a [Result<Entry, Faulty>]) -> HashSet<&'a str> {
     let name = |entry: &'a Result<Entry, Faulty>| match entry {
         Ok(entry) => Some(entry.name.as_str()),
         Err(faulty) => faulty.name.as_deref(),

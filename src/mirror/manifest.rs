@@ -16,7 +16,7 @@ use crate::fs::filename::file_name;
 use crate::mirror::target_dir::{Local, Place, hex};
 
 /// The file's name; hidden, so that no file service has it.
-pub const FILE: &str = ".handout-mirror.json";
+pub(crate) const FILE: &str = ".handout-mirror.json";
 
 /// The largest state that is read, in bytes.
 const MAX_STATE: u64 = 64 << 20;
@@ -26,7 +26,7 @@ const MAX_VALIDATOR: usize = 1024;
 
 /// The identity of a content, as the server tells it (RFC 9110, 8.8).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Validators {
+pub(crate) struct Validators {
     /// `ETag`, as it was sent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub etag: Option<String>,
@@ -37,7 +37,7 @@ pub struct Validators {
 
 impl Validators {
     /// Takes what a server sent; what is too long is as if it had not been sent.
-    pub fn new(etag: Option<&str>, last_modified: Option<&str>) -> Self {
+    pub(crate) fn new(etag: Option<&str>, last_modified: Option<&str>) -> Self {
         let short = |text: &&str| !text.is_empty() && text.len() <= MAX_VALIDATOR;
         Self {
             etag: etag.filter(short).map(str::to_owned),
@@ -48,7 +48,7 @@ impl Validators {
     /// What two parts of one content have in common (RFC 9110, 8.8.1 and 13.1.5): a strong `ETag`, or
     /// a date that is older than the reply (sent at `date`), as a content can change twice in a
     /// second.
-    pub fn strong(&self, date: Option<&str>) -> Option<String> {
+    pub(crate) fn strong(&self, date: Option<&str>) -> Option<String> {
         match &self.etag {
             Some(etag) if etag.starts_with('"') => return Some(etag.clone()),
             _ => {}
@@ -62,7 +62,7 @@ impl Validators {
     /// These, and what was said `before` where they say nothing: a reply that sends no content, or
     /// only a part of it, may leave them out (RFC 9110, 15.3.7 and 15.4.5).
     #[must_use]
-    pub fn or(self, before: &Self) -> Self {
+    pub(crate) fn or(self, before: &Self) -> Self {
         Self {
             etag: self.etag.or_else(|| before.etag.clone()),
             last_modified: self.last_modified.or_else(|| before.last_modified.clone()),
@@ -70,14 +70,14 @@ impl Validators {
     }
 
     /// The time of `Last-Modified`.
-    pub fn modified(&self) -> Option<SystemTime> {
+    pub(crate) fn modified(&self) -> Option<SystemTime> {
         httpdate::parse_http_date(self.last_modified.as_deref()?).ok()
     }
 }
 
 /// What is known of one file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Known {
+pub(crate) struct Known {
     /// Which URL it is from: see [`identity`].
     pub source: String,
     /// What its server said of it.
@@ -91,7 +91,7 @@ pub struct Known {
 
 impl Known {
     /// Whether it is what is known of this file, as it is now.
-    pub fn is_of(&self, local: &Local) -> bool {
+    pub(crate) fn is_of(&self, local: &Local) -> bool {
         self.size == local.size
             && (self.modified == local.modified || is_rounded(local.modified, self.modified))
     }
@@ -112,7 +112,7 @@ fn is_rounded(stored: (i64, i64), exact: (i64, i64)) -> bool {
 }
 
 /// A URL so that it can be told from every other, and a query that may be a secret cannot be read.
-pub fn identity(url: &Url) -> String {
+pub(crate) fn identity(url: &Url) -> String {
     let Some(query) = url.query() else { return url.to_string() };
     let digest = hex(&Sha256::digest(query.as_bytes()));
     let mut url = url.clone();
@@ -122,7 +122,7 @@ pub fn identity(url: &Url) -> String {
 
 /// On which conditions a file is asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Ask {
+pub(crate) enum Ask {
     /// Whatever it is.
     Always,
     /// If it is not this any more.
@@ -134,7 +134,7 @@ pub enum Ask {
 
 /// On which conditions the file is asked for that is here as `local`, and is to be what is at
 /// `source`.
-pub fn ask(known: Option<&Known>, local: &Local, source: &str) -> Ask {
+pub(crate) fn ask(known: Option<&Known>, local: &Local, source: &str) -> Ask {
     match known {
         // Another, or somebody has changed it.
         Some(known) if known.source != source || !known.is_of(local) => Ask::Always,
@@ -155,14 +155,14 @@ pub fn ask(known: Option<&Known>, local: &Local, source: &str) -> Ask {
 
 /// What is known of all files.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct State {
+pub(crate) struct State {
     /// By name.
     pub files: BTreeMap<String, Known>,
 }
 
 impl State {
     /// Reads it; what cannot be read is not known.
-    pub fn load(place: &Place) -> Self {
+    pub(crate) fn load(place: &Place) -> Self {
         let read = place.read_small(Path::new(FILE), MAX_STATE);
         let mut state: Self =
             read.ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
@@ -175,7 +175,7 @@ impl State {
     ///
     /// # Errors
     /// Whatever the disk says.
-    pub fn save_if_changed(&self, place: &Place) -> Result<(), SaveError> {
+    pub(crate) fn save_if_changed(&self, place: &Place) -> Result<(), SaveError> {
         if Self::load(place) == *self { Ok(()) } else { self.save(place) }
     }
 
@@ -183,7 +183,7 @@ impl State {
     ///
     /// # Errors
     /// Whatever the disk says.
-    pub fn save(&self, place: &Place) -> Result<(), SaveError> {
+    pub(crate) fn save(&self, place: &Place) -> Result<(), SaveError> {
         let json = serde_json::to_vec_pretty(self).map_err(io::Error::from)?;
         place.write_small(FILE, &json)
     }

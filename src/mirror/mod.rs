@@ -5,9 +5,9 @@
 //! [`manifest`] (what is known of the files). [`config`] reads `[mirror.NAME]` and runs the jobs.
 //! Requests and retries belong to `http`; nothing here serves a file.
 
-pub mod config;
-pub mod download;
-pub mod listing;
-pub mod manifest;
-pub mod sync;
-pub mod target_dir;
+pub(crate) mod config;
+pub(crate) mod download;
+pub(crate) mod listing;
+pub(crate) mod manifest;
+pub(crate) mod sync;
+pub(crate) mod target_dir;

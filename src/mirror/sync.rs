@@ -35,7 +35,7 @@ use crate::mirror::target_dir::{Folding, Place, There};
 use crate::secret::Secret;
 
 /// The largest listing that is taken, in bytes, as it comes and as it is decoded.
-pub const MAX_LISTING: usize = 16 << 20;
+pub(crate) const MAX_LISTING: usize = 16 << 20;
 
 /// How many files may be forced to the disk at one time.
 const MAX_FINISHING: usize = 16;
@@ -106,14 +106,14 @@ pub struct Order {
 
 /// A listing that was read, so that it need not be sent again if it has not changed.
 #[derive(Debug, Clone)]
-pub struct Listing {
+pub(crate) struct Listing {
     validators: Validators,
     /// Its entries, each of which may have a fault of its own.
     pub entries: Arc<Entries>,
 }
 
 /// Entries, each of which may have a fault of its own.
-pub type Entries = Vec<Result<Entry, Faulty>>;
+pub(crate) type Entries = Vec<Result<Entry, Faulty>>;
 
 /// Why nothing was done.
 #[derive(Debug, thiserror::Error)]
@@ -190,7 +190,7 @@ impl Error {
 
 /// What a run has done.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Summary {
+pub(crate) struct Summary {
     /// Files that were not here before.
     pub new: u64,
     /// Files with another content than before.
@@ -210,7 +210,7 @@ pub struct Summary {
 }
 
 /// Is told what happens.
-pub trait Observer: Send + Sync {
+pub(crate) trait Observer: Send + Sync {
     /// A transfer begins; `id` is its own.
     fn begin(&self, id: usize, entry: &Entry);
     /// So much of it is here, of so much if that is known.
@@ -229,7 +229,7 @@ pub trait Observer: Send + Sync {
 ///
 /// # Errors
 /// Says what is wrong.
-pub fn read_token(path: &Path) -> Result<HeaderValue, String> {
+pub(crate) fn read_token(path: &Path) -> Result<HeaderValue, String> {
     let expected = || "expected one line of visible characters".to_owned();
     let token = Secret::read(path).map_err(|error| format!("cannot be read: {error}"))?;
     if !token.reveal().bytes().all(|byte| byte.is_ascii_graphic()) {
@@ -245,7 +245,7 @@ pub fn read_token(path: &Path) -> Result<HeaderValue, String> {
 ///
 /// # Errors
 /// If a file that is needed cannot be used.
-pub fn prepare(order: &Order) -> Result<(Client, Arc<Reach>), Error> {
+pub(crate) fn prepare(order: &Order) -> Result<(Client, Arc<Reach>), Error> {
     let urls = order.source.urls();
     let reach = Arc::new(Reach::new(urls, &order.hosts, order.anybody));
     let mut headers = order.headers.clone();
@@ -273,7 +273,7 @@ pub fn prepare(order: &Order) -> Result<(Client, Arc<Reach>), Error> {
 ///
 /// # Errors
 /// If there is no listing.
-pub async fn list(
+pub(crate) async fn list(
     order: &Order,
     client: &Client,
     reach: &Reach,
@@ -455,7 +455,7 @@ impl Write for Bounded {
 ///
 /// # Errors
 /// If nothing could be done.
-pub async fn run(
+pub(crate) async fn run(
     order: &Order,
     observer: &Arc<dyn Observer>,
     listing: &mut Option<Listing>,

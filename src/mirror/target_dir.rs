@@ -35,7 +35,7 @@ const ATTEMPTS: usize = 8;
 
 /// A file that is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Local {
+pub(crate) struct Local {
     /// In bytes.
     pub size: u64,
     /// Seconds and nanoseconds since 1970.
@@ -44,7 +44,7 @@ pub struct Local {
 
 impl Local {
     /// When its content was last changed; `None` if that cannot be told.
-    pub fn modified(&self) -> Option<SystemTime> {
+    pub(crate) fn modified(&self) -> Option<SystemTime> {
         let (seconds, nanoseconds) = self.modified;
         let since = Duration::new(seconds.try_into().ok()?, nanoseconds.try_into().ok()?);
         UNIX_EPOCH.checked_add(since)
@@ -53,7 +53,7 @@ impl Local {
 
 /// What is at a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum There {
+pub(crate) enum There {
     /// Nothing.
     Nothing,
     /// A regular file.
@@ -64,7 +64,7 @@ pub enum There {
 
 /// An open folder.
 #[derive(Debug)]
-pub struct Place {
+pub(crate) struct Place {
     folder: DirHandle,
     /// The hashes of the names of which an earlier run has left a part.
     left: HashSet<String>,
@@ -72,7 +72,7 @@ pub struct Place {
 
 /// A partial file, locked against other processes where the file system has locks.
 #[derive(Debug)]
-pub struct Part {
+pub(crate) struct Part {
     /// The file, at its beginning.
     pub pending: PendingFile,
     /// Bytes from an earlier transfer.
@@ -83,7 +83,7 @@ pub struct Part {
 
 /// How a file system compares names.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Folding {
+pub(crate) struct Folding {
     /// Upper and lower case are the same.
     pub ignores_case: bool,
     /// Dots and spaces at the end are not stored.
@@ -92,10 +92,10 @@ pub struct Folding {
 
 impl Folding {
     /// Folds more than any file system does.
-    pub const ALL: Self = Self { ignores_case: true, ignores_end: true };
+    pub(crate) const ALL: Self = Self { ignores_case: true, ignores_end: true };
 
     /// The text that names of one file have in common.
-    pub fn fold(self, name: &str) -> String {
+    pub(crate) fn fold(self, name: &str) -> String {
         let name = if self.ignores_end { name.trim_end_matches(['.', ' ']) } else { name };
         if self.ignores_case { name.to_uppercase().to_lowercase() } else { name.to_owned() }
     }
@@ -107,7 +107,7 @@ fn hash(name: &str) -> String {
 }
 
 /// Bytes as hexadecimal digits.
-pub fn hex<'a>(bytes: impl IntoIterator<Item = &'a u8>) -> String {
+pub(crate) fn hex<'a>(bytes: impl IntoIterator<Item = &'a u8>) -> String {
     bytes.into_iter().fold(String::new(), |mut text, byte| {
         // Writing to a string does not fail.
         let _ = write!(text, "{byte:02x}");
@@ -124,7 +124,7 @@ impl Place {
     ///
     /// # Errors
     /// If it cannot be opened.
-    pub fn open(path: &Path) -> io::Result<Self> {
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
         let folder = DirHandle::open(path)?;
         // A folder that may not be listed can be saved into.
         let left = parts(&folder).unwrap_or_default().into_iter().map(|(hash, _)| hash).collect();
@@ -135,7 +135,7 @@ impl Place {
     ///
     /// # Errors
     /// If it cannot be looked at.
-    pub fn look(&self, name: &str) -> io::Result<There> {
+    pub(crate) fn look(&self, name: &str) -> io::Result<There> {
         let stat = match statat(&self.folder, name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => return Ok(There::Nothing),
             other => other?,
@@ -150,7 +150,7 @@ impl Place {
     ///
     /// # Errors
     /// If there is none.
-    pub fn read(&self, name: impl AsRef<Path>) -> io::Result<File> {
+    pub(crate) fn read(&self, name: impl AsRef<Path>) -> io::Result<File> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let open = || openat(&self.folder, name.as_ref(), flags, Mode::empty());
         let file = File::from(retry(open)?);
@@ -165,7 +165,7 @@ impl Place {
     ///
     /// # Errors
     /// [`io::ErrorKind::WouldBlock`] if another process has it, or if it cannot be opened.
-    pub fn part(&self, name: &str) -> io::Result<Part> {
+    pub(crate) fn part(&self, name: &str) -> io::Result<Part> {
         let hidden = hidden(name, PART);
         for _ in 0..ATTEMPTS {
             let flags = OFlags::RDWR
@@ -203,7 +203,7 @@ impl Place {
     ///
     /// # Errors
     /// As [`Place::part`].
-    pub fn new_part(&self, name: &str) -> io::Result<Part> {
+    pub(crate) fn new_part(&self, name: &str) -> io::Result<Part> {
         let part = self.part(name)?;
         if part.length > 0 {
             self.drop_about(name);
@@ -235,7 +235,7 @@ impl Place {
     ///
     /// # Errors
     /// If it cannot be published; the partial file is removed then.
-    pub fn finish(
+    pub(crate) fn finish(
         &self,
         mut part: Part,
         name: &str,
@@ -252,7 +252,7 @@ impl Place {
     }
 
     /// Removes a partial file and what is known about it.
-    pub fn drop_part(&self, mut part: Part, name: &str) {
+    pub(crate) fn drop_part(&self, mut part: Part, name: &str) {
         part.pending.keep_on_drop = false;
         drop(part);
         self.drop_about(name);
@@ -262,7 +262,7 @@ impl Place {
     ///
     /// # Errors
     /// Whatever the disk says.
-    pub fn write_about(&self, name: &str, about: &[u8]) -> io::Result<()> {
+    pub(crate) fn write_about(&self, name: &str, about: &[u8]) -> io::Result<()> {
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         // It may tell of a URL that is a secret.
@@ -272,22 +272,22 @@ impl Place {
     }
 
     /// What is known about a file that is not whole, if anything.
-    pub fn about(&self, name: &str) -> Option<Vec<u8>> {
+    pub(crate) fn about(&self, name: &str) -> Option<Vec<u8>> {
         self.read_small(&hidden(name, ABOUT), 64 << 10).ok()
     }
 
     /// Forgets what is known about a file that is not whole.
-    pub fn drop_about(&self, name: &str) {
+    pub(crate) fn drop_about(&self, name: &str) {
         self.folder.remove(&hidden(name, ABOUT));
     }
 
     /// Whether there was a part of a file when the folder was opened.
-    pub fn has_left(&self, name: &str) -> bool {
+    pub(crate) fn has_left(&self, name: &str) -> bool {
         !self.left.is_empty() && self.left.contains(&hash(name))
     }
 
     /// How much there is of a file that is not whole, in bytes.
-    pub fn part_size(&self, name: &str) -> u64 {
+    pub(crate) fn part_size(&self, name: &str) -> u64 {
         let stat = statat(&self.folder, hidden(name, PART), AtFlags::SYMLINK_NOFOLLOW);
         stat.map_or(0, |stat| local(&stat).size)
     }
@@ -296,7 +296,7 @@ impl Place {
     ///
     /// # Errors
     /// If it is larger, or cannot be read.
-    pub fn read_small(&self, name: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    pub(crate) fn read_small(&self, name: &Path, limit: u64) -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
         self.read(name)?.take(limit + 1).read_to_end(&mut bytes)?;
         if bytes.len() as u64 > limit {
@@ -309,7 +309,7 @@ impl Place {
     ///
     /// # Errors
     /// If it could not be written; the old one is intact then.
-    pub fn write_small(&self, name: &str, bytes: &[u8]) -> Result<(), SaveError> {
+    pub(crate) fn write_small(&self, name: &str, bytes: &[u8]) -> Result<(), SaveError> {
         self.folder.write(name, Mode::RUSR | Mode::WUSR, bytes)
     }
 
@@ -317,7 +317,7 @@ impl Place {
     ///
     /// # Errors
     /// Whatever the disk says.
-    pub fn unlink(&self, name: &str) -> io::Result<()> {
+    pub(crate) fn unlink(&self, name: &str) -> io::Result<()> {
         match unlinkat(&self.folder, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
             Err(error) => Err(error.into()),
@@ -329,7 +329,7 @@ impl Place {
     ///
     /// # Errors
     /// If no file can be created to find out.
-    pub fn folding(&self) -> io::Result<Folding> {
+    pub(crate) fn folding(&self) -> io::Result<Folding> {
         let probe = format!("{PREFIX}{}{PART}", hash("folding"));
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         retry(|| openat(&self.folder, &*probe, flags, NEW_FILE))?;
@@ -343,7 +343,7 @@ impl Place {
     }
 
     /// Syncs the names in the folder, as far as the file system can.
-    pub fn sync(&self) {
+    pub(crate) fn sync(&self) {
         self.folder.sync();
     }
 
@@ -352,7 +352,7 @@ impl Place {
     ///
     /// # Errors
     /// If the folder cannot be read.
-    pub fn clean<'a>(
+    pub(crate) fn clean<'a>(
         &self,
         keep: impl IntoIterator<Item = &'a str>,
         age: Duration,

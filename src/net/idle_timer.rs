@@ -27,7 +27,10 @@ fn interval(limit: Duration) -> Duration {
 /// # Errors
 /// If `io` is not ready in time: how much of `time` counts against the peer. That is nothing if the
 /// timer fired later than twice `time`, as the process was paused.
-pub async fn ready_within<T>(time: Duration, io: impl Future<Output = T>) -> Result<T, Duration> {
+pub(crate) async fn ready_within<T>(
+    time: Duration,
+    io: impl Future<Output = T>,
+) -> Result<T, Duration> {
     let mut io = pin!(io);
     let lateness = tokio::select! {
         biased;
@@ -50,7 +53,10 @@ pub async fn ready_within<T>(time: Duration, io: impl Future<Output = T>) -> Res
 
 /// Waits for `io`, at most for `limit`, without counting pauses of the process. `None` if it is not
 /// ready in time.
-pub async fn timeout_while_running<T>(limit: Duration, io: impl Future<Output = T>) -> Option<T> {
+pub(crate) async fn timeout_while_running<T>(
+    limit: Duration,
+    io: impl Future<Output = T>,
+) -> Option<T> {
     let mut io = pin!(io);
     let mut waited = Duration::ZERO;
     loop {
@@ -66,7 +72,7 @@ pub async fn timeout_while_running<T>(limit: Duration, io: impl Future<Output = 
 
 /// The idle time-out of one wait for a peer.
 #[derive(Debug)]
-pub struct IdleTimer {
+pub(crate) struct IdleTimer {
     limit: Duration,
     /// How long the peer has acknowledged nothing.
     idle: Duration,
@@ -76,18 +82,18 @@ pub struct IdleTimer {
 
 impl IdleTimer {
     /// Starts without a value to compare with: the first check provides it and expires nothing.
-    pub fn new(limit: Duration) -> Self {
+    pub(crate) fn new(limit: Duration) -> Self {
         Self { limit, idle: Duration::ZERO, unacknowledged: None }
     }
 
     /// The time between two checks.
-    pub fn interval(&self) -> Duration {
+    pub(crate) fn interval(&self) -> Duration {
         interval(self.limit)
     }
 
     /// Records a check after a wait of `waited`. True if the peer has acknowledged no byte for the
     /// whole time-out.
-    pub fn is_expired_after(&mut self, waited: Duration, unacknowledged: u64) -> bool {
+    pub(crate) fn is_expired_after(&mut self, waited: Duration, unacknowledged: u64) -> bool {
         if self.unacknowledged.replace(unacknowledged) == Some(unacknowledged) {
             self.idle += waited;
         } else {

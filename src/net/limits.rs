@@ -64,7 +64,7 @@ impl Default for Limits {
 
 /// What counts as one client: an IPv4 address, or an IPv6 /64, of which one customer of a
 /// provider has them all.
-pub fn client_of(address: IpAddr) -> IpAddr {
+pub(crate) fn client_of(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(v6) => {
             let network = v6.to_bits() >> 64 << 64;
@@ -92,7 +92,7 @@ impl Access {
 }
 
 /// Whether an address is in one of the networks.
-pub fn is_among(networks: &[IpNet], address: IpAddr) -> bool {
+pub(crate) fn is_among(networks: &[IpNet], address: IpAddr) -> bool {
     let address = address.to_canonical();
     networks.iter().any(|network| network.contains(&address))
 }
@@ -101,7 +101,7 @@ pub fn is_among(networks: &[IpNet], address: IpAddr) -> bool {
 ///
 /// # Errors
 /// Says what was expected.
-pub fn network(text: &str) -> Result<IpNet, String> {
+pub(crate) fn network(text: &str) -> Result<IpNet, String> {
     let expected = || "expected a network or an address, as \"10.0.0.0/8\"".to_owned();
     if let Ok(address) = text.parse::<IpAddr>() {
         return Ok(IpNet::from(address));
@@ -117,7 +117,7 @@ pub fn network(text: &str) -> Result<IpNet, String> {
 
 /// The connections of each client of a service at this moment.
 #[derive(Debug, Default)]
-pub struct Clients {
+pub(crate) struct Clients {
     /// Only those who have one.
     connected: Mutex<HashMap<IpAddr, u32>>,
 }
@@ -139,7 +139,7 @@ impl ClientGuard {
 
 impl Clients {
     /// Counts a connection from this address, or `None` if its client has `max` already.
-    pub fn enter(self: &Arc<Self>, address: IpAddr, max: NonZeroU32) -> Option<ClientGuard> {
+    pub(crate) fn enter(self: &Arc<Self>, address: IpAddr, max: NonZeroU32) -> Option<ClientGuard> {
         let client = client_of(address);
         let mut connected = self.connected.lock().unwrap_or_else(PoisonError::into_inner);
         let count = connected.entry(client).or_insert(0);
@@ -176,7 +176,7 @@ const SLOTS: usize = 4096;
 /// Each is the generic cell rate algorithm (ITU-T I.371): all that is kept is the time at which
 /// the next one would be due if they came evenly; a second's worth may come at once.
 #[derive(Debug)]
-pub struct DatagramRate {
+pub(crate) struct DatagramRate {
     limits: DatagramLimits,
     /// Nanoseconds since `epoch` at which the next datagram is due.
     clients: Box<[u64]>,
@@ -189,7 +189,7 @@ pub struct DatagramRate {
 
 impl DatagramRate {
     /// Begins with every client's full rate.
-    pub fn new(limits: DatagramLimits, now: Instant) -> Self {
+    pub(crate) fn new(limits: DatagramLimits, now: Instant) -> Self {
         Self {
             limits,
             clients: vec![0; SLOTS].into_boxed_slice(),
@@ -201,7 +201,7 @@ impl DatagramRate {
     }
 
     /// Whether a datagram from `client` may be answered at `now`.
-    pub fn admit(&mut self, client: IpAddr, now: Instant) -> bool {
+    pub(crate) fn admit(&mut self, client: IpAddr, now: Instant) -> bool {
         self.asked = self.asked.wrapping_add(1);
         let since = now.saturating_duration_since(self.epoch).as_nanos();
         let now = u64::try_from(since).unwrap_or(u64::MAX);

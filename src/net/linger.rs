@@ -25,7 +25,7 @@ const LOOKS: u32 = 16;
 
 /// A connection that has been answered.
 #[derive(Debug)]
-pub struct Answered {
+pub(crate) struct Answered {
     /// The connection, of which nothing more is to be sent.
     pub connection: Connection<AcceptedSocket>,
     /// What it has of its service's limits, until its end.
@@ -34,28 +34,26 @@ pub struct Answered {
 
 impl Answered {
     /// Waits until the client has everything.
-    pub async fn finish(self) {
+    pub(crate) async fn finish(self) {
         self.connection.finish().await;
         drop(self.held);
     }
 }
 
-/// What a connection has of its service's limits.
+/// The share of its service's limits that a connection holds until it is dropped.
 #[derive(Debug)]
-pub struct Held {
-    /// One of the service's places.
-    pub place: Place,
-    /// Its client's, if that is limited.
-    pub guard: Option<ClientGuard>,
-    /// That it is under way.
-    pub under_way: TaskTrackerToken,
+#[expect(dead_code, reason = "fields are held for their drop")]
+pub(crate) struct Held {
+    pub(crate) place: Place,
+    pub(crate) guard: Option<ClientGuard>,
+    pub(crate) under_way: TaskTrackerToken,
 }
 
 /// A connection, and how often it has been looked at.
 type Lingering = (Answered, u32);
 
 /// Sees every connection that arrives to its end, until no more can arrive.
-pub async fn see_to_the_end(mut arriving: UnboundedReceiver<Answered>) {
+pub(crate) async fn see_to_the_end(mut arriving: UnboundedReceiver<Answered>) {
     let mut lingering: Vec<Lingering> = Vec::new();
     loop {
         if lingering.is_empty() {

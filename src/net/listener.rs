@@ -49,7 +49,7 @@ const HANDSHAKE: Duration = Duration::from_millis(5);
 
 /// What a socket is there for at the moment.
 #[derive(Debug, Clone)]
-pub struct Duty {
+pub(crate) struct Duty {
     /// The service that answers.
     pub served: Arc<Served>,
     /// Where connections are counted as under way.
@@ -60,7 +60,7 @@ pub struct Duty {
 
 impl Duty {
     /// Whether there is nothing different to do.
-    pub fn is(&self, other: &Self) -> bool {
+    pub(crate) fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.served, &other.served) && self.own_ports == other.own_ports
     }
 }
@@ -82,14 +82,14 @@ async fn follow<F: Future<Output = ()>>(
 
 /// A socket that accepts connections, registered with the reactor.
 #[derive(Debug)]
-pub struct Listener {
+pub(crate) struct Listener {
     socket: Watched,
     family: Family,
 }
 
 /// What kind of stream a listener accepts.
 #[derive(Debug)]
-pub enum Family {
+pub(crate) enum Family {
     /// TCP over IPv4 or IPv6.
     Tcp {
         /// The service manager has it as well, and keeps it open.
@@ -131,13 +131,13 @@ impl Listener {
     ///
     /// # Errors
     /// If it cannot be watched.
-    pub fn new(socket: OwnedFd, family: Family) -> io::Result<Self> {
+    pub(crate) fn new(socket: OwnedFd, family: Family) -> io::Result<Self> {
         Ok(Self { socket: Watched::new(socket, Interest::READABLE)?, family })
     }
 
     /// Accepts connections, each of which is served at once as far as it need not wait, until the sender of `orders` is
     /// dropped. Who is in the queue then is still served, as far as there are places.
-    pub async fn accept(self: Arc<Self>, orders: watch::Receiver<Duty>) {
+    pub(crate) async fn accept(self: Arc<Self>, orders: watch::Receiver<Duty>) {
         let (answered, arriving) = unbounded_channel();
         tokio::spawn(see_to_the_end(arriving));
         let last = orders.clone();
@@ -159,7 +159,7 @@ impl Listener {
     }
 
     /// Whether clients cannot find it any more: somebody has removed its file.
-    pub fn is_out_of_reach(&self) -> bool {
+    pub(crate) fn is_out_of_reach(&self) -> bool {
         matches!(&self.family, Family::Unix(Some(file)) if !file.is_there())
     }
 
@@ -383,7 +383,7 @@ impl Pause {
 
 /// A socket that receives datagrams, registered with the reactor.
 #[derive(Debug)]
-pub struct DatagramSocket {
+pub(crate) struct DatagramSocket {
     socket: UdpSocket,
     state: UdpSocketState,
     /// Used by one task after the other: memory that was written once stays.
@@ -395,7 +395,7 @@ impl DatagramSocket {
     ///
     /// # Errors
     /// If it cannot be watched, or cannot say where datagrams were sent to.
-    pub fn new(socket: std::net::UdpSocket) -> io::Result<Self> {
+    pub(crate) fn new(socket: std::net::UdpSocket) -> io::Result<Self> {
         let socket = UdpSocket::from_std(socket)?;
         // The library asks the kernel for each datagram's destination: on a wildcard address, the
         // answer must leave from where the question went to.
@@ -406,7 +406,7 @@ impl DatagramSocket {
 
     /// Answers datagrams, in one task and in memory that does not grow, until the sender of
     /// `orders` is dropped.
-    pub async fn answer(self: Arc<Self>, orders: watch::Receiver<Duty>) {
+    pub(crate) async fn answer(self: Arc<Self>, orders: watch::Receiver<Duty>) {
         follow(orders, |duty| self.answer_for(duty)).await;
     }
 

@@ -5,15 +5,15 @@
 //! acknowledged). Datagrams: [`listener`] → [`udp_filter`] → the service. Limits are in [`limits`]
 //! and [`permits`]. Configuration and signals belong to `daemon`.
 
-pub mod connection;
-pub mod idle_timer;
-pub mod instance;
-pub mod limits;
-pub mod linger;
-pub mod listener;
-pub mod memfd;
-pub mod permits;
-pub mod proxy_protocol;
-pub mod sockets;
-pub mod stream;
-pub mod udp_filter;
+pub(crate) mod connection;
+pub(crate) mod idle_timer;
+pub(crate) mod instance;
+pub(crate) mod limits;
+pub(crate) mod linger;
+pub(crate) mod listener;
+pub(crate) mod memfd;
+pub(crate) mod permits;
+pub(crate) mod proxy_protocol;
+pub(crate) mod sockets;
+pub(crate) mod stream;
+pub(crate) mod udp_filter;

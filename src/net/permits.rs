@@ -8,7 +8,7 @@ use tokio::sync::{AcquireError, Semaphore};
 
 /// The places of a service.
 #[derive(Debug)]
-pub struct Places {
+pub(crate) struct Places {
     permits: Semaphore,
     /// So many of the permits go when they are met with, before anybody gets one, as there are fewer
     /// places than there were. Whoever waited before that gets none of them.
@@ -23,13 +23,13 @@ pub struct Place {
 
 impl Places {
     /// So many places, all of them free.
-    pub fn new(count: u32) -> Self {
+    pub(crate) fn new(count: u32) -> Self {
         Self { permits: Semaphore::new(number(count)), surplus: AtomicUsize::new(0) }
     }
 
     /// Makes so many places of those that were `before`. Those that are taken stay so until they are
     /// given back.
-    pub fn change(&self, before: u32, now: u32) {
+    pub(crate) fn change(&self, before: u32, now: u32) {
         let (before, now) = (number(before), number(now));
         let more = now.saturating_sub(before);
         // Those that would have gone are the first to stay.
@@ -46,12 +46,12 @@ impl Places {
     }
 
     /// How many are free.
-    pub fn free(&self) -> usize {
+    pub(crate) fn free(&self) -> usize {
         self.permits.available_permits().saturating_sub(self.surplus.load(Ordering::Acquire))
     }
 
     /// Takes one, if one is free.
-    pub fn try_take(self: &Arc<Self>) -> Option<Place> {
+    pub(crate) fn try_take(self: &Arc<Self>) -> Option<Place> {
         loop {
             self.permits.try_acquire().ok()?.forget();
             if !self.one_goes() {
@@ -64,7 +64,7 @@ impl Places {
     ///
     /// # Errors
     /// None: the places are never closed.
-    pub async fn take(self: &Arc<Self>) -> Result<Place, AcquireError> {
+    pub(crate) async fn take(self: &Arc<Self>) -> Result<Place, AcquireError> {
         loop {
             self.permits.acquire().await?.forget();
             if !self.one_goes() {

@@ -21,11 +21,11 @@ use crate::sys;
 
 /// The longest queue of connections that wait to be accepted; the kernel shortens it to its
 /// `net.core.somaxconn`.
-pub const BACKLOG: i32 = 4096;
+pub(crate) const BACKLOG: i32 = 4096;
 
 /// A socket that is bound and does not block.
 #[derive(Debug)]
-pub enum Socket {
+pub(crate) enum Socket {
     /// Accepts TCP connections.
     Tcp(OwnedFd),
     /// Accepts Unix connections. The file of one that was inherited is the service manager's.
@@ -36,7 +36,7 @@ pub enum Socket {
 
 /// An endpoint that could not be bound.
 #[derive(Debug, thiserror::Error)]
-pub struct BindError {
+pub(crate) struct BindError {
     endpoint: Endpoint,
     source: io::Error,
 }
@@ -76,7 +76,7 @@ impl fmt::Display for BindError {
 ///
 /// # Errors
 /// Names the endpoint, the cause and, where there is one, the remedy.
-pub fn bind(endpoint: &Endpoint, shared: bool) -> Result<Socket, BindError> {
+pub(crate) fn bind(endpoint: &Endpoint, shared: bool) -> Result<Socket, BindError> {
     let bound = match endpoint {
         Endpoint::Tcp(address) => bind_tcp(*address, shared).map(|bound| Socket::Tcp(bound.into())),
         Endpoint::Udp(address) => bind_udp(*address, shared),
@@ -90,7 +90,7 @@ pub fn bind(endpoint: &Endpoint, shared: bool) -> Result<Socket, BindError> {
 
 /// The sockets that the service manager has passed cannot be taken over.
 #[derive(Debug, thiserror::Error)]
-pub enum InheritError {
+pub(crate) enum InheritError {
     /// What it says of them makes no sense.
     #[error("the sockets that systemd has passed cannot be found (LISTEN_FDS, LISTEN_FDNAMES)")]
     Unknown(#[source] io::Error),
@@ -106,7 +106,7 @@ pub enum InheritError {
 
 /// A socket that the service manager has passed.
 #[derive(Debug)]
-pub struct Inherited {
+pub(crate) struct Inherited {
     /// The socket itself.
     pub socket: Socket,
     /// Where it is bound.
@@ -120,7 +120,7 @@ impl Inherited {
     ///
     /// # Errors
     /// If one is not a socket that listens or receives datagrams.
-    pub fn take_all() -> Result<Vec<Self>, InheritError> {
+    pub(crate) fn take_all() -> Result<Vec<Self>, InheritError> {
         let descriptors = sys::inherited_descriptors().map_err(InheritError::Unknown)?;
         let take = |(fd, name)| match Socket::inherit(fd) {
             Ok((socket, endpoint)) => Ok(Self { socket, endpoint, name }),
@@ -136,7 +136,7 @@ impl Inherited {
 ///
 /// # Errors
 /// As [`bind`].
-pub fn listen(
+pub(crate) fn listen(
     socket: Socket,
     endpoint: &Endpoint,
     queues: usize,
@@ -202,7 +202,7 @@ impl Socket {
     ///
     /// # Errors
     /// None is expected of a bound socket.
-    pub fn endpoint(&self, wanted: &Endpoint) -> io::Result<Endpoint> {
+    pub(crate) fn endpoint(&self, wanted: &Endpoint) -> io::Result<Endpoint> {
         let internet =
             |address: Option<SocketAddr>| address.ok_or(io::ErrorKind::Unsupported.into());
         match self {
@@ -221,7 +221,7 @@ impl Socket {
 ///
 /// # Errors
 /// None is expected of an Internet socket.
-pub fn share_port(socket: impl AsFd, shared: bool) -> io::Result<()> {
+pub(crate) fn share_port(socket: impl AsFd, shared: bool) -> io::Result<()> {
     Ok(set_socket_reuseport(socket, shared)?)
 }
 
@@ -231,7 +231,7 @@ pub fn share_port(socket: impl AsFd, shared: bool) -> io::Result<()> {
 ///
 /// # Errors
 /// None is expected of a TCP socket.
-pub fn turn_away(listening: impl AsFd) -> io::Result<()> {
+pub(crate) fn turn_away(listening: impl AsFd) -> io::Result<()> {
     // The words of classic BPF (linux/filter.h).
     const LOAD_BYTE: u16 = 0x30;
     const AND: u16 = 0x54;
@@ -296,7 +296,7 @@ fn internet_socket(
 ///
 /// # Errors
 /// [`io::ErrorKind::AddrInUse`] if another process listens there, or why it cannot be bound.
-pub fn bind_unix(path: &Path, mode: u32) -> io::Result<(UnixListener, SocketFile)> {
+pub(crate) fn bind_unix(path: &Path, mode: u32) -> io::Result<(UnixListener, SocketFile)> {
     let listener = match UnixListener::bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             remove_stale(path)?;
@@ -326,7 +326,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 
 /// The file of a Unix socket, which goes when the socket goes.
 #[derive(Debug)]
-pub struct SocketFile {
+pub(crate) struct SocketFile {
     path: PathBuf,
     /// Device and inode: a file that somebody else has put there meanwhile stays.
     identity: (u64, u64),
@@ -338,7 +338,7 @@ impl SocketFile {
     }
 
     /// Whether it is still there, for clients to find.
-    pub fn is_there(&self) -> bool {
+    pub(crate) fn is_there(&self) -> bool {
         identity(&self.path).is_ok_and(|identity| identity == self.identity)
     }
 }

@@ -34,14 +34,14 @@ const UNIX_WRITE: usize = 7 << 10;
 
 /// A connected TCP or Unix socket that does not block.
 #[derive(Debug)]
-pub struct AcceptedSocket {
+pub(crate) struct AcceptedSocket {
     socket: Socket,
     kind: Kind,
 }
 
 /// What kind of socket was accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// A TCP connection.
     Tcp,
     /// A Unix stream connection.
@@ -85,7 +85,7 @@ enum Socket {
 
 impl AcceptedSocket {
     /// Takes over a socket that does not block.
-    pub fn new(socket: OwnedFd, kind: Kind) -> Self {
+    pub(crate) fn new(socket: OwnedFd, kind: Kind) -> Self {
         Self { socket: Socket::Fresh(socket), kind }
     }
 
@@ -93,7 +93,7 @@ impl AcceptedSocket {
     ///
     /// # Errors
     /// If it could not be registered.
-    pub fn fd(&self) -> io::Result<BorrowedFd<'_>> {
+    pub(crate) fn fd(&self) -> io::Result<BorrowedFd<'_>> {
         match &self.socket {
             Socket::Fresh(socket) => Ok(socket.as_fd()),
             Socket::Watched(socket) => Ok(socket.as_fd()),
@@ -102,7 +102,7 @@ impl AcceptedSocket {
     }
 
     /// What these events, which were polled for after it was answered, say of its client.
-    pub fn heard(&self, events: PollFlags) -> Heard {
+    pub(crate) fn heard(&self, events: PollFlags) -> Heard {
         if events.is_empty() {
             Heard::Nothing
         } else if self.kind == Kind::Tcp
@@ -123,7 +123,7 @@ impl AcceptedSocket {
     ///
     /// # Errors
     /// If there is none, or the connection has ended.
-    pub async fn read_header(&mut self) -> io::Result<Option<SocketAddr>> {
+    pub(crate) async fn read_header(&mut self) -> io::Result<Option<SocketAddr>> {
         let mut header = [0; MAX_HEADER];
         let mut length = 0;
         let mut read = |socket: BorrowedFd<'_>| loop {

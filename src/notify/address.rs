@@ -78,7 +78,7 @@ fn is_quoted_content(text: &str) -> bool {
 
 /// A domain or address literal (RFC 5321, 4.1.3) in ASCII; a domain of another script is converted
 /// (RFC 5891).
-pub fn ascii_domain(text: &str) -> Option<String> {
+pub(crate) fn ascii_domain(text: &str) -> Option<String> {
     if let Some(literal) = text.strip_prefix('[') {
         let literal = literal.strip_suffix(']')?;
         let is_address = match literal.split_at_checked("IPv6:".len()) {

@@ -110,7 +110,7 @@ pub fn words(said: &str) -> String {
 ///
 /// # Errors
 /// If it cannot be read.
-pub async fn password(path: &Path) -> Result<Secret, Failure> {
+pub(crate) async fn password(path: &Path) -> Result<Secret, Failure> {
     let path = path.to_owned();
     let read = tokio::task::spawn_blocking(move || {
         Secret::read(&path).map_err(|error| {

@@ -15,14 +15,14 @@ const LOOKUP_TIMEOUT: Duration = Duration::from_secs(2);
 ///
 /// # Errors
 /// If it is neither a fully qualified name nor an address literal.
-pub fn parse(text: &str) -> Result<String, &'static str> {
+pub(crate) fn parse(text: &str) -> Result<String, &'static str> {
     let name = ascii_domain(text).filter(|name| name.starts_with('[') || is_fully_qualified(name));
     name.ok_or("expected a full name, as mail.example.org, or an address literal, as [192.0.2.1]")
 }
 
 /// The fully qualified name of this machine: its host name, or the name's canonical form as
 /// `hostname -f` prints it. The resolver may block, so it runs apart from the event loop.
-pub async fn full_host_name() -> Option<String> {
+pub(crate) async fn full_host_name() -> Option<String> {
     let name = rustix::system::uname().nodename().to_str().unwrap_or_default().to_owned();
     if is_announceable(&name) {
         return Some(name);
@@ -61,7 +61,7 @@ fn is_fully_qualified(name: &str) -> bool {
 }
 
 /// The address literal (RFC 5321, 4.1.3) of a local address.
-pub fn address_literal(address: IpAddr) -> String {
+pub(crate) fn address_literal(address: IpAddr) -> String {
     match address.to_canonical() {
         IpAddr::V4(address) => format!("[{address}]"),
         IpAddr::V6(address) => format!("[IPv6:{address}]"),

@@ -90,7 +90,7 @@ fn is_of_phrase(character: char) -> bool {
 
 /// A file that goes with a mail.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Attachment {
+pub(crate) struct Attachment {
     /// Its name, without a folder.
     pub name: String,
     /// Its content.
@@ -99,7 +99,7 @@ pub struct Attachment {
 
 /// What is to be told.
 #[derive(Debug, Clone)]
-pub struct Letter<'a> {
+pub(crate) struct Letter<'a> {
     /// Who tells it.
     pub from: &'a Mailbox,
     /// To whom.
@@ -119,7 +119,7 @@ pub struct Letter<'a> {
 }
 
 /// A new Message-ID; every one is another.
-pub fn new_id(from: &Mailbox) -> String {
+pub(crate) fn new_id(from: &Mailbox) -> String {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let (nanos, random) = (now.as_nanos(), fastrand::u128(..));
     format!("<{nanos:x}.{random:032x}@{}>", from.address.domain())
@@ -129,7 +129,7 @@ pub fn new_id(from: &Mailbox) -> String {
 ///
 /// # Errors
 /// Says what was expected.
-pub fn header_text(text: &str) -> Result<(), String> {
+pub(crate) fn header_text(text: &str) -> Result<(), String> {
     if text.contains(['\r', '\n', '\0']) {
         return Err("has the end of a line or a NUL in it; expected one line".to_owned());
     }
@@ -146,7 +146,7 @@ pub fn header_text(text: &str) -> Result<(), String> {
 ///
 /// # Errors
 /// Says what was expected.
-pub fn attachment_name(name: &str) -> Result<(), String> {
+pub(crate) fn attachment_name(name: &str) -> Result<(), String> {
     header_text(name)?;
     if name.is_empty() || name.len() > MAX_FILE_NAME || name.contains('/') {
         return Err(format!("expected a file's name of at most {MAX_FILE_NAME} bytes"));
@@ -158,7 +158,7 @@ pub fn attachment_name(name: &str) -> Result<(), String> {
 ///
 /// # Errors
 /// Says what is wrong with it.
-pub fn compose(letter: Letter<'_>) -> Result<Vec<u8>, String> {
+pub(crate) fn compose(letter: Letter<'_>) -> Result<Vec<u8>, String> {
     let Letter { from, to, subject, text, attachments, id, date, automatic } = letter;
     header_text(subject).map_err(|problem| format!("subject: {problem}"))?;
     for attachment in &attachments {

@@ -4,11 +4,11 @@
 //! builds a message with [`mime`] and sends it by [`smtp`] over [`smtp_client`]; [`sms`] asks a
 //! provider over HTTP. Retries and queues belong to `alert`.
 
-pub mod address;
-pub mod channel;
-pub mod helo;
-pub mod mail;
-pub mod mime;
-pub mod sms;
-pub mod smtp;
-pub mod smtp_client;
+pub(crate) mod address;
+pub(crate) mod channel;
+pub(crate) mod helo;
+pub(crate) mod mail;
+pub(crate) mod mime;
+pub(crate) mod sms;
+pub(crate) mod smtp;
+pub(crate) mod smtp_client;

@@ -31,7 +31,7 @@ const GOODBYE: Duration = Duration::from_secs(1);
 
 /// How a connection is protected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Security {
+pub(crate) enum Security {
     /// TLS from the first byte.
     Tls,
     /// TLS after STARTTLS, or nothing at all.
@@ -55,7 +55,7 @@ impl FromStr for Security {
 
 impl Security {
     /// The port that is meant if none is said.
-    pub fn port(self) -> u16 {
+    pub(crate) fn port(self) -> u16 {
         match self {
             Self::Tls => 465,
             Self::StartTls => 587,
@@ -66,7 +66,7 @@ impl Security {
 
 /// A user with a file that the password is in.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Login {
+pub(crate) struct Login {
     /// The user.
     pub username: String,
     /// Where the password is.
@@ -75,7 +75,7 @@ pub struct Login {
 
 /// Who is connected to, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
+pub(crate) struct Place {
     /// The server.
     pub server: Server,
     /// How the connection is protected.
@@ -107,14 +107,18 @@ impl Doing {
 }
 
 /// A dialogue with a server, encrypted or not.
-pub type Connection = SmtpClient<Box<dyn Duplex>>;
+pub(crate) type Connection = SmtpClient<Box<dyn Duplex>>;
 
 /// Connects and logs in. The caller bounds the time, of which `time` is for connecting.
 ///
 /// # Errors
 /// If the server cannot be reached, cannot prove its identity, does not encrypt though it must, or
 /// refuses the login.
-pub async fn connect(place: &Place, time: Duration, doing: &Doing) -> Result<Connection, Failure> {
+pub(crate) async fn connect(
+    place: &Place,
+    time: Duration,
+    doing: &Doing,
+) -> Result<Connection, Failure> {
     doing.set("reading the files that it needs");
     // Whatever can fail here fails before the server is bothered.
     let login = match &place.login {
@@ -136,12 +140,12 @@ pub async fn connect(place: &Place, time: Duration, doing: &Doing) -> Result<Con
 }
 
 /// Says goodbye, briefly.
-pub async fn leave(mut connection: Connection) {
+pub(crate) async fn leave(mut connection: Connection) {
     let _ = tokio::time::timeout(GOODBYE, connection.quit()).await;
 }
 
 /// A stream to a server.
-pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+pub(crate) trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Duplex for S {}
 

@@ -24,7 +24,7 @@ const MAX_COMMAND: usize = 510;
 
 /// The stage from the first byte of a mail to the reply to its end. A mail may have been accepted if
 /// the dialogue breaks off here.
-pub const TRANSFER: &str =
+pub(crate) const TRANSFER: &str =
     "waiting until the mail is taken, which it may be, although the server does not say so";
 
 /// A reply: its code and the text of its lines.

@@ -10,7 +10,7 @@ const WORTH_SPARING: usize = 32 << 10;
 
 /// A whole document in memory.
 #[derive(Debug)]
-pub enum ReadyMade {
+pub(crate) enum ReadyMade {
     /// A short one: it and its end leave as one packet.
     Bytes(Vec<u8>),
     /// A longer one, which the kernel sends without copying it.
@@ -22,7 +22,7 @@ impl ReadyMade {
     ///
     /// # Errors
     /// Those of `write`, or if there is not enough memory.
-    pub fn make(
+    pub(crate) fn make(
         length: usize,
         write: impl Fn(&mut dyn Write) -> io::Result<()>,
     ) -> io::Result<Self> {
@@ -39,7 +39,7 @@ impl ReadyMade {
     }
 
     /// Its length in bytes.
-    pub fn len(&self) -> u64 {
+    pub(crate) fn len(&self) -> u64 {
         match self {
             Self::Bytes(bytes) => bytes.len() as u64,
             Self::Memory(file) => file.len(),
@@ -50,7 +50,10 @@ impl ReadyMade {
     ///
     /// # Errors
     /// If the client has gone, or takes no byte for the idle time-out.
-    pub async fn send<S: Stream>(&self, connection: &mut Connection<S>) -> Result<(), Broken> {
+    pub(crate) async fn send<S: Stream>(
+        &self,
+        connection: &mut Connection<S>,
+    ) -> Result<(), Broken> {
         match self {
             Self::Bytes(bytes) => connection.send_part(bytes).await,
             Self::Memory(file) => connection.send_file(file).await,

@@ -61,7 +61,7 @@ impl Sending {
 ///
 /// # Errors
 /// If the client went away, or the file cannot be read to its end as it was when it was opened.
-pub async fn send_encoded<S: Stream>(
+pub(crate) async fn send_encoded<S: Stream>(
     file: &Arc<OpenFile>,
     (readers, name): (&Readers, &str),
     digest: Option<Sha256>,
@@ -97,7 +97,7 @@ pub async fn send_encoded<S: Stream>(
 ///
 /// # Errors
 /// If the file cannot be read to its end as it was when it was opened.
-pub fn write_whole(
+pub(crate) fn write_whole(
     file: &OpenFile,
     digest: Option<Sha256>,
     document: &mut impl Write,

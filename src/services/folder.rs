@@ -41,7 +41,7 @@ const KEPT_PART: u64 = 4;
 const IN_MEMORY: u64 = 2;
 
 /// The longest list, in files, unless configured.
-pub const DEFAULT_MAX_FILES: NonZeroU32 = NonZeroU32::new(10_000).unwrap();
+pub(crate) const DEFAULT_MAX_FILES: NonZeroU32 = NonZeroU32::new(10_000).unwrap();
 
 /// How long a list is handed out before the folder is looked at again.
 const LIST_AGE: Duration = Duration::from_millis(500);

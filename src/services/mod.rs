@@ -5,10 +5,10 @@
 
 mod cached_document;
 mod encoder;
-pub mod file;
-pub mod folder;
-pub mod metrics;
-pub mod time;
+pub(crate) mod file;
+pub(crate) mod folder;
+pub(crate) mod metrics;
+pub(crate) mod time;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -49,7 +49,7 @@ impl Settings {
 }
 
 /// A kind of service as the configuration knows it.
-pub struct Kind {
+pub(crate) struct Kind {
     /// The name of its table.
     pub name: &'static str,
     /// Where it listens if the configuration does not say.
@@ -61,7 +61,7 @@ pub struct Kind {
 }
 
 /// `[time.NAME]`
-pub static TIME: Kind = Kind {
+pub(crate) static TIME: Kind = Kind {
     name: "time",
     default_listen: "127.0.0.1:6789",
     datagrams: true,
@@ -69,7 +69,7 @@ pub static TIME: Kind = Kind {
 };
 
 /// `[file.NAME]`
-pub static FILE: Kind = Kind {
+pub(crate) static FILE: Kind = Kind {
     name: "file",
     default_listen: "127.0.0.1:5566",
     datagrams: false,
@@ -77,7 +77,7 @@ pub static FILE: Kind = Kind {
 };
 
 /// `[metrics]`, of which there is one at most.
-pub static METRICS: Kind = Kind {
+pub(crate) static METRICS: Kind = Kind {
     name: "metrics",
     default_listen: "127.0.0.1:9467",
     datagrams: false,
@@ -85,7 +85,7 @@ pub static METRICS: Kind = Kind {
 };
 
 /// Every kind of service of which there can be many.
-pub static KINDS: [&Kind; 2] = [&TIME, &FILE];
+pub(crate) static KINDS: [&Kind; 2] = [&TIME, &FILE];
 
 fn read_file_or_folder(table: &mut Table<'_>, context: &Context<'_>) -> Result<Settings, Noted> {
     let read = table.required("path", "the file or the folder to hand out", |text| {

@@ -163,7 +163,7 @@ impl<L: Label> Counter<L> {
 
 /// The upper bounds of the histogram of durations, in seconds: from an answer that fits one packet
 /// to the default `max-duration`.
-pub const DURATION_BOUNDS: [f64; 12] =
+pub(crate) const DURATION_BOUNDS: [f64; 12] =
     [0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0];
 
 /// How long connections lasted.

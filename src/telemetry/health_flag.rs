@@ -4,11 +4,11 @@ use std::sync::{Mutex, PoisonError};
 
 /// The trouble that a service is in, for the log, which says it once, and for monitoring.
 #[derive(Debug, Default)]
-pub struct Trouble(Mutex<Option<String>>);
+pub(crate) struct Trouble(Mutex<Option<String>>);
 
 impl Trouble {
     /// It is in trouble; true if it was not, or for another cause.
-    pub fn begin(&self, cause: &str) -> bool {
+    pub(crate) fn begin(&self, cause: &str) -> bool {
         let mut trouble = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let new = trouble.as_deref() != Some(cause);
         if new {
@@ -18,12 +18,12 @@ impl Trouble {
     }
 
     /// It is in trouble no more; true if it was.
-    pub fn end(&self) -> bool {
+    pub(crate) fn end(&self) -> bool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take().is_some()
     }
 
     /// What the trouble is.
-    pub fn get(&self) -> Option<String> {
+    pub(crate) fn get(&self) -> Option<String> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

@@ -20,14 +20,14 @@ const SOCKET: &str = "/run/systemd/journal/socket";
 
 /// Sends each thing that is written to the journal.
 #[derive(Debug)]
-pub struct Socket(UnixDatagram);
+pub(crate) struct Socket(UnixDatagram);
 
 impl Socket {
     /// A way to the journal, also to one that is started anew meanwhile.
     ///
     /// # Errors
     /// If there is no journal.
-    pub fn open() -> io::Result<Self> {
+    pub(crate) fn open() -> io::Result<Self> {
         // This looks whether somebody is there, and waits for nobody.
         UnixDatagram::unbound()?.connect(SOCKET)?;
         UnixDatagram::unbound().map(Self)
@@ -45,7 +45,7 @@ impl Write for Socket {
 }
 
 /// Makes an entry of each event.
-pub struct Journal {
+pub(crate) struct Journal {
     /// Takes the entries to [`Socket`].
     pub queue: Sender,
 }

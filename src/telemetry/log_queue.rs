@@ -29,13 +29,13 @@ enum Message {
 }
 
 /// The receiving end and its thread. Dropped, it waits a bounded time until the lines are written.
-pub struct Queue {
+pub(crate) struct Queue {
     sender: Sender,
 }
 
 /// Adds lines to a queue without waiting.
 #[derive(Clone)]
-pub struct Sender {
+pub(crate) struct Sender {
     messages: SyncSender<Message>,
     lost: Arc<AtomicU64>,
 }
@@ -45,7 +45,7 @@ impl Queue {
     ///
     /// # Errors
     /// If the thread cannot be started.
-    pub fn start(target: impl Write + Send + 'static) -> io::Result<Self> {
+    pub(crate) fn start(target: impl Write + Send + 'static) -> io::Result<Self> {
         let (messages, waiting) = sync_channel(MAX_WAITING_LINES);
         let lost = Arc::new(AtomicU64::new(0));
         let sender = Sender { messages, lost: Arc::clone(&lost) };
@@ -56,12 +56,12 @@ impl Queue {
     }
 
     /// Returns the handle that adds lines to the queue.
-    pub fn sender(&self) -> &Sender {
+    pub(crate) fn sender(&self) -> &Sender {
         &self.sender
     }
 
     /// Number of lines that found no room, or could not be written.
-    pub fn lost(&self) -> u64 {
+    pub(crate) fn lost(&self) -> u64 {
         self.sender.lost.load(Ordering::Relaxed)
     }
 }

@@ -25,7 +25,7 @@ use crate::telemetry::log_queue::Queue;
 ///
 /// # Errors
 /// Says what was expected.
-pub fn check_filter(filter: &str) -> Result<(), String> {
+pub(crate) fn check_filter(filter: &str) -> Result<(), String> {
     let expected =
         "expected error, warn, info, debug, trace, or a filter such as \"handout=debug\"";
     // A lone word that is no level would be taken for the name of a module, and silence the rest.
@@ -44,7 +44,7 @@ const WRITTEN_AT_ONCE: usize = 64 << 10;
 type Lines = Box<dyn Layer<Registry> + Send + Sync>;
 
 /// The log, which can be changed while it runs. What is logged until it is dropped is written.
-pub struct Logger {
+pub(crate) struct Logger {
     current: reload::Handle<Lines, Registry>,
     stderr: Queue,
     /// Opened when it is first asked for.
@@ -56,7 +56,7 @@ impl Logger {
     ///
     /// # Errors
     /// If the journal was asked for and cannot be reached, or something logs already.
-    pub fn start(log: &Log) -> io::Result<Self> {
+    pub(crate) fn start(log: &Log) -> io::Result<Self> {
         // Flushed whenever no line waits.
         let stderr = Queue::start(BufWriter::with_capacity(WRITTEN_AT_ONCE, io::stderr()))?;
         let journal = OnceLock::new();
@@ -70,24 +70,24 @@ impl Logger {
     ///
     /// # Errors
     /// If the journal was asked for and cannot be reached.
-    pub fn prepare(&self, log: &Log) -> io::Result<Prepared> {
+    pub(crate) fn prepare(&self, log: &Log) -> io::Result<Prepared> {
         lines(log, &self.stderr, &self.journal).map(Prepared)
     }
 
     /// Logs as it was prepared, from now on.
-    pub fn change(&self, prepared: Prepared) {
+    pub(crate) fn change(&self, prepared: Prepared) {
         // It fails only if there is no log any more.
         let _ = self.current.reload(prepared.0);
     }
 
     /// How many lines were lost so far, as nobody took them.
-    pub fn lost(&self) -> u64 {
+    pub(crate) fn lost(&self) -> u64 {
         self.stderr.lost() + self.journal.get().map_or(0, Queue::lost)
     }
 }
 
 /// Another way to log.
-pub struct Prepared(Lines);
+pub(crate) struct Prepared(Lines);
 
 fn lines(log: &Log, stderr: &Queue, journal: &OnceLock<Queue>) -> io::Result<Lines> {
     let filter: Targets = log.level.parse().map_err(io::Error::other)?;
@@ -136,7 +136,7 @@ fn log_panic(panic: &PanicHookInfo<'_>) {
 }
 
 /// Whether standard error is the journal's stream (systemd.exec(5), `JOURNAL_STREAM`).
-pub fn stderr_is_the_journal() -> bool {
+pub(crate) fn stderr_is_the_journal() -> bool {
     let Ok(stream) = env::var("JOURNAL_STREAM") else { return false };
     let Ok(stderr) = std::fs::metadata("/proc/self/fd/2") else { return false };
     stream == format!("{}:{}", stderr.dev(), stderr.ino())

@@ -22,7 +22,7 @@ use crate::net::instance::Served;
 use crate::telemetry::counters::{Counter, Label};
 
 /// The media type of [`Monitor::metrics`].
-pub const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+pub(crate) const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// How a reload ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

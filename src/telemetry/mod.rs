@@ -4,9 +4,9 @@
 //! [`logging`] formats log lines and hands them to [`log_queue`], whose thread writes to standard
 //! error or to the journal ([`journald`]). Alerts belong to `alert`.
 
-pub mod counters;
-pub mod health_flag;
+pub(crate) mod counters;
+pub(crate) mod health_flag;
 mod journald;
 mod log_queue;
-pub mod logging;
-pub mod metrics;
+pub(crate) mod logging;
+pub(crate) mod metrics;

@@ -94,8 +94,8 @@ fn the_shipped_configuration_says_the_defaults() {
         let file = folder.path().join("handout.toml");
         fs::write(&file, text).unwrap();
         fs::copy(root().join("config/picture.jpg"), folder.path().join("picture.jpg")).unwrap();
-        let sources = handout::config::Sources { file: Some(file), ..Default::default() };
-        handout::config::Config::load(&sources).unwrap()
+        let sources = handout::internals::Sources { file: Some(file), ..Default::default() };
+        handout::internals::Config::load(&sources).unwrap()
     };
     let shipped = load(&fs::read_to_string(root().join("config/handout.toml")).unwrap());
     let bare = load(
