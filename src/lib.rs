@@ -29,7 +29,10 @@
 #![warn(clippy::pedantic, clippy::unwrap_used, clippy::indexing_slicing)]
 #![allow(clippy::must_use_candidate, clippy::struct_excessive_bools)]
 // Shared code that only the gateway calls is checked in the full build.
-#![cfg_attr(not(feature = "gateway"), allow(dead_code, clippy::unused_self))]
+#![cfg_attr(
+    not(feature = "gateway"),
+    allow(dead_code, clippy::unnecessary_wraps, clippy::unused_self)
+)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing))]
 
 #[cfg(feature = "gateway")]
