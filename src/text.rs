@@ -15,6 +15,22 @@ pub(crate) fn error_chain(error: &dyn Error) -> String {
     text
 }
 
+/// Returns the bytes as lower-case hexadecimal digits.
+pub(crate) fn to_hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+        write!(text, "{byte:02x}").expect("writing to a string does not fail");
+        text
+    })
+}
+
+/// Parses exactly `N` bytes in hexadecimal digits of either case.
+pub(crate) fn from_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
+    let digit = |byte: u8| char::from(byte).to_digit(16);
+    let (pairs, []) = text.as_bytes().as_chunks::<2>() else { return None };
+    let byte = |[high, low]: &[u8; 2]| u8::try_from(digit(*high)? << 4 | digit(*low)?).ok();
+    pairs.iter().map(byte).collect::<Option<Vec<u8>>>()?.try_into().ok()
+}
+
 /// Returns `count` with the singular or plural of `noun`: `1 file`, `2 addresses`, `0 entries`.
 /// Knows the regular English plurals.
 pub(crate) fn counted(count: impl TryInto<u64>, noun: &str) -> String {
@@ -59,6 +75,15 @@ fn plural(noun: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn hexadecimal_digits_are_read_as_they_are_written() {
+        assert_eq!(to_hex(&[0, 0xff, 0x0a]), "00ff0a");
+        assert_eq!(from_hex("00fF0a"), Some([0, 0xff, 0x0a]));
+        for text in ["", "00f", "00ff", "00ff0a00", "+0ff0a", "00ffég"] {
+            assert_eq!(from_hex::<3>(text), None, "{text}");
+        }
+    }
 
     #[test]
     fn nouns_agree_with_their_count() {

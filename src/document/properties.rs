@@ -1,6 +1,5 @@
-//! What holds for every document: the reader gives back what the writer wrote, accepts what
-//! `serde_json` and `base64` together accept and nothing else, and takes no notice of how its input
-//! is cut.
+//! Properties of every document: the reader returns what the writer wrote, accepts exactly what the
+//! oracle accepts, and gives the same result however its input is split.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -12,7 +11,7 @@ use crate::document::{
     File, Head, ReadError, Reader, WHOLE_GROUP, append_encoded, closing, opening,
 };
 
-/// What a reader makes of a document: the head, the data, and how much it took.
+/// The head, the data and the number of bytes taken.
 type Reading = Result<(Head, Vec<u8>, usize), ReadError>;
 
 fn read<'a>(pieces: impl IntoIterator<Item = &'a [u8]>, limit: u64) -> Reading {
@@ -29,7 +28,7 @@ fn read<'a>(pieces: impl IntoIterator<Item = &'a [u8]>, limit: u64) -> Reading {
     Ok((reader.finish()?, data, taken))
 }
 
-/// Cuts `input` into pieces of these sizes, over and over.
+/// Splits `input` into pieces of these sizes, repeatedly.
 fn cut<'a>(mut input: &'a [u8], sizes: &'a [usize]) -> impl Iterator<Item = &'a [u8]> {
     sizes.iter().cycle().map_while(move |size| {
         let (piece, rest) = input.split_at((*size).min(input.len()));
@@ -39,7 +38,7 @@ fn cut<'a>(mut input: &'a [u8], sizes: &'a [usize]) -> impl Iterator<Item = &'a 
     })
 }
 
-/// Sizes of pieces; the last is not empty, so that every input comes to its end.
+/// Sizes of pieces; the last is not zero, so every input ends.
 fn sizes() -> impl Strategy<Value = Vec<usize>> {
     let size = prop_oneof![4 => 0usize..8, 1 => 8usize..300];
     (prop::collection::vec(size, 0..8), 1usize..40).prop_map(|(mut sizes, last)| {
@@ -48,7 +47,7 @@ fn sizes() -> impl Strategy<Value = Vec<usize>> {
     })
 }
 
-/// Writes JSON in one of the many ways that mean the same, as a list of choices says.
+/// Prints JSON with optional space and escapes, as a list of choices decides.
 struct Printer<'a> {
     output: Vec<u8>,
     choices: std::iter::Cycle<std::slice::Iter<'a, u8>>,
@@ -201,7 +200,7 @@ fn key() -> impl Strategy<Value = String> {
     prop_oneof![text(), select(near.map(str::to_owned).to_vec())]
 }
 
-/// A key that means something, with a value that it may have.
+/// A known member with a value that is usually valid.
 fn good(key: &'static str) -> BoxedStrategy<(String, Json)> {
     let value = match key {
         "filedata" => prop_oneof![
@@ -225,7 +224,7 @@ fn good(key: &'static str) -> BoxedStrategy<(String, Json)> {
     value.prop_map(move |value| (key.to_owned(), value)).boxed()
 }
 
-/// The members of an object that is a document, or nearly.
+/// The members of a document, sometimes invalid.
 fn members() -> impl Strategy<Value = Members> {
     let maybe = |key| prop::collection::vec(good(key), 0..=1);
     let unknown = || prop::collection::vec((key(), value()), 0..3);
@@ -242,7 +241,7 @@ fn members() -> impl Strategy<Value = Members> {
         });
     let refusal = (good("error"), maybe("filename"), maybe("size"), unknown())
         .prop_map(|(error, name, size, unknown)| [vec![error], name, size, unknown].concat());
-    // Now and then a key that may be there already, or that contradicts what is.
+    // Sometimes a repeated or contradicting member.
     let document = prop_oneof![6 => file, 2 => refusal, 1 => unknown()];
     let one_more = prop_oneof![
         8 => Just(Vec::new()),
@@ -253,7 +252,7 @@ fn members() -> impl Strategy<Value = Members> {
         .prop_shuffle()
 }
 
-/// A small change of some bytes: where, how many are dropped, and what is put there.
+/// Small changes: position, number of dropped bytes, inserted bytes.
 fn changes() -> impl Strategy<Value = Vec<(prop::sample::Index, usize, Vec<u8>)>> {
     let snippets: [&[u8]; 27] = [
         b"\"",
@@ -293,8 +292,7 @@ fn changes() -> impl Strategy<Value = Vec<(prop::sample::Index, usize, Vec<u8>)>
     prop_oneof![Just(Vec::new()), prop::collection::vec(change, 1..4)]
 }
 
-/// What the generator of documents makes: documents, nearly documents, and what is left of them
-/// after some changes.
+/// Documents, invalid ones, and both after small changes.
 fn documents() -> impl Strategy<Value = Vec<u8>> {
     let choices = prop::collection::vec(any::<u8>(), 1..30);
     (members(), choices, changes(), 0usize..3).prop_map(|(members, choices, changes, behind)| {
@@ -309,8 +307,8 @@ fn documents() -> impl Strategy<Value = Vec<u8>> {
     })
 }
 
-/// A document with a hole that is filled at random with what nearly fits: changes alone would
-/// seldom meet the few bytes of a number or the end of the data.
+/// Documents with a part made of random tokens: changes of bytes rarely hit a short number or the
+/// end of the data.
 fn filled_holes() -> impl Strategy<Value = Vec<u8>> {
     let hole = |before: &'static [u8], fillings: &[&'static [u8]], behind: &'static [u8]| {
         prop::collection::vec(select(fillings.to_vec()), 0..10)
@@ -359,7 +357,7 @@ fn input() -> impl Strategy<Value = Vec<u8>> {
 
 proptest! {
     #[test]
-    fn what_was_written_is_read(
+    fn reads_what_was_written(
         name: String,
         data: Vec<u8>,
         newline: bool,
@@ -380,7 +378,7 @@ proptest! {
     }
 
     #[test]
-    fn documents_are_accepted_that_others_accept_and_no_others(input in input()) {
+    fn agrees_with_the_oracle(input in input()) {
         let reading = read([input.as_slice()], LIMIT);
         match verdict(&input) {
             Verdict::Accept(head, data, taken) => prop_assert_eq!(reading, Ok((head, data, taken))),
@@ -390,7 +388,7 @@ proptest! {
     }
 
     #[test]
-    fn cutting_the_input_changes_nothing(input in input(), sizes in sizes()) {
+    fn splitting_the_input_changes_nothing(input in input(), sizes in sizes()) {
         let whole = read([input.as_slice()], LIMIT);
         prop_assert_eq!(&read(cut(&input, &sizes), LIMIT), &whole);
         prop_assert_eq!(&read(input.chunks(1), LIMIT), &whole);

@@ -1,46 +1,38 @@
-//! The document as the server writes it: its opening, the file's data piece by piece, its closing.
-
-use std::fmt::Write as _;
+//! The parts of a document as services send them: opening, data in pieces, closing.
 
 use base64::Engine as _;
 use jiff::Timestamp;
 use serde_json::Value;
 
-use crate::document::BASE64;
+use super::BASE64;
+use crate::text::to_hex;
 
-/// What stands before the file's data.
-#[must_use]
+/// Bytes per group of base64: pieces of whole groups need no padding.
+pub(crate) const WHOLE_GROUP: usize = 3;
+
+/// Returns the text before the data of a single file.
 pub(crate) fn opening(filename: &str) -> String {
-    // A `Value` is the one thing that serde_json prints without any way to fail.
-    let name = Value::from(filename);
-    format!("{{\"filename\":{name},\"filedata\":\"")
+    format!("{{\"filename\":{},\"filedata\":\"", Value::from(filename))
 }
 
-/// What stands behind the file's data.
-#[must_use]
+/// Returns the text after the data of a single file.
 pub(crate) fn closing(newline: bool) -> &'static str {
     if newline { "\"}\n" } else { "\"}" }
 }
 
-/// What stands before the data of a file out of a folder: with it go its size in bytes and the time
-/// of its last change.
+/// Returns the text before the data of a file in a folder; `size` is in bytes.
 pub(crate) fn file_opening(filename: &str, size: u64, modified: Timestamp) -> String {
     let name = Value::from(filename);
     format!("{{\"filename\":{name},\"size\":{size},\"modified\":\"{modified}\",\"filedata\":\"")
 }
 
-/// What stands behind the data of a file out of a folder: the digest of what was sent.
+/// Returns the text after the data of a file in a folder. The digest follows the data, so that a
+/// large file is read only once.
 pub fn file_closing(sha256: &[u8; 32]) -> String {
-    let mut closing = String::from("\",\"sha256\":\"");
-    for byte in sha256 {
-        // Writing to a string does not fail.
-        let _ = write!(closing, "{byte:02x}");
-    }
-    closing.push_str("\"}\n");
-    closing
+    format!("\",\"sha256\":\"{}\"}}\n", to_hex(sha256))
 }
 
-/// What is sent instead of a document, with the name that was asked for, if there was one.
+/// Returns the reply to a request that cannot be served.
 pub(crate) fn refusal(problem: &str, filename: Option<&str>) -> String {
     let problem = Value::from(problem);
     match filename.map(Value::from) {
@@ -49,29 +41,20 @@ pub(crate) fn refusal(problem: &str, filename: Option<&str>) -> String {
     }
 }
 
-/// The length of `size` bytes in base64, or `None` if that is more than memory could hold.
-#[must_use]
+/// Returns the length of `size` bytes in base64, or `None` if it exceeds the address space.
 pub(crate) fn encoded_len(size: usize) -> Option<usize> {
     base64::encoded_len(size, true)
 }
 
-/// Appends `data` to `document` in base64.
-///
-/// A file may be encoded piece by piece if every piece but the last is a multiple of
+/// Appends `data` as base64. Every piece of a file but the last must be a multiple of
 /// [`WHOLE_GROUP`] bytes long.
 pub(crate) fn append_encoded(data: &[u8], document: &mut Vec<u8>) {
     let start = document.len();
-    let length = encoded_len(data.len()).unwrap_or(usize::MAX);
-    document.resize(start.saturating_add(length), 0);
-    let written = match document.get_mut(start..) {
-        Some(room) => BASE64.encode_slice(data, room).unwrap_or(0),
-        None => 0,
-    };
-    debug_assert_eq!(written, length);
+    let length = encoded_len(data.len()).expect("data in memory is at most isize::MAX bytes");
+    document.resize(start + length, 0);
+    let (_, room) = document.split_at_mut(start);
+    BASE64.encode_slice(data, room).expect("the room has the encoded length");
 }
-
-/// Base64 turns three bytes into four characters: pieces of whole groups need no padding.
-pub(crate) const WHOLE_GROUP: usize = 3;
 
 #[cfg(test)]
 mod tests {
