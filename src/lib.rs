@@ -27,7 +27,8 @@
 #![deny(unsafe_code, missing_docs)]
 #![warn(unreachable_pub)]
 #![warn(clippy::pedantic, clippy::unwrap_used, clippy::indexing_slicing)]
-#![allow(clippy::must_use_candidate, clippy::struct_excessive_bools)]
+#![allow(clippy::missing_errors_doc, clippy::missing_panics_doc, clippy::must_use_candidate)]
+#![allow(clippy::struct_excessive_bools)]
 // Shared code that only the gateway calls is checked in the full build.
 #![cfg_attr(
     not(feature = "gateway"),
@@ -67,8 +68,8 @@ pub mod internals {
     pub use crate::config::{Config, Sources, load_part};
     pub use crate::config_reader::diagnostic::Place;
     pub use crate::document::{File, Head, ReadError, Reader, Refusal, file_closing};
-    pub use crate::fs::file::{Folder, MAX_NAME};
     pub use crate::fs::filename::{escape, escape_bytes, file_name, last_component, relative_path};
+    pub use crate::fs::folder::{Folder, MAX_NAME};
     pub use crate::net::connection::{
         Broken, Connection, Deadlines, Next, Peer, Shutdown, Stream, Terms,
     };

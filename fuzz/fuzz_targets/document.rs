@@ -1,9 +1,5 @@
-//! The document with a file, as the client reads it: what `serde_json` and `base64` accept is accepted
-//! and nothing else, with the same name and the same bytes, however it is cut.
-//!
-//! handout is stricter in what src/document/oracle.rs says: keys that mean something stand once and
-//! have their types and limits, objects and arrays are not deeper than 64, no file is larger than
-//! wanted. Input: how it is cut, in one byte, and what a server sends.
+//! The document reader must agree with src/document/oracle.rs, however its input is split. Input: one byte that selects how the rest is
+//! split, then the bytes of a server.
 #![no_main]
 
 use handout::internals::{File, Head, ReadError, Reader, Refusal};

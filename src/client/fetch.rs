@@ -339,7 +339,11 @@ fn place_for(name: &str, order: &Order) -> Result<Option<PathBuf>, Error> {
     let not_taken = |cause| Error::Name { name: escape(name), cause };
     // A line cannot ask for it.
     if name.is_empty() || name.contains(['\n', '\r']) {
-        return Err(not_taken(if name.is_empty() { NameError::Empty } else { NameError::Control }));
+        return Err(not_taken(if name.is_empty() {
+            NameError::Empty
+        } else {
+            NameError::ControlCharacter
+        }));
     }
     let place = match &order.output {
         Output::Stdout => return Ok(None),

@@ -18,7 +18,7 @@ use crate::config;
 use crate::config::Config;
 use crate::config_reader::values::Endpoint;
 use crate::daemon::plan::{Change, Difference, Held, Mismatch, Origin, difference};
-use crate::fs::blocking_pool::{Readers, UNANSWERED};
+use crate::fs::blocking_pool::{BlockingPool, UNANSWERED};
 use crate::net::connection::Shutdown;
 use crate::net::instance::Served;
 use crate::net::listener::{DatagramSocket, Duty, Family, Listener};
@@ -112,7 +112,7 @@ pub(crate) struct Running {
     /// What monitoring is told.
     pub monitor: Arc<Monitor>,
     /// What is to be served is read by these first.
-    pub readers: Readers,
+    pub readers: BlockingPool,
 }
 
 #[derive(Debug, Clone)]
@@ -202,7 +202,7 @@ impl Running {
             tasks: JoinSet::new(),
             scopes: Scopes::default(),
             monitor: Arc::default(),
-            readers: Readers::default(),
+            readers: BlockingPool::default(),
         })
     }
 

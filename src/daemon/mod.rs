@@ -32,7 +32,7 @@ use crate::daemon::manager::{Running, Summary};
 use crate::daemon::mirrors::Mirrors;
 
 use crate::daemon::systemd::Notifier;
-use crate::fs::blocking_pool::Readers;
+use crate::fs::blocking_pool::BlockingPool;
 use crate::net::sockets::Inherited;
 use crate::runtime;
 use crate::runtime::Workers;
@@ -351,7 +351,7 @@ impl Daemon {
 
 /// Creates the folders that mirrors fill, so that a service finds an empty one before the first run
 /// has ended. A folder that cannot be created is reported by the mirror's first run.
-async fn create_mirror_folders(readers: &Readers, mirrors: &[mirrors::Settings]) {
+async fn create_mirror_folders(readers: &BlockingPool, mirrors: &[mirrors::Settings]) {
     if mirrors.is_empty() {
         return;
     }

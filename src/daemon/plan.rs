@@ -321,7 +321,7 @@ mod tests {
         let mut file = service("file.a", &[Listen::Inherited("x".to_owned())], true, 1);
         let folder = std::env::temp_dir();
         file.settings = Settings::Folder(crate::services::folder::Settings {
-            folder: crate::fs::file::Folder::open(&folder).unwrap(),
+            folder: crate::fs::folder::Folder::open(&folder).unwrap(),
             cache_limit: 0,
             max_files: NonZeroU32::MIN,
         });

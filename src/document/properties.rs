@@ -1,5 +1,5 @@
-//! Properties of every document: the reader returns what the writer wrote, accepts exactly what the
-//! oracle accepts, and gives the same result however its input is split.
+//! Properties of every document: the reader returns what the writer wrote, agrees with the
+//! oracle, and gives the same result however its input is split.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -307,7 +307,7 @@ fn documents() -> impl Strategy<Value = Vec<u8>> {
     })
 }
 
-/// Documents with a part made of random tokens: changes of bytes rarely hit a short number or the
+/// Documents with a part that consists of random tokens: changed bytes rarely hit a short number or the
 /// end of the data.
 fn filled_holes() -> impl Strategy<Value = Vec<u8>> {
     let hole = |before: &'static [u8], fillings: &[&'static [u8]], behind: &'static [u8]| {

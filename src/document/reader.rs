@@ -73,7 +73,7 @@ pub struct Reader {
 enum State {
     /// Before the opening brace.
     Start,
-    /// Outside of strings.
+    /// Between strings, in the rest of the document.
     Structure,
     /// In a string other than the data; after a backslash if `escaped`.
     String {
@@ -314,7 +314,6 @@ impl Tail {
         Ok(())
     }
 
-    /// Ends the input.
     pub(crate) fn finish(self) -> Result<(), ReadError> {
         if self == Self::CarriageReturn { Err(Self::excess(b'\r')) } else { Ok(()) }
     }

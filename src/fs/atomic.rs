@@ -1,9 +1,9 @@
-//! The one way to write a file whole: it appears under its name complete and synced, or not at all.
+//! Writes files atomically: a file appears under its name complete and synced, or not at all.
 //!
-//! File systems differ. A call that only strengthens a guarantee (file times, locks, the sync of a
-//! folder) may fail and is logged once at `debug`. A call that a guarantee needs has an equivalent:
-//! a file without a name becomes one with a hidden name; `RENAME_NOREPLACE` becomes a link, or a
-//! check and a rename. An error after the file is in place is not a failure.
+//! A call that only strengthens a guarantee (file times, locks, the sync of a folder) may fail and is
+//! logged once at `debug`. A call that a guarantee needs has an equivalent for file systems without
+//! it: an unnamed file becomes one with a hidden name; `RENAME_NOREPLACE` becomes a link, or a check
+//! and a rename. An error after the file is in place is not a failure.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -11,35 +11,35 @@ use std::fs::File;
 use std::io::{self, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use parking_lot::Mutex;
 use rustix::fs::{
     AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, Stat, Timespec, Timestamps, UTIME_OMIT,
     fstat, fsync, futimens, linkat, openat, renameat, renameat_with, statat, unlinkat,
 };
 use rustix::io::Errno;
 
-/// Prefix of hidden names that handout makes.
+/// Prefix of hidden names that handout creates.
 pub(crate) const HIDDEN_PREFIX: &str = ".handout-";
 
 /// Mode of new files; the umask applies, as for any program.
 pub(crate) const NEW_FILE: Mode = Mode::from_raw_mode(0o666);
 
-/// Descriptors as paths, for giving an unnamed file its name.
+/// Open files as paths, to link an unnamed file.
 const OPEN_FILES: &str = "/proc/self/fd";
 
 /// Attempts to find a hidden name that is free, or to repeat an interrupted call.
 const ATTEMPTS: u32 = 16;
 
-/// The treatment of a file that is in the place of a new one.
+/// The treatment of an existing file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OverwritePolicy {
-    /// Keeps the existing file, and fails.
+    /// Keeps it and fails.
     Refuse,
-    /// Replaces the existing file.
     Replace,
-    /// Replaces the existing file if the content differs.
+    /// Replaces it if the content differs.
     Update,
 }
 
@@ -58,19 +58,15 @@ impl OverwritePolicy {
     }
 }
 
-/// Why a file was not saved.
+/// The reason why a file was not saved.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SaveError {
-    /// The name is taken and [`OverwritePolicy::Refuse`] holds.
     #[error("a file of this name exists")]
     Exists,
-    /// A device, FIFO or socket is never replaced.
     #[error("a device, FIFO or socket has this name and is never replaced")]
     SpecialFile,
-    /// The file system cannot store the name.
     #[error("the file system does not accept this name: {0}")]
     NameRejected(io::Error),
-    /// A call failed that has no equivalent.
     #[error(transparent)]
     Io(#[from] io::Error),
 }
@@ -89,10 +85,6 @@ impl From<Errno> for SaveError {
 pub(crate) struct DirHandle(Arc<OwnedFd>);
 
 impl DirHandle {
-    /// Opens a folder.
-    ///
-    /// # Errors
-    /// If it does not exist or may not be entered.
     pub(crate) fn open(path: &Path) -> io::Result<Self> {
         let open = |access| {
             let flags = access | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -106,7 +98,7 @@ impl DirHandle {
         Ok(Self(Arc::new(folder?)))
     }
 
-    /// Syncs the names in the folder, as far as the file system can.
+    /// Syncs the names in the folder, if the file system can.
     pub(crate) fn sync(&self) {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let synced = match fsync(self) {
@@ -120,10 +112,7 @@ impl DirHandle {
     }
 
     /// Writes a small file whole, replacing another. A temporary file of a killed process is
-    /// reused by the next call.
-    ///
-    /// # Errors
-    /// If the file could not be written; the old one is intact then.
+    /// reused by the next call. The old file is intact if this fails.
     pub(crate) fn write(&self, name: &str, mode: Mode, bytes: &[u8]) -> Result<(), SaveError> {
         let temp = OsString::from(format!("{name}.new"));
         self.remove(Path::new(&temp));
@@ -148,7 +137,7 @@ impl DirHandle {
             |flags| statat(self, name, flags).map(|stat| FileType::from_raw_mode(stat.st_mode));
         let target = match kind(AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => return Ok(()),
-            // A link to a device stands for the device. Other links are replaced as such.
+            // A link to a device is treated like the device; other links are replaced.
             Ok(FileType::Symlink) => kind(AtFlags::empty()).unwrap_or(FileType::Symlink),
             target => target?,
         };
@@ -166,7 +155,6 @@ impl AsFd for DirHandle {
     }
 }
 
-/// Whether a file is a device, FIFO or socket.
 pub(crate) fn is_special(kind: FileType) -> bool {
     use FileType::{BlockDevice, CharacterDevice, Fifo, Socket};
     matches!(kind, BlockDevice | CharacterDevice | Fifo | Socket)
@@ -189,9 +177,6 @@ pub(crate) struct PendingFile {
 impl PendingFile {
     /// Creates an unnamed file for `dir`, so that nothing remains if the process is killed; a
     /// hidden one where the file system has no unnamed files.
-    ///
-    /// # Errors
-    /// If nothing can be created in the folder.
     pub(crate) fn create(dir: DirHandle, mode: Mode) -> io::Result<Self> {
         if Path::new(OPEN_FILES).is_dir() {
             let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
@@ -210,10 +195,7 @@ impl PendingFile {
         created
     }
 
-    /// Creates a file with the hidden name `temp`, which must be free.
-    ///
-    /// # Errors
-    /// If it cannot be created.
+    /// Creates a file with the hidden name `temp`, which must not exist.
     pub(crate) fn create_named(dir: DirHandle, temp: OsString, mode: Mode) -> io::Result<Self> {
         let flags =
             OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -232,11 +214,8 @@ impl PendingFile {
     }
 
     /// Syncs the file and gives it the name `name` in its folder, with its times if
-    /// `modified` is given. Call [`DirHandle::sync`] afterwards.
-    ///
-    /// # Errors
-    /// If the file could not be published. It is removed then, and another file that has the name
-    /// is intact.
+    /// `modified` is given. Call [`DirHandle::sync`] afterwards. If this fails, the pending file is
+    /// removed and an existing file is intact.
     pub(crate) fn publish(
         mut self,
         name: &Path,
@@ -328,11 +307,7 @@ impl Drop for PendingFile {
     }
 }
 
-/// Syncs the data of a file. An error means that data may be lost; a file system or device without
-/// this call is none.
-///
-/// # Errors
-/// If the data could not be written.
+/// Syncs the data of a file. File systems and devices without this call are no error.
 pub(crate) fn sync_data(file: &File) -> io::Result<()> {
     match retry(|| fsync(file)) {
         Err(error @ (Errno::INVAL | Errno::ROFS | Errno::NOSYS | Errno::OPNOTSUPP)) => {
@@ -347,16 +322,12 @@ pub(crate) fn sync_data(file: &File) -> io::Result<()> {
 pub(crate) fn log_unsupported(call: &'static str, result: Result<(), Errno>) {
     static LOGGED: Mutex<BTreeSet<(&str, i32)>> = Mutex::new(BTreeSet::new());
     let Err(error) = result else { return };
-    let mut logged = LOGGED.lock().unwrap_or_else(PoisonError::into_inner);
-    if logged.insert((call, error.raw_os_error())) {
+    if LOGGED.lock().insert((call, error.raw_os_error())) {
         tracing::debug!("{call} failed: {error}: continuing without it");
     }
 }
 
-/// Repeats a call that a signal interrupted, as network and FUSE file systems report it.
-///
-/// # Errors
-/// Those of the call.
+/// Repeats a call that a signal interrupted, which network and FUSE file systems report.
 pub(crate) fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
     let mut result = call();
     for _ in 1..ATTEMPTS {

@@ -1,8 +1,7 @@
-//! What is beneath a folder, opened wherever links lead, and nothing else.
+//! Opens paths that must stay beneath a folder, despite links and renames.
 //!
-//! The kernel itself keeps every name inside with openat2(2), from Linux 5.6 on and where no filter
-//! refuses it, as systemd's `RestrictSUIDSGID=` does. Elsewhere the way is walked here, to the
-//! same end: no name, link or race leads out.
+//! openat2(2) with `RESOLVE_BENEATH` does this from Linux 5.6 on, unless a seccomp filter refuses
+//! it, as systemd's `RestrictSUIDSGID=` does. [`walk`] is the equivalent.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -11,23 +10,23 @@ use std::path::Path;
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, openat, openat2, readlinkat};
 use rustix::io::Errno;
 
-/// A race with a rename makes us try again; so often, before it is an error.
+/// Maximum number of attempts that races with renames may fail.
 const ATTEMPTS: usize = 16;
 
-/// How many links are followed, as by the kernel.
+/// Maximum number of links followed, as in the kernel.
 const MAX_LINKS: usize = 40;
 
-/// How deep a walk goes, as each folder on the way takes a descriptor.
+/// Maximum depth of a walk: each folder on the way holds a descriptor.
 const MAX_DEPTH: usize = 128;
 
-/// Opens what `path` leads to from `root`. An absolute path, or link, leads out.
+/// Opens `path` relative to `root`. Absolute paths and links lead out.
 ///
 /// # Errors
-/// [`Errno::XDEV`] if it leads out, else what openat2(2) says.
+/// [`Errno::XDEV`] if the path leads out, otherwise those of openat2(2).
 pub(crate) fn open(root: &OwnedFd, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
     let flags = flags | OFlags::CLOEXEC;
     match ask_kernel(root.as_fd(), path, flags) {
-        // Filters refuse with either of the first two. The third is for renames without end.
+        // Filters refuse with ENOSYS or EPERM; EAGAIN means that renames never ceased.
         Err(Errno::NOSYS | Errno::PERM | Errno::AGAIN) => walk(root.as_fd(), path, flags),
         opened => opened,
     }
@@ -45,24 +44,24 @@ fn ask_kernel(root: BorrowedFd<'_>, path: &Path, flags: OFlags) -> Result<OwnedF
     }
 }
 
-/// Goes from folder to folder, each opened from the one before and never through a link, which is
-/// read instead. `..` leads back to the folder that was left, even if what was entered from there
-/// is elsewhere by now: nothing that happens meanwhile leads above `root`.
+/// Opens each folder from the one before and never through a link, which is read instead. `..`
+/// returns to the previous folder, even if the current one was moved, so renames cannot lead above
+/// `root`.
 fn walk(root: BorrowedFd<'_>, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
     let mut entered: Vec<OwnedFd> = Vec::new();
-    // The next name is the last.
+    // A stack: the next name is the last element.
     let mut ahead = Vec::new();
-    put_ahead(path.as_os_str().as_bytes(), &mut ahead)?;
+    push_names(path.as_os_str().as_bytes(), &mut ahead)?;
     let (mut links, mut attempts) = (0, 0);
     while let Some(name) = ahead.pop() {
         let here = entered.last().map_or(root, AsFd::as_fd);
         let is_last = ahead.is_empty();
         match name.as_slice() {
-            // An empty name stands between two separators, and after one at the end.
+            // Two adjacent separators enclose an empty name.
             b"" | b"." if is_last => return openat(here, c".", flags, Mode::empty()),
-            b"" | b"." => may_search(here)?,
+            b"" | b"." => check_searchable(here)?,
             b".." => {
-                may_search(here)?;
+                check_searchable(here)?;
                 entered.pop().ok_or(Errno::XDEV)?;
                 if is_last {
                     ahead.push(b".".to_vec());
@@ -70,16 +69,16 @@ fn walk(root: BorrowedFd<'_>, path: &Path, flags: OFlags) -> Result<OwnedFd, Err
             }
             name_here => {
                 let follows = !is_last || !flags.contains(OFlags::NOFOLLOW);
-                let looked = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let found = openat(here, name_here, looked, Mode::empty())?;
+                let check = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let found = openat(here, name_here, check, Mode::empty())?;
                 match FileType::from_raw_mode(fstat(&found)?.st_mode) {
                     FileType::Symlink if follows => {
                         links += 1;
                         if links > MAX_LINKS {
                             return Err(Errno::LOOP);
                         }
-                        // Of the link that was opened, whatever has its name now.
-                        put_ahead(readlinkat(&found, c"", Vec::new())?.as_bytes(), &mut ahead)?;
+                        // Reads the opened link, not one that has replaced it.
+                        push_names(readlinkat(&found, c"", Vec::new())?.as_bytes(), &mut ahead)?;
                     }
                     FileType::Directory if !is_last => {
                         if entered.len() == MAX_DEPTH {
@@ -88,10 +87,10 @@ fn walk(root: BorrowedFd<'_>, path: &Path, flags: OFlags) -> Result<OwnedFd, Err
                         entered.push(found);
                     }
                     _ if !is_last => return Err(Errno::NOTDIR),
-                    // What was looked at, and not what has its name now.
+                    // The file that was checked, not one that has replaced it.
                     _ if flags == OFlags::PATH | OFlags::CLOEXEC => return Ok(found),
                     _ => match openat(here, name_here, flags | OFlags::NOFOLLOW, Mode::empty()) {
-                        // It has become a link since it was looked at.
+                        // Replaced by a link since it was checked.
                         Err(Errno::LOOP) if follows && attempts < ATTEMPTS => {
                             attempts += 1;
                             ahead.push(name);
@@ -105,8 +104,8 @@ fn walk(root: BorrowedFd<'_>, path: &Path, flags: OFlags) -> Result<OwnedFd, Err
     Err(Errno::NOENT)
 }
 
-/// Puts the names of a path, or of what a link says, before those that are ahead.
-fn put_ahead(path: &[u8], ahead: &mut Vec<Vec<u8>>) -> Result<(), Errno> {
+/// Pushes the names of a path so that the first is popped next.
+fn push_names(path: &[u8], ahead: &mut Vec<Vec<u8>>) -> Result<(), Errno> {
     match path.first() {
         None => Err(Errno::NOENT),
         Some(b'/') => Err(Errno::XDEV),
@@ -117,8 +116,8 @@ fn put_ahead(path: &[u8], ahead: &mut Vec<Vec<u8>>) -> Result<(), Errno> {
     }
 }
 
-/// Whether names may be looked up in the folder, which the kernel wants to know of `..`, too.
-fn may_search(folder: BorrowedFd<'_>) -> Result<(), Errno> {
+/// Fails without permission to search the folder, which the kernel also requires for `..`.
+fn check_searchable(folder: BorrowedFd<'_>) -> Result<(), Errno> {
     openat(folder, c".", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map(drop)
 }
 
@@ -134,7 +133,7 @@ mod tests {
     use rustix::fs::{CWD, FileType, RenameFlags, fchmod, mknodat, renameat_with};
     use tempfile::TempDir;
 
-    /// How a file is looked at, how it is opened, how a folder is opened to be listed.
+    /// Flags to check a file, to open it, and to list a folder.
     const USES: [OFlags; 3] = [
         OFlags::PATH,
         OFlags::NONBLOCK.union(OFlags::NOCTTY),
@@ -152,16 +151,16 @@ mod tests {
         (folder, root)
     }
 
-    /// Which file it is.
+    /// Returns the device and inode numbers.
     fn identity(opened: Result<OwnedFd, Errno>) -> Result<(u64, u64), Errno> {
         let stat = fstat(opened?)?;
         Ok((stat.st_dev, stat.st_ino))
     }
 
-    fn assert_both_ways_lead_to_the_same(root: &OwnedFd, path: &str) {
+    fn assert_same_as_kernel(root: &OwnedFd, path: &str) {
         for flags in USES.map(|flags| flags | OFlags::CLOEXEC) {
             let walked = identity(walk(root.as_fd(), Path::new(path), flags));
-            // Other tests rename so much that the kernel gives up.
+            // Renames by other tests make the kernel give up.
             let mut asked = Err(Errno::AGAIN);
             while asked == Err(Errno::AGAIN) {
                 asked = identity(ask_kernel(root.as_fd(), Path::new(path), flags));
@@ -171,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn the_walk_leads_where_the_kernel_leads() {
+    fn resolves_paths_as_the_kernel_does() {
         let (folder, root) = root();
         let inside = folder.path().join("root");
         let fifo = FileType::Fifo;
@@ -190,7 +189,7 @@ mod tests {
             ("over_root", "a/../../file"),
             ("root", "/"),
             ("slashes", "a//b///..//file"),
-            // Where a separator at the end of a link makes the kernel follow the next.
+            // A trailing separator makes the kernel follow the next link.
             ("up", ".."),
             ("up_with_end", "up/"),
             ("within", "../root"),
@@ -205,25 +204,25 @@ mod tests {
         let more = ["file", "file/", "file/.", "file/x", "fifo", "none", "none/x", "./file"];
         for name in names.into_iter().chain(others).chain(more) {
             for end in ["", "/", "/.", "/..", "/file", "/../file", "/b/deep"] {
-                assert_both_ways_lead_to_the_same(&root, &format!("{name}{end}"));
+                assert_same_as_kernel(&root, &format!("{name}{end}"));
             }
         }
-        assert_both_ways_lead_to_the_same(&root, &"x".repeat(256));
+        assert_same_as_kernel(&root, &"x".repeat(256));
     }
 
     #[test]
-    fn the_walk_follows_as_many_links_as_the_kernel() {
+    fn follows_as_many_links_as_the_kernel() {
         let (folder, root) = root();
         symlink("file", folder.path().join("root/0")).unwrap();
         for number in 1..45 {
             let target = (number - 1).to_string();
             symlink(target, folder.path().join(format!("root/{number}"))).unwrap();
-            assert_both_ways_lead_to_the_same(&root, &number.to_string());
+            assert_same_as_kernel(&root, &number.to_string());
         }
     }
 
     #[test]
-    fn the_walk_does_not_take_every_descriptor() {
+    fn bounds_the_number_of_descriptors() {
         let (folder, root) = root();
         let mut path = folder.path().join("root");
         for _ in 0..MAX_DEPTH {
@@ -237,12 +236,12 @@ mod tests {
         assert_eq!(walked(MAX_DEPTH + 1).unwrap_err(), Errno::NAMETOOLONG);
         // Back and forth is not deep.
         let path = "a/../".repeat(2 * MAX_DEPTH) + "file";
-        assert_both_ways_lead_to_the_same(&root, &path);
+        assert_same_as_kernel(&root, &path);
     }
 
     #[test]
-    fn what_may_not_be_searched_or_read_is_told_apart_from_what_is_not_there() {
-        // Only for others than root, who may everything.
+    fn distinguishes_denied_from_missing_files() {
+        // Drops root, which may read everything.
         if rustix::process::geteuid().is_root() {
             let (folder, root) = root();
             let path = folder.path().to_owned();
@@ -250,12 +249,12 @@ mod tests {
                 let file = fs::File::open(path.join(name)).unwrap();
                 fchmod(file, mode.into()).unwrap();
             }
-            // A user of this thread alone.
+            // Changes the user of one thread only.
             std::thread::spawn(move || {
                 let nobody = rustix::process::Uid::from_raw(65534);
                 rustix::thread::set_thread_uid(nobody).unwrap();
                 for path in ["file", "a/file", "a/..", "a/../file", "a/b/..", "a/none", "a"] {
-                    assert_both_ways_lead_to_the_same(&root, path);
+                    assert_same_as_kernel(&root, path);
                 }
                 let refused = walk(root.as_fd(), Path::new("a/../file"), USES[1]);
                 assert_eq!(refused.unwrap_err(), Errno::ACCESS);
@@ -265,8 +264,7 @@ mod tests {
         }
     }
 
-    /// Does something with the folder again and again while its files are opened in `ways`, which
-    /// must lead to one of those inside or to nothing.
+    /// Calls `meddle` repeatedly while `path` is opened, which must find a file inside or none.
     fn assert_never_outside(path: &str, meddle: impl Fn(&Path) + Sync) {
         let (folder, root) = root();
         let outside = identity(Ok(fs::File::open(folder.path().join("file")).unwrap().into()));
@@ -295,8 +293,8 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_is_moved_away_meanwhile_leads_nobody_outside() {
-        // `..` of what was moved to beside the root is the folder around it.
+    fn stays_inside_while_folders_are_moved_away() {
+        // After the move, `..` of `b` is the folder around the root.
         assert_never_outside("a/b/../file", |folder| {
             fs::rename(folder.join("root/a/b"), folder.join("b")).unwrap();
             fs::rename(folder.join("b"), folder.join("root/a/b")).unwrap();
@@ -304,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_that_takes_the_place_of_a_file_or_a_folder_leads_nobody_outside() {
+    fn stays_inside_while_files_are_replaced_by_links() {
         for (name, target, path) in
             [("root/file", "../file", "file"), ("root/a", "..", "a/file"), ("root/a", "..", "a/")]
         {
@@ -316,7 +314,7 @@ mod tests {
         }
     }
 
-    /// Names that meet often, and paths of them.
+    /// Paths of names that collide often.
     fn path() -> impl Strategy<Value = String> {
         let name = prop_oneof![
             6 => "[abc]",
@@ -344,14 +342,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn in_any_tree_the_walk_leads_where_the_kernel_leads(
+        fn resolves_paths_in_any_tree_as_the_kernel_does(
             things in prop::collection::vec(("[abc](/[abc]){0,3}", thing()), 1..24),
             paths in prop::collection::vec(path(), 1..40),
         ) {
             let (folder, root) = root();
             for (name, thing) in things {
                 let path = folder.path().join("root").join(name);
-                // What has no folder to be in, or a name that is taken, is left out.
+                // Fails if the parent is missing or the name is taken.
                 let _ = match thing {
                     Thing::File => fs::File::create_new(path).map(drop),
                     Thing::Folder => fs::create_dir(path),
@@ -359,7 +357,7 @@ mod tests {
                 };
             }
             for path in paths {
-                assert_both_ways_lead_to_the_same(&root, &path);
+                assert_same_as_kernel(&root, &path);
             }
         }
     }

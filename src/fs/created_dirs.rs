@@ -1,4 +1,4 @@
-//! Folders created for files that may not come.
+//! Folders created for files that may never be saved.
 
 use std::fs;
 use std::io;
@@ -20,9 +20,6 @@ impl CreatedDirs {
     }
 
     /// Creates the folder with its parents.
-    ///
-    /// # Errors
-    /// If it cannot be created.
     pub(crate) fn create(path: &Path) -> io::Result<Self> {
         let missing = |folder: &&Path| *folder != Path::new("") && !folder.exists();
         let created = path.ancestors().take_while(missing).map(Path::to_owned).collect();
@@ -33,7 +30,6 @@ impl CreatedDirs {
         }
     }
 
-    /// Where the folder is.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
@@ -47,7 +43,7 @@ impl CreatedDirs {
 impl Drop for CreatedDirs {
     fn drop(&mut self) {
         for folder in &self.created {
-            // Fails if it is not empty.
+            // Fails if the folder is not empty.
             let _ = fs::remove_dir(folder);
         }
     }

@@ -1,83 +1,75 @@
-//! Names that a server chose: which of them become names of files here, and how they are printed.
+//! File names supplied by a server: which are accepted, and how they are printed.
 //!
-//! A name must not leave the folder, hide, or look like something else on a terminal.
+//! A name must not leave the folder, be hidden, or deceive on a terminal.
 
-use std::fmt::Write as _;
 use std::path::PathBuf;
 
-/// The longest name of a file, in bytes, on the file systems that people have.
+/// Maximum length of a file name on common file systems, in bytes.
 const MAX_NAME: usize = 255;
 
-/// Why a name is not taken.
+/// The reason why a name is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say it")]
 pub enum NameError {
-    /// There is none.
     #[error("it is empty")]
     Empty,
-    /// `.` or `..`.
-    #[error("it is a folder's own name for itself or for the one above")]
-    Dots,
-    /// `-`, which stands for standard output.
+    #[error("it names the folder itself or its parent")]
+    DotOrDotDot,
     #[error("it stands for standard output")]
     StandardOutput,
-    /// It begins with a dot.
     #[error("it would be hidden")]
     Hidden,
-    /// It has `/` or `\` in it.
-    #[error("it has a separator of folders in it")]
+    #[error("it contains a folder separator")]
     Separator,
-    /// It has a control character in it, NUL and line ends among them.
-    #[error("it has a control character in it")]
-    Control,
-    /// It has a character in it that changes the direction of the text or cannot be seen.
-    #[error("it has an invisible character in it")]
-    Invisible,
-    /// It is longer than a file's name can be.
+    #[error("it contains a control character")]
+    ControlCharacter,
+    #[error("it contains an invisible character")]
+    InvisibleCharacter,
     #[error("it is longer than {MAX_NAME} bytes")]
-    Long,
+    TooLong,
 }
 
-/// Takes a name for that of a file in a folder.
+/// Accepts a name of a file.
 ///
 /// # Errors
-/// Why it is not taken.
+/// The reason why the name is refused.
 pub fn file_name(name: &str) -> Result<&str, NameError> {
     match name {
         "" => return Err(NameError::Empty),
-        "." | ".." => return Err(NameError::Dots),
+        "." | ".." => return Err(NameError::DotOrDotDot),
         "-" => return Err(NameError::StandardOutput),
-        _ if name.len() > MAX_NAME => return Err(NameError::Long),
+        _ if name.len() > MAX_NAME => return Err(NameError::TooLong),
         _ if name.starts_with('.') => return Err(NameError::Hidden),
         _ => {}
     }
     for character in name.chars() {
         match character {
             '/' | '\\' => return Err(NameError::Separator),
-            _ if character.is_control() => return Err(NameError::Control),
-            _ if is_invisible(character) => return Err(NameError::Invisible),
+            _ if character.is_control() => return Err(NameError::ControlCharacter),
+            _ if is_invisible(character) => return Err(NameError::InvisibleCharacter),
             _ => {}
         }
     }
     Ok(name)
 }
 
-/// Takes a name with `/` between sub-folders for a path below a folder.
+/// Accepts a path below a folder, with `/` between its names.
 ///
 /// # Errors
-/// Why it, or a part of it, is not taken.
+/// The reason why one of the names is refused.
 pub fn relative_path(name: &str) -> Result<PathBuf, NameError> {
     name.split('/').map(file_name).collect()
 }
 
-/// Takes the last part of a name with `/` between sub-folders.
+/// Returns the last name of a path.
 ///
 /// # Errors
-/// Why it is not taken.
+/// The reason why the name is refused.
 pub fn last_component(name: &str) -> Result<&str, NameError> {
-    file_name(name.rsplit('/').next().unwrap_or(name))
+    file_name(name.rsplit('/').next().expect("splitting returns at least one part"))
 }
 
-/// A text that came from elsewhere, as one line that no terminal obeys.
+/// Escapes characters that could deceive a person or control a terminal; the result is one line.
 pub fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for character in text.chars() {
@@ -90,20 +82,15 @@ pub fn escape(text: &str) -> String {
     escaped
 }
 
-/// The same for bytes that may be no text.
+/// Like [`escape`], for bytes that may not be UTF-8.
 pub fn escape_bytes(bytes: &[u8]) -> String {
-    let mut escaped = String::with_capacity(bytes.len());
-    for chunk in bytes.utf8_chunks() {
-        escaped.push_str(&escape(chunk.valid()));
-        for byte in chunk.invalid() {
-            // Writing to a string does not fail.
-            let _ = write!(escaped, "\\x{byte:02x}");
-        }
-    }
-    escaped
+    let chunks = bytes.utf8_chunks();
+    chunks
+        .map(|chunk| escape(chunk.valid()) + &chunk.invalid().escape_ascii().to_string())
+        .collect()
 }
 
-/// Characters that change the direction of the text (UAX #9), end a line of it, or have no width.
+/// Returns whether a character changes the text direction (UAX #9), ends a line or has no width.
 fn is_invisible(character: char) -> bool {
     matches!(character,
         '\u{00ad}' | '\u{061c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
@@ -118,7 +105,7 @@ mod tests {
     use std::path::Path;
 
     #[test]
-    fn ordinary_names_are_taken_in_every_script() {
+    fn accepts_ordinary_names_in_every_script() {
         for name in ["guido.jpg", "a b", "-rf", "汇总数据.xlsx", "résumé.pdf", "a..b", "COM1", "x."]
         {
             assert_eq!(file_name(name), Ok(name));
@@ -126,40 +113,40 @@ mod tests {
     }
 
     #[test]
-    fn names_that_leave_hide_or_deceive_are_refused() {
+    fn refuses_names_that_leave_the_folder_hide_or_deceive() {
         for (name, why) in [
             ("", NameError::Empty),
-            (".", NameError::Dots),
-            ("..", NameError::Dots),
+            (".", NameError::DotOrDotDot),
+            ("..", NameError::DotOrDotDot),
             ("-", NameError::StandardOutput),
             (".bashrc", NameError::Hidden),
             ("a/b", NameError::Separator),
             ("/etc/passwd", NameError::Separator),
             ("..\\x", NameError::Hidden),
             ("C:\\x", NameError::Separator),
-            ("a\0b", NameError::Control),
-            ("a\nb", NameError::Control),
-            ("\x1b[31m", NameError::Control),
-            ("a\u{9b}b", NameError::Control),
-            ("gpj.\u{202e}exe", NameError::Invisible),
-            ("\u{2066}x", NameError::Invisible),
-            ("a\u{200b}b", NameError::Invisible),
+            ("a\0b", NameError::ControlCharacter),
+            ("a\nb", NameError::ControlCharacter),
+            ("\x1b[31m", NameError::ControlCharacter),
+            ("a\u{9b}b", NameError::ControlCharacter),
+            ("gpj.\u{202e}exe", NameError::InvisibleCharacter),
+            ("\u{2066}x", NameError::InvisibleCharacter),
+            ("a\u{200b}b", NameError::InvisibleCharacter),
         ] {
             assert_eq!(file_name(name), Err(why), "{name:?}");
         }
-        assert_eq!(file_name(&"x".repeat(256)), Err(NameError::Long));
+        assert_eq!(file_name(&"x".repeat(256)), Err(NameError::TooLong));
         assert!(file_name(&"x".repeat(255)).is_ok());
     }
 
     #[test]
-    fn a_path_is_refused_for_any_of_its_parts() {
+    fn refuses_paths_with_a_bad_part() {
         assert_eq!(relative_path("a/b/c.txt"), Ok(PathBuf::from("a/b/c.txt")));
         for bad in ["/a", "a/", "a//b", "a/../b", "a/.b", "..", "", "a/b\\c", "-", "a/-", "-/a"] {
             assert!(relative_path(bad).is_err(), "{bad}");
         }
     }
 
-    /// Everything below a folder, by its path from there.
+    /// Lists all paths below a folder.
     fn everything_below(folder: &Path) -> Vec<PathBuf> {
         let mut found = Vec::new();
         let mut folders = vec![folder.to_owned()];
@@ -176,7 +163,7 @@ mod tests {
         found
     }
 
-    /// Names that a server may choose to do harm, and others.
+    /// Harmful and harmless names.
     fn name() -> impl Strategy<Value = String> {
         prop_oneof![
             ".{0,20}",
@@ -188,8 +175,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_name_that_is_taken_leaves_the_folder_or_hides(name in name()) {
-            // On a file system, where it shows.
+        fn accepts_no_name_that_leaves_the_folder_or_hides(name in name()) {
             let around = tempfile::tempdir().unwrap();
             let folder = around.path().join("folder");
             fs::create_dir(&folder).unwrap();
@@ -211,9 +197,8 @@ mod tests {
         }
 
         #[test]
-        fn no_name_that_is_taken_looks_like_something_else(
+        fn accepts_no_deceptive_name(
             before in "[a-z]{1,3}",
-            // Controls, what changes the direction of text, and what ends a line of it.
             harmful in "[\\p{Cc}\\p{Bidi_Control}\\p{Zl}\\p{Zp}]",
             after in "[a-z]{1,3}",
         ) {
@@ -226,7 +211,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_escaped_is_one_line_without_control_characters(bytes: Vec<u8>) {
+        fn escapes_to_one_line_without_control_characters(bytes: Vec<u8>) {
             let escaped = escape_bytes(&bytes);
             prop_assert!(!escaped.chars().any(|c| c.is_control() || is_invisible(c)));
         }

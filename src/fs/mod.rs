@@ -1,12 +1,13 @@
 //! Files and folders on any file system.
 //!
-//! [`file`] opens regular files and folders to serve, [`beneath`] keeps names inside a folder,
-//! [`atomic`] writes a file whole, [`blocking_pool`] runs calls that may hang, [`filename`] accepts
-//! names that a server supplied. Nothing here knows a service.
+//! Services open files with [`file`] and [`folder`], which cannot be left thanks to [`beneath`],
+//! on the threads of a [`blocking_pool`]. Clients and mirrors accept a server's [`filename`] and save with
+//! [`atomic`]. Nothing here knows a service or the configuration.
 
 pub(crate) mod atomic;
-pub(crate) mod beneath;
+mod beneath;
 pub(crate) mod blocking_pool;
 pub(crate) mod created_dirs;
 pub(crate) mod file;
 pub(crate) mod filename;
+pub(crate) mod folder;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 
 use crate::document;
-use crate::fs::blocking_pool::Readers;
+use crate::fs::blocking_pool::BlockingPool;
 use crate::fs::file::OpenFile;
 use crate::net::connection::{Broken, Connection, Stream};
 
@@ -63,7 +63,7 @@ impl Sending {
 /// If the client went away, or the file cannot be read to its end as it was when it was opened.
 pub(crate) async fn send_encoded<S: Stream>(
     file: &Arc<OpenFile>,
-    (readers, name): (&Readers, &str),
+    (readers, name): (&BlockingPool, &str),
     digest: Option<Sha256>,
     connection: &mut Connection<S>,
 ) -> Result<Option<Sha256>, Broken> {
@@ -71,7 +71,7 @@ pub(crate) async fn send_encoded<S: Stream>(
     let mut sending = Sending { digest, ..Sending::default() };
     while sending.offset < size {
         // What the kernel has in memory is had faster than another thread.
-        let at_hand = sending.next(size, |piece, offset| file.read_at_once(piece, offset));
+        let at_hand = sending.next(size, |piece, offset| file.read_cached_at(piece, offset));
         if !at_hand.map_err(Broken::Service)? {
             // A file can keep a reader waiting, and must not keep the other connections waiting.
             let file = Arc::clone(file);

@@ -15,7 +15,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::document;
-use crate::fs::blocking_pool::{Readers, UNANSWERED, if_slow};
+use crate::fs::blocking_pool::{BlockingPool, UNANSWERED, if_slow};
 use crate::fs::file::{OpenFile, Stamp};
 use crate::net::connection::{Broken, Connection, Stream};
 
@@ -55,7 +55,7 @@ pub struct FileService {
     name: Arc<str>,
     settings: Settings,
     versions: Mutex<Versions>,
-    readers: Readers,
+    readers: BlockingPool,
     trouble: Trouble,
 }
 
@@ -138,7 +138,7 @@ impl FileService {
             name,
             settings,
             versions: Mutex::new(versions),
-            readers: Readers::default(),
+            readers: BlockingPool::default(),
             trouble: Trouble::default(),
         })
     }

@@ -21,9 +21,10 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::codec::{AnyDelimiterCodec, Decoder};
 
 use crate::document;
-use crate::fs::blocking_pool::{Readers, UNANSWERED, if_slow};
-use crate::fs::file::{Entry, Folder, LeftOut, Listing, MAX_NAME, OpenFile, Stamp};
+use crate::fs::blocking_pool::{BlockingPool, UNANSWERED, if_slow};
+use crate::fs::file::{OpenFile, Stamp};
 use crate::fs::filename::escape;
+use crate::fs::folder::{Entry, Folder, Listing, MAX_NAME, Omission};
 use crate::net::connection::{Broken, Connection, Stream};
 use crate::text::counted;
 
@@ -85,8 +86,8 @@ pub struct FolderService {
     complained: std::sync::Mutex<Option<Instant>>,
     unreadable: Unreadable,
     /// Omitted entries as last logged, and the time of that line.
-    left_out: std::sync::Mutex<(BTreeMap<LeftOut, u64>, Option<Instant>)>,
-    readers: Readers,
+    left_out: std::sync::Mutex<(BTreeMap<Omission, u64>, Option<Instant>)>,
+    readers: BlockingPool,
     trouble: Trouble,
 }
 
@@ -161,7 +162,7 @@ impl FolderService {
             complained: std::sync::Mutex::default(),
             unreadable: Unreadable::default(),
             left_out: std::sync::Mutex::default(),
-            readers: Readers::default(),
+            readers: BlockingPool::default(),
             trouble: Trouble::default(),
         }
     }
@@ -179,7 +180,7 @@ impl FolderService {
             looks.tick().await;
             let folder = Arc::clone(self);
             // No file has an empty name.
-            let look = self.readers.run("", move || folder.settings.folder.look());
+            let look = self.readers.run("", move || folder.settings.folder.check());
             let hangs = || self.note(Err(io::Error::other(UNANSWERED)));
             self.note(if_slow(look, hangs).await.flatten());
         }
@@ -406,15 +407,15 @@ impl FolderService {
         }
         let mut noted = self.left_out.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let recent = noted.1.is_some_and(|last| last.elapsed() < LEFT_OUT_AGAIN);
-        if noted.0 == listing.left_out || recent {
+        if noted.0 == listing.omitted || recent {
             return;
         }
-        *noted = (listing.left_out.clone(), Some(Instant::now()));
+        *noted = (listing.omitted.clone(), Some(Instant::now()));
         drop(noted);
         let service = &*self.name;
-        let total: u64 = listing.left_out.values().sum();
+        let total: u64 = listing.omitted.values().sum();
         let reasons =
-            listing.left_out.iter().map(|(why, count)| format!("{count} {}", why.reason()));
+            listing.omitted.iter().map(|(why, count)| format!("{count} {}", why.reason()));
         let reasons = reasons.collect::<Vec<_>>().join(", ");
         let reasons = if total > 0 { format!(" ({reasons})") } else { String::new() };
         let entries = counted(total, "entry");

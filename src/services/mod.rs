@@ -24,7 +24,8 @@ use crate::config::Context;
 use crate::config_reader::table::{Noted, Table};
 use crate::config_reader::values;
 use crate::fs::blocking_pool::UNANSWERED;
-use crate::fs::file::{Folder, OpenFile, canonical};
+use crate::fs::file::{OpenFile, canonical};
+use crate::fs::folder::Folder;
 use crate::net::connection::{Broken, Connection, Stream};
 use crate::telemetry::metrics::Monitor;
 

@@ -10,7 +10,7 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use crate::clock::{Format, Health, ReplyShapes, current_zone, find_zone};
 use crate::config_reader::table::{Noted, Table};
-use crate::fs::blocking_pool::{Readers, UNANSWERED, if_slow};
+use crate::fs::blocking_pool::{BlockingPool, UNANSWERED, if_slow};
 use crate::net::connection::{Broken, Connection, Stream};
 
 use crate::telemetry::health_flag::Trouble;
@@ -53,7 +53,7 @@ pub struct TimeService {
     name: Arc<str>,
     settings: Settings,
     current: RwLock<Current>,
-    readers: Readers,
+    readers: BlockingPool,
     trouble: Trouble,
 }
 
@@ -74,7 +74,13 @@ impl TimeService {
     /// Prepares what does not change from reply to reply. `name` is the service's in the log.
     pub fn new(name: Arc<str>, settings: Settings) -> Self {
         let current = RwLock::new(Current::new(&settings.format, settings.zone.clone()));
-        Self { name, settings, current, readers: Readers::default(), trouble: Trouble::default() }
+        Self {
+            name,
+            settings,
+            current,
+            readers: BlockingPool::default(),
+            trouble: Trouble::default(),
+        }
     }
 
     fn current(&self) -> RwLockReadGuard<'_, Current> {
