@@ -65,7 +65,7 @@ fn a_test_that_is_not_there_is_seen() {
         "program::gone::a_test_that_is_not_there_is_seen",
         "limits::tests::a_test_that_was_removed",
         "limits::a_network_has_no_bits_of_a_host",
-        "tests/systemd: a_check_that_was_removed",
+        "tests/systemd/reload.sh: a_check_that_was_removed",
         "soak",
     ] {
         assert!(!exists(name), "{name}");
