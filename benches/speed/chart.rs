@@ -1,5 +1,4 @@
-//! What a run reports, as a picture: for each row a bar as long as its ratio, with a mark where
-//! its target stands.
+//! Draws the rows of a run as bars of their ratios, with marks at the targets.
 
 use svg::Document;
 use svg::node::element::{Line, Rectangle, Text, Title};
@@ -7,16 +6,16 @@ use svg::node::element::{Line, Rectangle, Text, Title};
 use crate::table::Row;
 
 const WIDTH: f64 = 1040.0;
-/// The left and the right end of the scale; what stands beside the bars is written on both sides.
+/// Left and right end of the scale; labels are on both sides.
 const LEFT: f64 = 330.0;
 const RIGHT: f64 = 700.0;
-/// The first row, and how far it is from one row to the next.
+/// Position of the first row, and the distance between rows.
 const TOP: f64 = 76.0;
 const STEP: f64 = 24.0;
-/// The ratio at the right end; longer bars end there.
+/// Ratio at the right end, where longer bars are cut.
 const MOST: f64 = 2.0;
 
-/// Legible on white only, so that there is white behind it wherever it is shown.
+/// The text is legible on white only, so the background is white in dark mode, too.
 const BACKGROUND: &str = "#ffffff";
 const INK: &str = "#1f2328";
 const GREY: &str = "#656d76";
@@ -65,7 +64,6 @@ pub fn draw(rows: &[Row]) -> Document {
     document
 }
 
-/// Adds a row below this height.
 fn add(document: Document, row: &Row, top: f64) -> Document {
     let colour = match row.met() {
         Some(true) => MET,
@@ -82,7 +80,7 @@ fn add(document: Document, row: &Row, top: f64) -> Document {
         document = document.add(line(place(target), top + 3.0, 18.0, INK).set("stroke-width", 2.5));
     }
     if row.ratio() > MOST {
-        // A gap says that it is cut.
+        // A gap marks a cut bar.
         document = document.add(bar(RIGHT - 14.0, top + 6.0, 4.0, BACKGROUND));
     }
     let ratio = format!("{:.2}", row.ratio());
@@ -91,7 +89,6 @@ fn add(document: Document, row: &Row, top: f64) -> Document {
         .add(text(RIGHT + 58.0, base, &beside).set("fill", GREY).set("font-size", 11))
 }
 
-/// Where a ratio stands.
 fn place(ratio: f64) -> f64 {
     LEFT + (RIGHT - LEFT) * ratio.clamp(0.0, MOST) / MOST
 }
@@ -105,13 +102,11 @@ fn bar(x: f64, y: f64, width: f64, colour: &str) -> Rectangle {
     bar.set("width", round(width)).set("height", 12)
 }
 
-/// From there down.
 fn line(x: f64, y: f64, length: f64, colour: &str) -> Line {
     let line = Line::new().set("x1", round(x)).set("x2", round(x)).set("stroke", colour);
     line.set("y1", y).set("y2", y + length)
 }
 
-/// A tenth of a pixel is enough.
 fn round(number: f64) -> f64 {
     (number * 10.0).round() / 10.0
 }

@@ -1,4 +1,4 @@
-//! What clients do, again and again, and how they see that it was done.
+//! The clients: each repeats one exchange and checks its result.
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
@@ -6,19 +6,19 @@ use std::time::Duration;
 
 use crate::PATIENCE;
 
-/// How much a client reads at one time.
+/// Size of one read, in bytes.
 const PIECE: usize = 256 << 10;
 
-/// How many datagrams a client sends before it awaits the replies.
+/// Datagrams sent before the replies are awaited.
 pub const BURST: usize = 8;
 
-/// After so long a silence, a datagram is lost.
+/// Time after which a datagram counts as lost.
 const LOST: Duration = Duration::from_secs(1);
 
-/// A client does one thing again and again, and says how many exchanges that was.
+/// Runs one round and returns the number of exchanges.
 pub type Client = Box<dyn FnMut() -> io::Result<usize> + Send>;
 
-/// Connects, and reads until the server ends the connection.
+/// Connects and reads to the end.
 pub fn reader(address: SocketAddr, length: usize) -> Client {
     let mut buffer = vec![0; PIECE];
     Box::new(move || {
@@ -27,19 +27,19 @@ pub fn reader(address: SocketAddr, length: usize) -> Client {
     })
 }
 
-/// Asks by HTTP for `/data`, and reads until the server ends the connection.
+/// Requests `/data` over HTTP and reads to the end.
 pub fn browser(address: SocketAddr, length: usize) -> Client {
     let mut buffer = vec![0; PIECE];
     Box::new(move || {
         let mut stream = connect(address)?;
         stream.write_all(b"GET /data HTTP/1.0\r\n\r\n")?;
         let received = read_to_end(&mut stream, &mut buffer)?;
-        // Before the file stands a head.
+        // The reply has a header.
         if received > length { Ok(1) } else { Err(wrong(received, length)) }
     })
 }
 
-/// Sends so many datagrams at once, and awaits as many replies.
+/// Sends a burst of datagrams and awaits the replies.
 pub fn asker(address: SocketAddr, burst: usize, length: usize) -> io::Result<Client> {
     let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
     socket.connect(address)?;
@@ -52,7 +52,6 @@ pub fn asker(address: SocketAddr, burst: usize, length: usize) -> io::Result<Cli
             match socket.recv(&mut [0; 64]) {
                 Ok(received) if received != length => return Err(wrong(received, length)),
                 Ok(_) => {}
-                // UDP may lose some, but not all.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock && answered > 0 => {
                     return Ok(answered);
                 }
@@ -63,7 +62,7 @@ pub fn asker(address: SocketAddr, burst: usize, length: usize) -> io::Result<Cli
     }))
 }
 
-/// The loop that only reads.
+/// Reads and discards everything.
 pub fn read_all(address: SocketAddr) -> io::Result<()> {
     read_to_end(&mut connect(address)?, &mut vec![0; PIECE]).map(drop)
 }

@@ -1,4 +1,4 @@
-//! How the floors, handout and its peers are started, each on the core of the servers.
+//! Starts the floors, handout and its peers on the core of the servers.
 
 use std::env;
 use std::fs::{self, File};
@@ -18,13 +18,13 @@ use crate::floors::Floor;
 use crate::machine::Server;
 use crate::{PATIENCE, Result, Run};
 
-/// The log has no line for a connection, but still says where the services listen.
+/// Log filter without connection lines; the addresses of services are still logged.
 pub const QUIET: &str = "warn,handout::daemon::manager=info";
 
-/// The log has a line for each connection.
+/// Log filter with a line per connection.
 pub const LOGGED: &str = "info";
 
-/// Starts a bare loop that hands out this file.
+/// Starts a bare loop that serves a file.
 pub fn floor(run: &Run, floor: Floor, reply: &Path) -> Result<(Server, SocketAddr)> {
     let mut command = Command::new(env::current_exe()?);
     let name = floor.to_possible_value().ok_or("a floor has no name")?;
@@ -32,7 +32,7 @@ pub fn floor(run: &Run, floor: Floor, reply: &Path) -> Result<(Server, SocketAdd
     tells_its_address(run, &mut command)
 }
 
-/// Starts the Python server; none if there is no Python.
+/// Starts the Python server, if Python is installed.
 pub fn python(run: &Run, file: Option<&Path>) -> Option<(Server, SocketAddr)> {
     let mut command = Command::new("python3");
     command.args(["-c", include_str!("thread_per_client.py")]).args(file).stderr(Stdio::null());
@@ -41,7 +41,7 @@ pub fn python(run: &Run, file: Option<&Path>) -> Option<(Server, SocketAddr)> {
         .ok()
 }
 
-/// Starts a program whose first line of output is its address.
+/// Starts a program that prints its address first.
 fn tells_its_address(run: &Run, command: &mut Command) -> Result<(Server, SocketAddr)> {
     let mut server = run.cores.as_server(|| Server::start(command.stdout(Stdio::piped())))??;
     let mut address = String::new();
@@ -50,17 +50,17 @@ fn tells_its_address(run: &Run, command: &mut Command) -> Result<(Server, Socket
     Ok((server, address.trim().parse()?))
 }
 
-/// handout, with its log in a file.
+/// A running handout that logs to a file.
 pub struct Handout {
     pub server: Server,
-    /// From exec to READY=1.
+    /// Time from exec to READY=1.
     pub ready_after: Duration,
     log: PathBuf,
     _folder: TempDir,
 }
 
 impl Handout {
-    /// Starts it on the core of the servers with these services, and waits until it is ready.
+    /// Starts handout on the core of the servers and waits until it is ready.
     pub fn start(run: &Run, level: &str, services: &str) -> Result<Self> {
         let folder = TempDir::new()?;
         let config = folder.path().join("handout.toml");
@@ -68,7 +68,7 @@ impl Handout {
         run.cores.as_server(|| Self::start_with(&config, folder))?
     }
 
-    /// Starts it where this thread runs.
+    /// Starts handout on the current cores.
     pub fn start_with(config: &Path, folder: TempDir) -> Result<Self> {
         let log = folder.path().join("log");
         let manager = folder.path().join("manager");
@@ -92,7 +92,7 @@ impl Handout {
         }
     }
 
-    /// Where a service listens. The lines of the log are written a little later than they are made.
+    /// Returns the address of a service; log lines are written with a delay.
     pub fn address(&self, service: &str) -> Result<SocketAddr> {
         let start = Instant::now();
         while start.elapsed() < PATIENCE {
@@ -109,18 +109,18 @@ impl Handout {
         Err(format!("handout did not say where {service} listens").into())
     }
 
-    /// The process alone, and where a service listens.
+    /// Returns the process and the address of a service.
     pub fn contend(self, service: &str) -> Result<(Server, SocketAddr)> {
         let address = self.address(service)?;
         Ok((self.server, address))
     }
 }
 
-/// Starts nginx with what stands in the braces of its configuration, where `ADDRESS` is to be
-/// listened on; none if there is no nginx that can do that.
+/// Starts nginx with these blocks, in which `ADDRESS` is replaced by a free one. Returns `None`
+/// if nginx or a module is missing.
 pub fn nginx(run: &Run, folder: &Path, serve: &str) -> Result<Option<(Server, SocketAddr)>> {
     let config = folder.join("nginx.conf");
-    // It cannot choose a port by itself.
+    // nginx cannot choose a port itself.
     let address = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
     let text = format!(
         "daemon off; master_process off; pid {}; error_log stderr; {}",
@@ -138,7 +138,7 @@ pub fn nginx(run: &Run, folder: &Path, serve: &str) -> Result<Option<(Server, So
         server => server?,
     };
     let start = Instant::now();
-    // Refused at once until it listens, which takes it some milliseconds.
+    // Connections are refused until nginx listens.
     while TcpStream::connect(address).is_err() {
         if server.0.try_wait()?.is_some() || start.elapsed() > PATIENCE {
             println!("\nnginx is left out: it does not know what it is to do");

@@ -1,5 +1,5 @@
-//! Ten thousand clients that read nothing of a picture: what they cost in memory, and how long
-//! those wait beside them that ask for the time.
+//! Ten thousand clients that read nothing: their memory, and the latency of the time service
+//! beside them.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -17,20 +17,20 @@ use crate::{PATIENCE, Result, Run, pseudo_random};
 const FULL: usize = 10_000;
 const SMOKE: usize = 100;
 
-/// Descriptors that are needed for something else, here and in the daemon.
+/// Descriptors reserved for other purposes, here and in the daemon.
 const OTHERS: usize = 100;
 
-/// The size of the picture.
+/// Size of the served file, in bytes.
 const PICTURE: usize = 2_000_000;
 
-/// How many bytes the time service sends.
+/// Length of a reply of the time service, in bytes.
 const TIME: usize = 27;
 
-/// The most memory that a client may take.
+/// Target: memory per client, in bytes.
 const MEMORY: f64 = 4096.0;
 
-/// Small segments and buffers: the kernel holds megabytes for each of those that have the usual
-/// ones, and they are not what is measured.
+/// Small segments and buffers, because the kernel's defaults are megabytes per connection and
+/// not measured here.
 const SEGMENT: u32 = 536;
 const BUFFER: usize = 4096;
 
@@ -53,12 +53,12 @@ pub fn measure(run: &Run) -> Result<Vec<Row>> {
     let handout = Handout::start(run, QUIET, &services)?;
     let clock = handout.address("time.clock")?;
     let picture = handout.address("file.picture")?;
-    // What is there once, for all clients, is there before they come.
+    // Allocates what all clients share before the measurement.
     read_all(picture)?;
     waits(run, clock)?;
 
-    // In turns, as the machine's other work may take minutes; the memory that the first crowd took
-    // is there for the next.
+    // Alternates, because other load on the machine may last for minutes. Later crowds reuse the
+    // memory of the first.
     let (mut alone, mut beside) = (Vec::new(), Vec::new());
     let mut memory = 0.0_f64;
     for _ in 0..run.choose(3, 1) {
@@ -67,7 +67,7 @@ pub fn measure(run: &Run) -> Result<Vec<Row>> {
         let start = Instant::now();
         let crowd =
             (0..count).map(|number| idle(picture, number)).collect::<io::Result<Vec<_>>>()?;
-        // Served is who could read something.
+        // A client that could read something is being served.
         for client in &crowd {
             client.peek(&mut [0])?;
         }
@@ -89,14 +89,14 @@ pub fn measure(run: &Run) -> Result<Vec<Row>> {
     ])
 }
 
-/// Allows as many descriptors as may be, here and in what is started; returns how many.
+/// Raises the descriptor limit to the maximum and returns it.
 fn descriptors() -> Result<usize> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     Ok(hard.try_into()?)
 }
 
-/// A client that reads nothing, from one of many addresses, as each has only so many ports.
+/// Connects from one of many addresses, because the ports of each are limited.
 fn idle(address: SocketAddr, number: usize) -> io::Result<TcpStream> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
     socket.set_recv_buffer_size(BUFFER)?;
@@ -108,8 +108,7 @@ fn idle(address: SocketAddr, number: usize) -> io::Result<TcpStream> {
     Ok(socket.into())
 }
 
-/// How long 99 of 100 clients wait for the time at most, one after the other, in seconds, in each
-/// of some rounds.
+/// Returns the 99th percentile of sequential requests for the time in each round, in seconds.
 fn waits(run: &Run, clock: SocketAddr) -> Result<Vec<f64>> {
     let mut client = reader(clock, TIME);
     let mut round = || {
@@ -125,7 +124,7 @@ fn waits(run: &Run, clock: SocketAddr) -> Result<Vec<f64>> {
     (0..run.choose(20, 1)).map(|_| round()).collect()
 }
 
-/// What else the machine does only adds to a wait, so that the lower ones tell more.
+/// Returns the lower quartile: other load on the machine only adds to a latency.
 fn lower_quartile(mut waits: Vec<f64>) -> f64 {
     waits.sort_by(f64::total_cmp);
     waits[waits.len() / 4]

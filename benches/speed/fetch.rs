@@ -1,8 +1,7 @@
-//! What `handout fetch` costs beside reading, decoding, digesting and writing alone, and beside
-//! the pipeline that people write: `nc | jq -r .filedata | base64 -d`.
+//! `handout fetch` beside the sum of its parts (reading, decoding, digesting, writing) and the
+//! pipeline `nc | jq -r .filedata | base64 -d`.
 //!
-//! All fetch the same document, from a thread that sends bytes which lie ready; its own time is
-//! not counted.
+//! A thread of this process sends the prepared document; its time is not counted.
 
 use std::env;
 use std::fs::{self, File};
@@ -25,11 +24,11 @@ use crate::rounds::median;
 use crate::table::{Row, Unit};
 use crate::{Result, Run, pseudo_random};
 
-/// The size of the file.
+/// Size of the file, in bytes.
 const FULL: usize = 1 << 30;
 const SMOKE: usize = 1 << 20;
 
-/// How much the parts alone take at one time, as `handout fetch` does.
+/// Size of a piece, as in `handout fetch`.
 const PIECE: usize = 256 << 10;
 
 pub fn measure(run: &Run) -> Result<Vec<Row>> {
@@ -48,7 +47,7 @@ pub fn measure(run: &Run) -> Result<Vec<Row>> {
             scope.spawn(|| send_to_all(&listener, &document, &ended));
             let compared = compare(run, address, &target, &data, &document);
             ended.store(true, Ordering::Relaxed);
-            // Wakes the server, which then sees that it has ended.
+            // Wakes the server so that it notices the end.
             TcpStream::connect(address)?;
             compared
         })
@@ -114,7 +113,7 @@ fn expect(target: &Path, data: &[u8]) -> Result<()> {
     if same { Ok(()) } else { Err("something else was fetched".into()) }
 }
 
-/// The processor time of decoding, of digesting, and of writing a file that is forced to the disk.
+/// Returns the processor time of decoding, digesting, and writing with fsync.
 fn parts(data: &[u8], document: &[u8], target: &Path) -> Result<Duration> {
     let engine = Simd::standard(PAD);
     let encoded = document.split(|byte| *byte == b'"').nth(7).ok_or("there is no data")?;
@@ -136,14 +135,14 @@ fn parts(data: &[u8], document: &[u8], target: &Path) -> Result<Duration> {
     Ok(taken)
 }
 
-/// Sends the document to one client after the other, until the comparison has ended.
+/// Sends the document to one client after the other.
 fn send_to_all(listener: &TcpListener, document: &[u8], ended: &AtomicBool) -> io::Result<()> {
     loop {
         let (mut client, _) = listener.accept()?;
         if ended.load(Ordering::Relaxed) {
             return Ok(());
         }
-        // A client that goes early has its own exit code.
+        // A client that leaves early reports the failure itself.
         let _ = client.write_all(document);
     }
 }

@@ -1,7 +1,7 @@
-//! The bare loops: the least that the same answer can cost.
+//! The floors: bare loops with the minimum cost of the same reply.
 //!
-//! Each is a process of its own, with one thread, that hands out bytes which lie ready, sets no
-//! option of a socket that it does not need, and looks at no error that does not end it.
+//! Each is a separate process with one thread. It sends prepared bytes, sets no unnecessary socket
+//! option and ignores errors.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -15,16 +15,16 @@ use rustix::net::{SocketFlags, accept_with};
 
 #[derive(Clone, Copy, ValueEnum)]
 pub enum Floor {
-    /// epoll; accept until nobody waits; write, close.
+    /// epoll; accept until the queue is empty; write, close.
     Write,
-    /// The same with sendfile from memory.
+    /// Like `Epoll`, with sendfile from memory.
     Sendfile,
-    /// recvfrom, sendto.
+    /// A loop of recvfrom and sendto.
     Datagram,
 }
 
 impl Floor {
-    /// Serves standard input until it is killed, and first says where.
+    /// Prints its address and serves standard input until killed.
     pub fn serve(self) -> io::Result<()> {
         let mut reply = Vec::new();
         io::stdin().read_to_end(&mut reply)?;
@@ -40,8 +40,8 @@ impl Floor {
     }
 }
 
-/// The clients' sockets block, as a document that fits the kernel's buffers does not wait and
-/// one that does not would cost a registration more.
+/// Client sockets block: a small document never waits, and a large one would cost a
+/// registration.
 fn accept_all(answer: impl Fn(TcpStream) -> io::Result<()>) -> io::Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     listener.set_nonblocking(true)?;

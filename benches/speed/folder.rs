@@ -1,7 +1,7 @@
-//! A large file from a folder, encoded as it is sent: beside the base64 engine, the digest where
-//! the request needs one, and a loop that only writes, each alone.
+//! A large file from a folder, encoded while it is sent, beside the sum of its parts: base64,
+//! digest and a loop that only writes.
 //!
-//! The first request for a version of a file has to digest it; those after it find the digest.
+//! Only the first request for a version of a file computes its digest.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -24,17 +24,17 @@ use crate::rounds::median;
 use crate::table::{Row, Unit};
 use crate::{Result, Run, pseudo_random};
 
-/// The size of the file; the smaller one, too, is too large to be kept in memory.
+/// Sizes of the files, in bytes; both exceed the cache.
 const FULL: usize = 1 << 30;
 const SMOKE: usize = 20 << 20;
 
-/// How much the parts alone take at one time: what fits the caches of a core. A multiple of three.
+/// Size of a piece: fits the caches of a core; a multiple of three.
 const PIECE: usize = 96 << 10;
 
-/// Clients at one time, when the memory is looked at.
+/// Concurrent clients of the memory measurement.
 const CLIENTS: usize = 4;
 
-/// The most memory that they may take.
+/// Target: their memory, in bytes.
 const MEMORY: f64 = (32 << 20) as f64;
 
 pub fn measure(run: &Run) -> Result<Vec<Row>> {
@@ -58,7 +58,7 @@ pub fn measure(run: &Run) -> Result<Vec<Row>> {
     println!("encoding  digesting  writing  (reading)  first request  repeated");
     let mut rounds = Vec::new();
     for _ in 0..run.choose(5, 1) {
-        // For handout it becomes another version, of which it knows nothing.
+        // Creates a new version, whose digest is unknown.
         file.set_modified(SystemTime::now())?;
         let parts = run.cores.as_server(|| parts(&run.cores, &data, &file))??;
         let [encoding, digesting, writing, reading] = parts;
@@ -96,8 +96,8 @@ pub fn measure(run: &Run) -> Result<Vec<Row>> {
     ])
 }
 
-/// Seconds of processor time that the parts of the work take alone: encoding, digesting, writing
-/// to a socket; and reading from the page cache, which the target leaves out.
+/// Returns the processor time of encoding, digesting and writing to a socket, in seconds, and
+/// that of reading from the page cache, which the target excludes.
 fn parts(cores: &Cores, data: &[u8], file: &File) -> Result<[f64; 4]> {
     let mut encoded = vec![0; PIECE.div_ceil(3) * 4];
     let engine = Simd::standard(PAD);
@@ -123,8 +123,8 @@ fn parts(cores: &Cores, data: &[u8], file: &File) -> Result<[f64; 4]> {
     Ok([encoding, digesting, writing, reading].map(|time| time.as_secs_f64()))
 }
 
-/// What a loop takes that only writes so many bytes to a client, which is on the clients' core, as
-/// handout's is: whom the writing has to wake is a part of what it costs.
+/// Returns the processor time of writing to a client. The client is on another core, as for
+/// handout, because waking it is part of the cost.
 fn write(cores: &Cores, piece: &[u8], length: usize) -> Result<Duration> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let address = listener.local_addr()?;
@@ -147,7 +147,7 @@ fn write(cores: &Cores, piece: &[u8], length: usize) -> Result<Duration> {
     })
 }
 
-/// Asks for the file, and sees that the reply ends as it has to, with its digest.
+/// Requests the file and checks the end of the reply with its digest.
 fn fetch(address: SocketAddr, expected: &str) -> io::Result<()> {
     let mut stream = connect(address)?;
     stream.write_all(b"data\n")?;

@@ -1,4 +1,4 @@
-//! Cores, processes, and what they take of time and memory.
+//! Cores and processes, with their processor time and memory.
 
 use std::fmt;
 use std::fs;
@@ -15,10 +15,10 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::Result;
 
-/// How often a process is looked at while it runs.
+/// Interval between looks at a running process.
 const LOOK: Duration = Duration::from_millis(5);
 
-/// Which cores are used; servers and clients share one if there is only one.
+/// The cores of servers and clients; the same one on a machine with a single core.
 pub struct Cores {
     all: CpuSet,
     server: Option<usize>,
@@ -26,8 +26,8 @@ pub struct Cores {
 }
 
 impl Cores {
-    /// The servers get the last core, as the first is the one that most machines let serve
-    /// interrupts. Until something else is said, this thread is a client.
+    /// Gives the servers the last core, because the first usually handles interrupts, and this
+    /// thread the core of the clients.
     pub fn choose() -> io::Result<Self> {
         let all = sched_getaffinity(None)?;
         let mut cores = (0..CpuSet::MAX_CPU).filter(|core| all.is_set(*core));
@@ -37,8 +37,7 @@ impl Cores {
         Ok(cores)
     }
 
-    /// Does something on the servers' core. What is started by it keeps to that core: processes
-    /// and threads inherit it from the thread that starts them.
+    /// Runs `action` on the core of the servers, which started processes and threads inherit.
     pub fn as_server<T>(&self, act: impl FnOnce() -> T) -> io::Result<T> {
         pin(self.server)?;
         let done = act();
@@ -46,12 +45,12 @@ impl Cores {
         Ok(done)
     }
 
-    /// Makes this thread one of the clients'.
+    /// Moves this thread to the core of the clients.
     pub fn join_clients(&self) -> io::Result<()> {
         pin(self.clients)
     }
 
-    /// Does something on any core.
+    /// Runs `action` on any core.
     pub fn anywhere<T>(&self, act: impl FnOnce() -> T) -> io::Result<T> {
         sched_setaffinity(None, &self.all)?;
         let done = act();
@@ -71,7 +70,7 @@ impl fmt::Display for Cores {
     }
 }
 
-/// Keeps this thread, and what it starts from now on, to one core.
+/// Pins this thread and everything started later to one core.
 fn pin(core: Option<usize>) -> io::Result<()> {
     let Some(core) = core else { return Ok(()) };
     let mut set = CpuSet::new();
@@ -79,7 +78,7 @@ fn pin(core: Option<usize>) -> io::Result<()> {
     Ok(sched_setaffinity(None, &set)?)
 }
 
-/// A process that is ended with the value, however the run ends.
+/// A process that is killed on drop.
 pub struct Server(pub Child);
 
 impl Server {
@@ -87,13 +86,13 @@ impl Server {
         command.spawn().map(Self)
     }
 
-    /// The processor time that it has taken, its ended threads included.
+    /// Returns the processor time including ended threads.
     pub fn processor_time(&self) -> io::Result<Duration> {
         let id = Pid::from_raw(self.0.id().cast_signed());
         read(ClockId::pid_cpu_clock_id(id)?)
     }
 
-    /// A line of `/proc/PID/status` that says how many bytes of memory something takes.
+    /// Returns a memory field of `/proc/PID/status`, in bytes.
     pub fn memory(&self, field: &str) -> Result<f64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.0.id()))?;
         kibibytes(&status, field).map(|size| size * 1024.0).ok_or("no such memory".into())
@@ -102,21 +101,20 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // It may have ended by itself; then there is nothing to end.
+        // Fails if the process has ended.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// What a process took.
+/// The cost of a process.
 pub struct Taken {
     pub wall: Duration,
     pub processor: Duration,
-    /// Its peak of resident memory in bytes, without that of processes that it started.
+    /// Peak resident memory in bytes, without child processes.
     pub peak: f64,
 }
 
-/// Runs a process to its end.
 pub fn finish(command: &mut Command) -> Result<Taken> {
     let before = time_of_children()?;
     let start = Instant::now();
@@ -124,7 +122,7 @@ pub fn finish(command: &mut Command) -> Result<Taken> {
     let status_file = format!("/proc/{}/status", child.id());
     let mut peak = 0.0;
     let status = loop {
-        // Asked while it lives, as nobody tells afterwards.
+        // The peak cannot be read after the end.
         let status = fs::read_to_string(&status_file).unwrap_or_default();
         peak = kibibytes(&status, "VmHWM").map_or(0.0, |size| size * 1024.0).max(peak);
         match child.try_wait()? {
@@ -145,18 +143,17 @@ fn time_of_children() -> io::Result<Duration> {
     Ok(Duration::from_micros(u64::try_from(micros).unwrap_or(0)))
 }
 
-/// A field of `/proc/PID/status` that counts KiB.
 fn kibibytes(status: &str, field: &str) -> Option<f64> {
     let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
     line.trim().trim_end_matches(" kB").parse().ok()
 }
 
-/// The processor time that this process has taken, its ended threads included.
+/// Returns the processor time of this process including ended threads.
 pub fn own_processor_time() -> io::Result<Duration> {
     read(ClockId::CLOCK_PROCESS_CPUTIME_ID)
 }
 
-/// The processor time that this thread takes to do something.
+/// Returns the processor time of `action` in this thread.
 pub fn time_of_thread<T>(act: impl FnOnce() -> Result<T>) -> Result<Duration> {
     let before = read(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
     std::hint::black_box(act()?);

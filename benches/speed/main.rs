@@ -1,21 +1,21 @@
-//! What handout costs beside the least that the same work can cost, measured in one run.
+//! Compares handout with the minimum cost of the same work and with its peers, in one run.
 //!
 //! | file | subject |
 //! |---|---|
-//! | `short` | short connections, datagrams and a picture beside bare loops, nginx and Python |
-//! | `folder` | a large file from a folder beside encoding, digesting and writing alone |
-//! | `fetch` | the client beside reading, decoding, digesting and writing alone |
-//! | `mirror` | `handout download` beside aria2c and wget |
-//! | `crowd` | what clients that read nothing cost in memory, and the others in time |
-//! | `start` | from exec to ready, and the size of the program |
-//! | `floors`, `contenders` | the bare loops, and how they, handout and its peers are started |
-//! | `clients`, `rounds` | what clients do, and the rounds in which contenders take turns |
-//! | `machine` | cores, processes, their time and memory |
-//! | `table`, `chart` | what all of them report, as a table and as a picture |
+//! | `short` | short connections, datagrams and a picture; bare loops, nginx, Python |
+//! | `folder` | a large file from a folder; encoding, digesting and writing alone |
+//! | `fetch` | the client; reading, decoding, digesting and writing alone |
+//! | `mirror` | `handout download`; aria2c, wget |
+//! | `crowd` | memory of clients that read nothing, and the latency of others |
+//! | `start` | time from exec to ready, and the size of the program |
+//! | `floors`, `contenders` | the bare loops; starting them, handout and its peers |
+//! | `clients`, `rounds` | the exchanges, and the rounds in which contenders alternate |
+//! | `machine` | cores and processes |
+//! | `table`, `chart` | the results as a table and as a picture |
 //!
-//! `cargo bench` measures everything, `cargo bench -- datagram crowd` only that, and
-//! `cargo bench -- --svg PATH` says where the picture goes. With `--test` it only shows that
-//! everything works. A figure never fails a run.
+//! `cargo bench` measures everything, `cargo bench -- datagram crowd` a selection;
+//! `cargo bench -- --svg PATH` writes the picture. `--test` only checks that everything works. No
+//! figure fails a run.
 #![warn(clippy::pedantic)]
 #![allow(
     clippy::cast_precision_loss,
@@ -50,30 +50,30 @@ use floors::Floor;
 use machine::Cores;
 use table::Row;
 
-/// What may go wrong is only told.
+/// Errors are only printed.
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// How long anything may keep us waiting before the run is given up.
+/// Maximum time of any single wait.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Measures handout beside bare loops and its peers.
 #[derive(Parser)]
 struct Arguments {
-    /// What to measure [default: everything].
+    /// Subjects to measure [default: all].
     only: Vec<Subject>,
-    /// Where the picture is written.
+    /// Path of the picture.
     #[arg(long, default_value = concat!(env!("CARGO_TARGET_TMPDIR"), "/speed.svg"))]
     svg: PathBuf,
-    /// Only show that everything works.
+    /// Only check that everything works.
     #[arg(long)]
     test: bool,
-    /// Measure, which is what cargo asks of a benchmark.
+    /// Passed by cargo; ignored.
     #[arg(long, hide = true)]
     bench: bool,
-    /// Be a floor, which hands out its standard input.
+    /// Run as a floor that serves standard input.
     #[arg(long, hide = true)]
     floor: Option<Floor>,
-    /// Be the client that only reads.
+    /// Run as the client that only reads.
     #[arg(long, hide = true)]
     read: Option<SocketAddr>,
 }
@@ -91,15 +91,15 @@ enum Subject {
     Start,
 }
 
-/// What every subject is told.
+/// Settings of every subject.
 struct Run {
-    /// Whether the figures are to mean something.
+    /// Measure, instead of only checking that everything works.
     full: bool,
     cores: Cores,
 }
 
 impl Run {
-    /// One of two values: that of a run that measures, or that of one that only tries.
+    /// Returns the value for a measuring run or for a check.
     fn choose<T>(&self, full: T, smoke: T) -> T {
         if self.full { full } else { smoke }
     }
@@ -144,7 +144,7 @@ fn measure(subject: Subject, run: &Run) -> Result<Vec<Row>> {
     }
 }
 
-/// Bytes that do not compress, from xorshift.
+/// Returns incompressible bytes from xorshift.
 fn pseudo_random(length: usize) -> Vec<u8> {
     let mut state = 0x9E37_79B9_7F4A_7C15_u64;
     let mut bytes = Vec::with_capacity(length + 8);

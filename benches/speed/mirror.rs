@@ -1,7 +1,6 @@
-//! What `handout download` costs beside aria2c and wget, which fetch the same files from the same
-//! nginx; and its memory with files that are larger than any.
+//! `handout download` beside aria2c and wget with the same nginx, and its memory with large files.
 //!
-//! Of the three, only handout forces every file to the disk before it gets its name.
+//! Only handout syncs every file before it gets its name.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -18,18 +17,18 @@ use crate::rounds::median;
 use crate::table::{Row, Unit};
 use crate::{Result, Run, pseudo_random};
 
-/// How many files there are, and the size of each.
+/// Number of files, and the size of each in bytes.
 const FILES: (usize, usize) = (2000, 40);
 const SIZE: usize = 50_000;
 
-/// The size of the large files, and how many are fetched at one time.
+/// Size of the large files in bytes, and their number.
 const LARGE: (usize, usize) = (1 << 30, 4 << 20);
 const LARGE_FILES: usize = 4;
 
-/// The most memory that handout may take for them.
+/// Target: memory for the large files, in bytes.
 const MEMORY: f64 = (40 << 20) as f64;
 
-/// Downloads at one time.
+/// Number of concurrent downloads.
 const JOBS: &str = "8";
 
 pub fn measure(run: &Run) -> Result<Vec<Row>> {
@@ -62,16 +61,16 @@ impl Scheme {
     }
 }
 
-/// What nginx serves.
+/// The files served by nginx.
 struct Files {
     root: PathBuf,
     count: usize,
-    /// All of them, one behind the other.
+    /// The concatenated content of all files.
     data: Vec<u8>,
 }
 
 impl Files {
-    /// Files by number, `list.json` with all of them, and large ones by letter.
+    /// Creates numbered files, `list.json`, and large files named by letters.
     fn create(run: &Run, root: PathBuf) -> Result<Self> {
         fs::create_dir(&root)?;
         let count = run.choose(FILES.0, FILES.1);
@@ -92,7 +91,7 @@ impl Files {
         Ok(Self { root, count, data })
     }
 
-    /// Fails if anything else is in this folder; empties it.
+    /// Compares the content of a folder and empties it.
     fn expect(&self, folder: &Path) -> Result<()> {
         for (number, content) in self.data.chunks(SIZE).enumerate() {
             if fs::read(folder.join(format!("{number}.bin")))? != content {
@@ -104,7 +103,7 @@ impl Files {
     }
 }
 
-/// nginx with all files; none if there is no nginx, or no openssl for its certificate.
+/// Starts nginx with all files, if nginx and openssl are installed.
 fn serve(run: &Run, folder: &Path, scheme: Scheme) -> Result<Option<(Server, SocketAddr)>> {
     let (root, temporary) = (folder.join("root"), folder.join("temporary"));
     let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
@@ -130,7 +129,7 @@ fn serve(run: &Run, folder: &Path, scheme: Scheme) -> Result<Option<(Server, Soc
     nginx(run, folder, &serve)
 }
 
-/// Makes `ca.pem`, and a certificate for 127.0.0.1 that it vouches for; false without openssl.
+/// Creates `ca.pem` and a certificate for 127.0.0.1 signed by it. Returns false without openssl.
 fn certify(folder: &Path) -> Result<bool> {
     let config = "[req]\ndistinguished_name = name\nprompt = no\n[name]\nCN = bench\n\
                   [ca]\nbasicConstraints = critical, CA:TRUE\n\
@@ -160,7 +159,7 @@ fn certify(folder: &Path) -> Result<bool> {
     Ok(true)
 }
 
-/// A client, and what it took in each round.
+/// A client and its cost in each round.
 struct Client {
     name: &'static str,
     command: Command,
@@ -185,7 +184,7 @@ impl Client {
     }
 }
 
-/// All clients, handout first, each of which fetches everything into `into`.
+/// Returns all clients, handout first; each fetches everything into `into`.
 fn clients(files: &Files, folder: &Path, base: &str, into: &Path) -> Result<Vec<Client>> {
     let authority = folder.join("ca.pem");
     let urls = folder.join("urls");
@@ -231,7 +230,7 @@ fn compare(
     fs::create_dir_all(&into)?;
     let scheme = scheme.name();
     let mut clients = clients(files, folder, base, &into)?;
-    // What cannot be started, or cannot do it, is left out.
+    // Clients that are missing or fail are left out.
     for _ in 0..run.choose(5, 1) {
         let mut able = Vec::new();
         for mut client in clients {
@@ -268,7 +267,7 @@ fn compare(
     Ok(rows)
 }
 
-/// The peak of handout's memory with several large files at one time.
+/// Returns the peak memory of handout with several large files.
 fn memory(run: &Run, files: &Files, folder: &Path, base: &str) -> Result<Row> {
     let into = folder.join("into");
     let mut handout = Command::new(env!("CARGO_BIN_EXE_handout"));

@@ -1,8 +1,7 @@
-//! Rounds, in which contenders take turns, so that whatever else the machine does hits all alike.
+//! Rounds in which contenders alternate, so that other load on the machine affects all alike.
 //!
-//! Processor time for each exchange is the number to compare. Exchanges per second are a server's
-//! own only where it is busy all the time; where the clients are, they set the pace, and where
-//! neither is, something else on this machine took the cores from them.
+//! The figure to compare is the processor time per exchange. Exchanges per second depend on the
+//! clients unless the server is busy all the time.
 
 use std::io;
 use std::net::SocketAddr;
@@ -13,10 +12,10 @@ use crate::clients::Client;
 use crate::machine::{Server, own_processor_time};
 use crate::{Result, Run};
 
-/// Clients at one time: enough to keep a server busy while some of them are at their own work.
+/// Concurrent clients: enough to keep a server busy.
 const CLIENTS: usize = 8;
 
-/// A server that is compared with others; the first of a group is the floor of the rest.
+/// A server to compare; the first of a group is the floor.
 pub struct Contender {
     name: &'static str,
     server: Server,
@@ -33,8 +32,7 @@ impl Contender {
         Self { name, server, client: Box::new(move || client(address)), rounds: Vec::new() }
     }
 
-    /// Lets all clients do the same for a while; returns how many exchanges there were, which is
-    /// at least one for each.
+    /// Runs all clients for a while and returns the number of exchanges: at least one per client.
     fn run_clients(&self, time: Duration) -> Result<f64> {
         let clients = (0..CLIENTS).map(|_| (self.client)()).collect::<io::Result<Vec<_>>>()?;
         let end = Instant::now() + time;
@@ -69,13 +67,11 @@ impl Contender {
     }
 }
 
-/// What was seen of a contender in one round.
+/// The measurements of a contender in one round.
 struct Round {
     exchanges: f64,
     wall: Duration,
-    /// Processor time of the server.
     processor: Duration,
-    /// Processor time of the clients.
     clients: Duration,
 }
 
@@ -84,24 +80,24 @@ impl Round {
         self.exchanges / self.wall.as_secs_f64()
     }
 
-    /// Processor time for each exchange, in seconds.
+    /// Returns the processor time per exchange, in seconds.
     fn cost(&self) -> f64 {
         self.processor.as_secs_f64() / self.exchanges
     }
 
-    /// How much of the time the server was at work, in percent.
+    /// Returns the utilisation of the server, in percent.
     fn server_busy(&self) -> f64 {
         self.processor.as_secs_f64() * 100.0 / self.wall.as_secs_f64()
     }
 
-    /// How much of the time the clients were at work, in percent.
+    /// Returns the utilisation of the clients, in percent.
     fn clients_busy(&self) -> f64 {
         self.clients.as_secs_f64() * 100.0 / self.wall.as_secs_f64()
     }
 }
 
-/// Gives every contender its rounds, prints what was seen, ends them, and returns the processor
-/// time that each takes for one exchange, in seconds, in their order.
+/// Runs the rounds, prints the measurements, and returns the processor time per exchange of each
+/// contender, in seconds.
 pub fn compare(run: &Run, title: &str, mut contenders: Vec<Contender>) -> Result<Vec<f64>> {
     let [warm_up, time] = run.choose([500, 250], [0, 20]).map(Duration::from_millis);
     for contender in &contenders {

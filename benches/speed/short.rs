@@ -1,4 +1,4 @@
-//! Short connections, datagrams, and a picture: handout beside bare loops, nginx and Python.
+//! Short connections, datagrams and a picture, beside bare loops, nginx and Python.
 
 use std::fs;
 
@@ -13,10 +13,10 @@ use crate::rounds::{Contender, compare};
 use crate::table::{Row, Unit};
 use crate::{Result, Run, pseudo_random};
 
-/// What the floor hands out as the time: as many bytes as the time service sends.
+/// Reply of the floor, as long as that of the time service.
 const TIME: &[u8] = b"2026-11-22 13:46:01.123456\n";
 
-/// The size of the picture.
+/// Size of the picture, in bytes.
 const PICTURE: usize = 186_068;
 
 const UNLOGGED: &str = "handout, no line in the log";
@@ -36,7 +36,7 @@ pub fn time(run: &Run) -> Result<Vec<Row>> {
         Contender::new(UNLOGGED, handout(QUIET)?, client),
         Contender::new(LINE, handout(LOGGED)?, client),
     ];
-    // Its time has no fraction of the second: with the space it is as long as ours.
+    // nginx has no fraction of the second; the spaces make the reply as long as ours.
     let serve = "load_module modules/ngx_stream_module.so; events {}
         stream { server { listen ADDRESS; return \"$time_iso8601 \\n\"; } }";
     let nginx = nginx(run, folder.path(), serve)?;
@@ -66,7 +66,7 @@ pub fn datagram(run: &Run) -> Result<Vec<Row>> {
     let folder = TempDir::new()?;
     let reply = folder.path().join("reply");
     fs::write(&reply, TIME)?;
-    // The rates are watched, but allow whatever comes.
+    // Rates are counted but not exceeded.
     let service = "[time.clock]\nlisten = [\"udp:127.0.0.1:0\"]\n\
         max-datagrams = 1000000000\nmax-datagrams-per-client = 1000000000\n";
     let mut rows = Vec::new();
@@ -136,7 +136,7 @@ pub fn picture(run: &Run) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Adds a contender that is not everywhere, and says where it stands.
+/// Adds an optional contender and returns its index.
 fn add(group: &mut Vec<Contender>, contender: Contender) -> usize {
     group.push(contender);
     group.len() - 1

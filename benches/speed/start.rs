@@ -1,4 +1,4 @@
-//! From exec to ready with the configuration as it is shipped, and the size of the program.
+//! Time from exec to ready with the shipped configuration, and the size of the program.
 
 use std::fs;
 
@@ -9,16 +9,16 @@ use crate::rounds::median;
 use crate::table::{Row, Unit};
 use crate::{Result, Run};
 
-/// The most that a start may take, in seconds.
+/// Target: time to start, in seconds.
 const TIME: f64 = 0.015;
 
-/// The most memory after it, and the most of the program's file.
+/// Targets: memory after the start and size of the executable, in bytes.
 const SIZE: f64 = (8 << 20) as f64;
 
 pub fn measure(run: &Run) -> Result<Vec<Row>> {
     let shipped = concat!(env!("CARGO_MANIFEST_DIR"), "/config");
     let mut config = fs::read_to_string(format!("{shipped}/handout.toml"))?;
-    // The ports may be taken here.
+    // The default ports may be in use.
     for port in [":6789\"", ":5566\"", ":9467\""] {
         config = config.replace(port, ":0\"");
     }

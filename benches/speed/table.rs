@@ -1,14 +1,13 @@
-//! What a run reports: rows, as a table that Markdown shows, too.
+//! Prints the rows of a run as a Markdown table.
 
-/// One figure beside another of the same run, or beside the most that it may be.
+/// A figure beside another of the same run, or beside its limit.
 pub struct Row {
     pub what: String,
     pub unit: Unit,
     pub figure: f64,
-    /// What it is compared with.
     pub beside: String,
     pub other: f64,
-    /// The highest ratio; none for a peer, of which nothing is asked.
+    /// Target of the ratio; `None` for a peer.
     pub target: Option<f64>,
 }
 
@@ -18,12 +17,11 @@ impl Row {
         Self { what: what.to_owned(), unit, figure, beside, other, target: Some(target) }
     }
 
-    /// What somebody else takes for the same.
+    /// The figure of a peer.
     pub fn peer(what: &str, unit: Unit, figure: f64, beside: (&str, f64)) -> Self {
         Self { target: None, ..Self::new(what, unit, figure, beside, 0.0) }
     }
 
-    /// A figure with a limit.
     pub fn limit(what: &str, unit: Unit, figure: f64, limit: f64) -> Self {
         Self::new(what, unit, figure, ("the limit", limit), 1.0)
     }
@@ -32,7 +30,6 @@ impl Row {
         self.figure / self.other
     }
 
-    /// Nothing for a peer.
     pub fn met(&self) -> Option<bool> {
         self.target.map(|target| self.ratio() <= target)
     }
@@ -50,7 +47,6 @@ impl Row {
     }
 }
 
-/// Of seconds, or of bytes.
 #[derive(Clone, Copy)]
 pub enum Unit {
     Microseconds,
@@ -92,7 +88,7 @@ pub fn print(rows: &[Row]) {
     }
 }
 
-/// Figures stand on the right of their columns.
+/// Aligns figures to the right.
 fn line(cells: &[String; 6], widths: [usize; 6], fill: char) -> String {
     let cells = cells.iter().zip(widths).enumerate().map(|(column, (cell, width))| {
         let free: String = std::iter::repeat_n(fill, width - cell.chars().count()).collect();

@@ -1,4 +1,4 @@
-# Sends the time, or the file that it is given, to each client in a thread of its own.
+# Sends the time, or the given file, to each client in a separate thread.
 import base64
 import datetime
 import json

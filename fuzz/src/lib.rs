@@ -1,8 +1,5 @@
-//! What the targets have in common: inputs in pieces, streams in memory, a folder for files, and what
-//! a text has to be that is printed.
-//!
-//! A target has an oracle wherever there is one: somebody else who knows what is right. That nothing
-//! panics is seen besides.
+//! Helpers of the fuzz targets: inputs in pieces, streams in memory, a folder for files, and a check
+//! of printed text.
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
@@ -17,16 +14,15 @@ use handout::internals::{Connection, Deadlines, MemoryFile, Next, Peer, Shutdown
 use tempfile::TempDir;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// Where targets put files. Who starts the fuzzing sets `TMPDIR`, and removes it: a target has no end
-/// at which it could.
+/// Folder for files. The caller sets `TMPDIR` and removes it, because a target never ends
+/// normally.
 static FOLDER: LazyLock<TempDir> = LazyLock::new(|| tempfile::tempdir().unwrap());
 
-/// A folder of this process alone.
 pub fn folder() -> &'static Path {
     FOLDER.path()
 }
 
-/// Cuts an input into pieces of two sizes in turn, from 1 to 16 bytes, that `how` says.
+/// Splits an input into pieces of two alternating sizes from 1 to 16 bytes, selected by `how`.
 pub fn pieces(how: u8, mut input: &[u8]) -> impl Iterator<Item = &[u8]> {
     let sizes = [1 + usize::from(how & 15), 1 + usize::from(how >> 4)];
     sizes.into_iter().cycle().map_while(move |size| {
@@ -36,13 +32,12 @@ pub fn pieces(how: u8, mut input: &[u8]) -> impl Iterator<Item = &[u8]> {
     })
 }
 
-/// Whether a text is one line, and nothing in it moves what is around it (UAX #9) on a terminal.
+/// Returns whether a text is one line without characters that change the text direction (UAX #9).
 pub fn is_one_line(text: &str) -> bool {
     let moves = |c| matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     !text.contains(|c: char| c.is_control() || moves(c))
 }
 
-/// Runs what needs a runtime.
 pub fn block_on<T>(future: impl Future<Output = T>) -> T {
     thread_local! {
         static RUNTIME: tokio::runtime::Runtime =
@@ -51,21 +46,18 @@ pub fn block_on<T>(future: impl Future<Output = T>) -> T {
     RUNTIME.with(|runtime| runtime.block_on(future))
 }
 
-/// A peer in memory: it says what it has to say in pieces, hears everything, and ends its side.
+/// A peer in memory: sends its pieces, records everything and closes its side.
 #[derive(Debug)]
 pub struct Memory {
     says: VecDeque<Vec<u8>>,
-    /// What it was told.
     pub heard: Vec<u8>,
 }
 
 impl Memory {
-    /// A peer that says these pieces.
     pub fn saying<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Self {
         Self { says: pieces.into_iter().map(<[u8]>::to_vec).collect(), heard: Vec::new() }
     }
 
-    /// What nobody has asked for yet.
     pub fn unsaid(&self) -> Vec<u8> {
         self.says.iter().flatten().copied().collect()
     }
@@ -114,7 +106,7 @@ impl Stream for Memory {
         bytes: &[u8],
         _: Next,
     ) -> Poll<io::Result<usize>> {
-        // Never all at once, if it can be helped.
+        // Returns less than requested, where possible.
         let now = bytes.len().div_ceil(2);
         self.heard.extend_from_slice(&bytes[..now]);
         Poll::Ready(Ok(now))
@@ -147,7 +139,7 @@ impl Stream for Memory {
     }
 }
 
-/// What a client hears that says these pieces; the service must bring it to its end.
+/// Returns the reply to a client that sends these pieces.
 pub fn answered<'a>(
     pieces: impl IntoIterator<Item = &'a [u8]>,
     answer: impl AsyncFnOnce(&mut Connection<Memory>) -> Result<(), handout::internals::Broken>,
