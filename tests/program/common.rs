@@ -1,4 +1,4 @@
-//! Starts the real program on free ports, reads its log, and ends it.
+//! Starts the executable on free ports, reads its log and stops it.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -16,14 +16,12 @@ use serde_json::Value;
 use socket2::{Domain, Socket, Type};
 use tempfile::TempDir;
 
-/// How long anything may take before a test calls it a failure; far more than it needs, as the
-/// machine may be busy.
+/// Maximum time of any wait; generous, because the machine may be loaded.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
-/// The program itself.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_handout");
 
-/// The program as it is run by every test: with nothing of the environment that it heeds.
+/// Returns the program without the environment variables that it reads.
 pub fn program() -> Command {
     let mut command = Command::new(PROGRAM);
     for variable in [
@@ -40,21 +38,20 @@ pub fn program() -> Command {
     command
 }
 
-/// Runs a command to its end.
 pub fn run(command: &mut Command) -> Output {
     command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"))
 }
 
-/// Makes the kernel refuse these system calls to the program, as a filter does: with `error`, such
-/// as `ENOSYS`. Each refusal is a line in the file `refusals`.
+/// Lets system calls fail with `error` (such as `ENOSYS`), as a seccomp filter does. Each failure is
+/// a line in the file `refusals`.
 pub fn refuse(command: &mut Command, calls: &str, error: &str, refusals: &Path) {
     inject(command, calls, &format!("error={error}"), refusals);
 }
 
-/// Makes the kernel do this to the program's system calls, in the words of strace(1).
+/// Injects `what` into system calls, in the syntax of strace(1).
 pub fn inject(command: &mut Command, calls: &str, what: &str, trace: &Path) {
     let mut injected = Command::new("strace");
-    // The process is the program's, and strace another.
+    // Keeps the program as the direct child.
     injected.args(["-D", "-f", "-qq", "-o"]).arg(trace);
     injected.arg(format!("--inject={calls}:{what}")).arg(format!("--trace={calls}"));
     injected.arg(command.get_program()).args(command.get_args());
@@ -68,7 +65,7 @@ pub fn inject(command: &mut Command, calls: &str, what: &str, trace: &Path) {
     *command = injected;
 }
 
-/// A running daemon, which is killed at the latest when it is dropped.
+/// A running daemon; killed on drop.
 pub struct Daemon {
     pub child: Child,
     pub folder: TempDir,
@@ -82,12 +79,12 @@ struct Log {
 }
 
 impl Daemon {
-    /// Starts it with this configuration and waits until it is ready.
+    /// Starts the daemon and waits until it is ready.
     pub fn start(config: &str) -> Self {
         Self::start_with(config, &[], |_| {})
     }
 
-    /// The same with files beside the configuration, and a last word on how it is run.
+    /// Like [`Self::start`], with files in its folder and changes to the command.
     pub fn start_with(
         config: &str,
         files: &[(&str, &[u8])],
@@ -100,13 +97,13 @@ impl Daemon {
         Self::start_in(folder, config, prepare)
     }
 
-    /// The same in a folder that is there already.
+    /// Like [`Self::start_with`], in an existing folder.
     pub fn start_in(folder: TempDir, config: &str, prepare: impl FnOnce(&mut Command)) -> Self {
         configure(&folder.path().join("handout.toml"), config);
         Self::run(folder, prepare)
     }
 
-    /// The same with the configuration that is there.
+    /// Starts the daemon with the configuration in `folder`.
     pub fn run(folder: TempDir, prepare: impl FnOnce(&mut Command)) -> Self {
         let mut command = program();
         command.args(["serve", "--config"]).arg(folder.path().join("handout.toml"));
@@ -116,13 +113,13 @@ impl Daemon {
         let log = follow(child.stderr.take().unwrap());
         let daemon = Self { child, folder, log };
         daemon.wait_for("ready", |line| {
-            // In JSON or in text.
+            // The log is JSON or text.
             says(line, "ready: ") || line.as_str().is_some_and(|line| line.contains(" ready: "))
         });
         daemon
     }
 
-    /// What it says if it does not start with this configuration.
+    /// Returns the error output if the daemon does not start.
     pub fn try_start(config: &str) -> Result<(), String> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("handout.toml");
@@ -132,10 +129,10 @@ impl Daemon {
         if output.status.success() { Ok(()) } else { Err(said) }
     }
 
-    /// Orders a reload of this configuration and waits for what comes of it: the line that says so.
+    /// Reloads with this configuration and returns the log line with the result.
     pub fn reload(&self, config: &str) -> Value {
         let ended = |line: &Value| says(line, "reloaded: ") || says(line, "reload failed");
-        // Not as `lines` has them, as there may be very many.
+        // Without copying all lines, of which there may be many.
         let all = || self.log.lines.lock().unwrap();
         let before = all().0.iter().filter(|line| ended(line)).count();
         configure(&self.path("handout.toml"), config);
@@ -156,12 +153,11 @@ impl Daemon {
         self.folder.path().join(name)
     }
 
-    /// Every log line so far.
+    /// Returns all log lines so far.
     pub fn lines(&self) -> Vec<Value> {
         self.log.lines.lock().unwrap().0.clone()
     }
 
-    /// Waits for a log line.
     pub fn wait_for(&self, what: &str, mut wanted: impl FnMut(&Value) -> bool) -> Value {
         let start = Instant::now();
         let mut log = self.log.lines.lock().unwrap();
@@ -178,7 +174,7 @@ impl Daemon {
         self.wait_for(message, |line| says(line, message))
     }
 
-    /// Waits for the log lines of so many connections.
+    /// Waits for the log lines of `count` connections.
     pub fn wait_for_connections(&self, count: usize) -> Vec<Value> {
         let mut found = Vec::new();
         eventually("the lines of the connections", || {
@@ -188,7 +184,7 @@ impl Daemon {
         found
     }
 
-    /// What a service listens on, without the prefix of the protocol.
+    /// Returns the addresses of a service.
     fn listening(&self, service: &str, prefix: &str) -> Vec<SocketAddr> {
         let lines = self.lines();
         let of_service = lines
@@ -210,18 +206,17 @@ impl Daemon {
         kill_process(self.pid(), signal).unwrap();
     }
 
-    /// Waits until it ends by itself.
     pub fn wait(&mut self) -> ExitStatus {
         wait_for_exit(&mut self.child)
     }
 
-    /// Asks it to stop, and waits.
+    /// Sends SIGTERM and waits for the end.
     pub fn stop(&mut self) -> ExitStatus {
         self.signal(Signal::TERM);
         self.wait()
     }
 
-    /// Resident memory in bytes, and how many descriptors are open.
+    /// Returns the resident memory in bytes and the number of open descriptors.
     pub fn usage(&self) -> (u64, usize) {
         let proc = PathBuf::from(format!("/proc/{}", self.child.id()));
         let status = fs::read_to_string(proc.join("status")).unwrap();
@@ -230,12 +225,11 @@ impl Daemon {
         (kib * 1024, fs::read_dir(proc.join("fd")).unwrap().count())
     }
 
-    /// How many threads it has.
     pub fn threads(&self) -> u64 {
         fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap().count() as u64
     }
 
-    /// Ends it at once, without a word, and returns its folder.
+    /// Kills the daemon and returns its folder.
     #[cfg(feature = "gateway")]
     pub fn crash(&mut self) -> TempDir {
         self.signal(Signal::KILL);
@@ -244,7 +238,7 @@ impl Daemon {
     }
 }
 
-/// Writes the configuration, with a log that can be read unless it says how to log.
+/// Writes the configuration; logs JSON unless it has a `[log]` table.
 pub fn configure(path: &Path, config: &str) {
     let log = if config.contains("[log]") { "" } else { "[log]\nformat = \"json\"\n" };
     fs::write(path, format!("{log}{config}")).unwrap();
@@ -272,7 +266,7 @@ fn follow(stderr: impl Read + Send + 'static) -> Arc<Log> {
     thread::spawn(move || {
         for line in BufReader::new(stderr).lines() {
             let Ok(line) = line else { break };
-            // What is not JSON is kept as it is.
+            // Lines that are not JSON are kept as strings.
             let line = serde_json::from_str(&line).unwrap_or(Value::String(line));
             writer.lines.lock().unwrap().0.push(line);
             writer.changed.notify_all();
@@ -283,12 +277,12 @@ fn follow(stderr: impl Read + Send + 'static) -> Arc<Log> {
     log
 }
 
-/// Whether these words are in the message of a log line.
+/// Returns whether the message of a log line contains `words`.
 pub fn says(line: &Value, words: &str) -> bool {
     line["message"].as_str().is_some_and(|message| message.contains(words))
 }
 
-/// Waits until something holds, looking again and again.
+/// Waits until a condition holds.
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let start = Instant::now();
     while !holds() {
@@ -304,7 +298,7 @@ pub fn connect(address: SocketAddr) -> TcpStream {
     stream
 }
 
-/// Connects as somebody with an address of their own; all of 127.0.0.0/8 is this machine.
+/// Connects from another loopback address: all of 127.0.0.0/8 is local.
 pub fn connect_from(source: &str, address: SocketAddr) -> TcpStream {
     let source = SocketAddr::new(source.parse().unwrap(), 0);
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).unwrap();
@@ -316,14 +310,14 @@ pub fn connect_from(source: &str, address: SocketAddr) -> TcpStream {
     stream
 }
 
-/// Everything that a service sends.
+/// Connects and reads to the end.
 pub fn read_all(address: SocketAddr) -> Vec<u8> {
     let mut reply = Vec::new();
     connect(address).read_to_end(&mut reply).unwrap();
     reply
 }
 
-/// The head and the body of a reply to an HTTP request for this path.
+/// Returns the header and the body of an HTTP reply.
 pub fn http_get(address: SocketAddr, path: &str) -> (String, String) {
     let mut stream = connect(address);
     write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
@@ -333,14 +327,14 @@ pub fn http_get(address: SocketAddr, path: &str) -> (String, String) {
     (head.to_owned(), body.to_owned())
 }
 
-/// The value of one metric, by its name with all its labels.
+/// Returns the value of a metric by its name with labels.
 pub fn metric(address: SocketAddr, name: &str) -> f64 {
     let (_, metrics) = http_get(address, "/metrics");
     let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     value.unwrap_or_else(|| panic!("no {name} in {metrics}")).parse().unwrap()
 }
 
-/// The name and the bytes in a pushed document.
+/// Returns the name and the data of a pushed document.
 pub fn decode(document: &[u8]) -> (String, Vec<u8>) {
     let value: Value = serde_json::from_slice(document).unwrap();
     let keys: Vec<_> = value.as_object().unwrap().keys().cloned().collect();
@@ -349,7 +343,7 @@ pub fn decode(document: &[u8]) -> (String, Vec<u8>) {
     (value["filename"].as_str().unwrap().to_owned(), data)
 }
 
-/// Bytes that no two places of a file have alike, for a file of any size.
+/// Returns pseudo-random bytes without repetitions.
 pub fn sample(seed: u64, size: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let mut bytes = Vec::with_capacity(size + 8);
@@ -368,14 +362,13 @@ pub fn mebibytes(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
 }
 
-/// Replaces a file as careful programs do.
+/// Replaces a file by a rename.
 pub fn replace(path: &Path, content: &[u8]) {
     let beside = path.with_extension("new");
     fs::write(&beside, content).unwrap();
     fs::rename(beside, path).unwrap();
 }
 
-/// Sends all, then half-closes.
 pub fn send_and_half_close(stream: &mut TcpStream, bytes: &[u8]) {
     stream.write_all(bytes).unwrap();
     stream.shutdown(Shutdown::Write).unwrap();

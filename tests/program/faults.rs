@@ -1,5 +1,5 @@
-//! Every system call of the serving path fails once, and the daemon serves as before; what was hit
-//! ends in a reset, or whole, but never in an end that looks clean.
+//! Lets every system call of the serving path fail once: affected clients get everything or a reset,
+//! and later clients are served.
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
@@ -14,8 +14,8 @@ use serde_json::Value;
 use crate::common::{DEADLINE, Daemon, connect, decode, eventually, sample, says};
 use crate::strace::Strace;
 
-/// The calls, each with the errors that a kernel can give it. Not among them: memory for the program
-/// itself (`mmap`), without which no program goes on.
+/// System calls with the errors that the kernel can return. `mmap` is not included, because no
+/// program continues without memory.
 const FAULTS: [(&str, &[&str]); 28] = [
     (
         "accept4",
@@ -50,10 +50,10 @@ const FAULTS: [(&str, &[&str]); 28] = [
     ("statx", &["EACCES", "EIO", "ENOMEM", "EINTR"]),
 ];
 
-/// So many calls of one name that a daemon makes for the clients of one fault are no spinning.
+/// Maximum number of calls per fault; more indicate a busy loop.
 const MANY_CALLS: usize = 20_000;
 
-/// Files by how they are served: from memory by copying, by pages, by `sendfile`; and from the disk.
+/// Files served by write, by page references, by sendfile, and from the disk.
 const FILES: [(&str, usize); 4] =
     [("small", 10_000), ("picture", 150_000), ("large", 400_000), ("streamed", 1_200_000)];
 
@@ -72,19 +72,17 @@ fn config(more: &str) -> String {
     config + more
 }
 
-/// What a client got.
+/// The result of a client.
 #[derive(Debug, PartialEq)]
 enum Got {
-    /// Everything.
     Whole,
-    /// It can tell that something is amiss.
+    /// The client can detect the failure.
     Fault,
 }
 
-/// A daemon with every way of serving, and what is right.
+/// A daemon with every kind of service, and the expected replies.
 struct Everything {
     daemon: Daemon,
-    /// How many times it was asked for everything.
     rounds: u32,
 }
 
@@ -98,12 +96,12 @@ impl Everything {
         Self { daemon: Daemon::start_in(folder, &config(""), |_| {}), rounds: 0 }
     }
 
-    /// Asks every service by every way in; says who has got what.
+    /// Asks every service over every transport.
     fn ask_all(&mut self) -> Vec<(&'static str, Got)> {
         self.ask_all_within(DEADLINE)
     }
 
-    /// The same where a datagram may be lost: it is waited for this long.
+    /// Like [`Self::ask_all`], where a datagram may be lost after `patience`.
     fn ask_all_within(&mut self, patience: Duration) -> Vec<(&'static str, Got)> {
         self.rounds += 1;
         let mut got = vec![
@@ -127,7 +125,7 @@ impl Everything {
         got
     }
 
-    /// With one service more, whose file is read anew, or without it.
+    /// Adds or removes a service whose file is read anew.
     fn reload(&self) -> Got {
         let more = "[file.more]\nlisten = [\"127.0.0.1:0\"]\npath = \"folder/picture\"\n";
         let line = self.daemon.reload(&config(if self.rounds % 2 == 1 { more } else { "" }));
@@ -143,7 +141,7 @@ impl Everything {
         socket.recv(&mut reply).map_or(Got::Fault, |length| is_time(&reply[..length]))
     }
 
-    /// Such a socket knows no reset: what is cut lacks its end.
+    /// Unix sockets have no reset: a truncated reply lacks its end.
     fn unix(&self) -> Got {
         let mut stream = UnixStream::connect(self.daemon.path("clock.sock")).unwrap();
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
@@ -155,7 +153,7 @@ impl Everything {
         }
     }
 
-    /// A conversation about files that are kept, are too large for that, and are new.
+    /// Requests cached, large and new files over one connection.
     fn folder(&self) -> Got {
         let fresh = format!("fresh-{}", self.rounds);
         fs::write(self.daemon.path("folder").join(&fresh), &fresh).unwrap();
@@ -201,7 +199,7 @@ impl Everything {
     }
 }
 
-/// Everything that is sent, or nothing if the client can tell that it is not everything.
+/// Returns the whole reply, or `None` if the client can detect that it is incomplete.
 fn read(address: std::net::SocketAddr) -> Option<Vec<u8>> {
     let mut reply = Vec::new();
     match connect(address).read_to_end(&mut reply) {
@@ -218,19 +216,19 @@ fn is_time(reply: &[u8]) -> Got {
     Got::Whole
 }
 
-/// The only fault that a client may see.
+/// Accepts the only error that a client may see.
 fn fault(error: &std::io::Error) -> Got {
     assert!(matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe), "{error}");
     Got::Fault
 }
 
-/// Makes every thread's next such call fail until one has, and asks all the while; then asks again,
-/// when everybody must have everything.
+/// Lets the next such call of each thread fail until one has, while clients ask. Afterwards all
+/// clients must get everything.
 fn fail_once(everything: &mut Everything, call: &str, error: &str, of_paths: &[&str]) {
     let trace = [format!("--trace={call}"), format!("--inject={call}:error={error}:when=1")];
     let paths = of_paths.iter().flat_map(|path| ["-P".to_owned(), (*path).to_owned()]);
     let strace = Strace::attach(&everything.daemon, trace.into_iter().chain(paths));
-    // So the runtime passes on signals, through two sockets that cannot fail.
+    // The runtime forwards signals through a socket pair that cannot fail.
     let passes_signals = ["recvfrom", "sendto"].contains(&call);
     let start = Instant::now();
     while !strace.seen().contains("(INJECTED)") {
@@ -238,7 +236,7 @@ fn fail_once(everything: &mut Everything, call: &str, error: &str, of_paths: &[&
         if !passes_signals {
             everything.reload();
         }
-        // The longest pause after a fault is one second.
+        // The longest backoff is one second.
         everything.ask_all_within(Duration::from_secs(2));
     }
     let seen = strace.detach();
@@ -250,18 +248,18 @@ fn fail_once(everything: &mut Everything, call: &str, error: &str, of_paths: &[&
 }
 
 #[test]
-fn whatever_call_fails_once_the_next_clients_are_served() {
+fn serves_later_clients_after_any_call_failed_once() {
     let mut everything = Everything::start();
     for (call, errors) in FAULTS {
         for error in errors {
             fail_once(&mut everything, call, error, &[]);
         }
     }
-    // What is written to memory; other writes wake the event loops, and cannot fail.
+    // Writes to memory files; other writes wake the event loops and cannot fail.
     for error in ["EINTR", "EIO", "ENOSPC"] {
         fail_once(&mut everything, "write", error, &["/memfd:document"]);
     }
-    // The configuration; others read what wakes the loops.
+    // The configuration; other reads wake the event loops.
     let configuration = everything.daemon.path("handout.toml");
     for error in ["EINTR", "EIO"] {
         fail_once(&mut everything, "read", error, &[configuration.to_str().unwrap()]);
@@ -270,7 +268,7 @@ fn whatever_call_fails_once_the_next_clients_are_served() {
 }
 
 #[test]
-fn a_fault_that_lasts_makes_nobody_spin_and_who_waits_is_served_after_it() {
+fn serves_waiting_clients_after_a_lasting_fault_without_spinning() {
     let everything = Everything::start();
     let daemon = &everything.daemon;
     for (call, error) in [("accept4", "EMFILE"), ("recvmmsg", "ENOMEM")] {
@@ -281,13 +279,13 @@ fn a_fault_that_lasts_makes_nobody_spin_and_who_waits_is_served_after_it() {
         socket.connect(daemon.udp("time.clock")).unwrap();
         socket.set_read_timeout(Some(DEADLINE)).unwrap();
         socket.send(b"?").unwrap();
-        // Long enough for many thousand calls.
+        // A busy loop would make many thousand calls in this time.
         let start = Instant::now();
         eventually("some attempts in a second", || {
             start.elapsed() > Duration::from_secs(1) && strace.seen().contains("(INJECTED)")
         });
         let attempts = strace.detach().matches("(INJECTED)").count();
-        // A busy machine may take longer for the same.
+        // A loaded machine may take longer.
         let allowed = 50 * start.elapsed().as_secs() as usize;
         assert!(attempts < allowed, "{call}: {attempts} of {allowed}");
         let mut reply = Vec::new();
@@ -300,24 +298,24 @@ fn a_fault_that_lasts_makes_nobody_spin_and_who_waits_is_served_after_it() {
 }
 
 #[test]
-fn without_new_threads_clients_are_served_and_a_reload_says_what_is_missing() {
+fn serves_clients_and_rejects_reloads_without_new_threads() {
     let mut everything = Everything::start();
     let strace = Strace::attach(
         &everything.daemon,
         ["--trace=clone,clone3", "--inject=clone,clone3:error=EAGAIN"],
     );
-    // Threads from before may still read.
+    // Earlier threads may still be reading.
     eventually("the end of every other thread", || everything.reload() == Got::Fault);
     for _ in 0..3 {
         assert_eq!(everything.reload(), Got::Fault);
         let got = everything.ask_all();
-        // Files of a folder are read by a thread. One from before serves this client only if it has
-        // not ended, which takes 200 ms without work; otherwise the client is refused.
+        // A folder reads files in a thread. An earlier thread serves this client unless it has been
+        // idle for 200 ms and ended; then the client is refused.
         let served = |(way, got): &(&str, Got)| *got == Got::Whole || *way == "folder";
         assert!(got.iter().all(served), "{got:?}");
     }
     assert!(strace.detach().contains("(INJECTED)"));
-    // Which of its steps found no thread depends on the threads from before, too.
+    // The failing step depends on the earlier threads.
     everything.daemon.wait_for("reload without threads", |line| {
         says(line, "reload failed") && says(line, "Resource temporarily unavailable")
     });

@@ -1,5 +1,5 @@
-//! Saving on real file systems other than Linux's own: exFAT and NTFS through FUSE, and FAT where
-//! the kernel has it. Needs root and a loop device.
+//! Saves files on exFAT and NTFS through FUSE, and on FAT if the kernel supports it. Requires root
+//! and a loop device.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, symlink};
@@ -14,7 +14,7 @@ use crate::common::{Daemon, PROGRAM, decode, eventually, read_all, run, sample};
 use crate::mounts::with_own_mounts;
 use crate::servers::{Outcome, Place, Server, document};
 
-/// An image with a file system, mounted through a loop device until it is dropped.
+/// A file system image mounted through a loop device until it is dropped.
 struct Mounted<'a> {
     kind: Kind,
     device: String,
@@ -63,11 +63,11 @@ impl<'a> Mounted<'a> {
         Some(())
     }
 
-    /// Forgets everything that is only in memory.
+    /// Remounts the image, which drops everything that was not written.
     #[cfg(feature = "gateway")]
     fn mount_again(&self) {
         succeeds("umount", &[self.place.to_str().unwrap()]).unwrap();
-        // The server of a FUSE file system may still be writing.
+        // The FUSE server may still be writing.
         eventually("the second mount", || self.mount().is_some());
     }
 }
@@ -79,7 +79,7 @@ impl Drop for Mounted<'_> {
     }
 }
 
-/// Runs a test on every file system that can be mounted here.
+/// Runs a test on every file system that can be mounted.
 fn on_each(test: impl Fn(Kind, &Path) + Send + Sync) {
     with_own_mounts(|| {
         for kind in [Kind::Exfat, Kind::Fat, Kind::Ntfs] {
@@ -131,7 +131,7 @@ fn fetch_saves_on_exfat_fat_and_ntfs() {
 }
 
 #[test]
-fn names_that_a_file_system_rejects_are_named_with_the_reason() {
+fn reports_names_that_the_file_system_rejects() {
     on_each(|kind, place| {
         if kind == Kind::Ntfs {
             return;
@@ -146,7 +146,7 @@ fn names_that_a_file_system_rejects_are_named_with_the_reason() {
 }
 
 #[test]
-fn names_that_differ_in_case_do_not_replace_each_other() {
+fn keeps_files_whose_names_differ_in_case_apart() {
     on_each(|kind, place| {
         let upper = Server::sends(document("A.txt", b"upper"));
         let lower = Server::sends(document("a.txt", b"lower"));
@@ -163,7 +163,7 @@ fn names_that_differ_in_case_do_not_replace_each_other() {
 
 #[cfg(feature = "gateway")]
 #[test]
-fn download_saves_on_exfat_fat_and_ntfs_and_fetches_no_file_twice() {
+fn download_saves_each_file_once_on_exfat_fat_and_ntfs() {
     use crate::web::{Reply, Web, http_date};
 
     // An odd second, which FAT cannot store.
@@ -203,7 +203,7 @@ fn download_saves_on_exfat_fat_and_ntfs_and_fetches_no_file_twice() {
 
 #[cfg(feature = "gateway")]
 #[test]
-fn entries_whose_names_are_one_name_to_the_file_system_are_refused() {
+fn refuses_entries_with_equivalent_names() {
     use crate::web::{Reply, Web};
 
     let web = Web::answers(|request| Reply::ok(request.target.clone()));
@@ -251,7 +251,7 @@ fn mirrors_and_alert_queues_work_on_exfat_fat_and_ntfs() {
             let queue = fs::read_to_string(place.join("state/.handout-alerts.json"));
             queue.is_ok_and(|queue| queue.contains("file.file"))
         });
-        // The next write of the queue may be under way until the daemon has ended.
+        // The daemon may be writing the queue until it ends.
         assert!(daemon.stop().success());
         assert_eq!(names(&place.join("state")), [".handout-alerts.json"], "{kind:?}");
     });
@@ -263,7 +263,7 @@ fn special_files(folder: &Path) -> Vec<(PathBuf, FileType)> {
     let device = makedev(1, 3);
     let mut special = Vec::new();
     for (name, kind) in [("null", FileType::CharacterDevice), ("fifo", FileType::Fifo)] {
-        // Only root makes devices.
+        // Only root can create devices.
         if mknodat(CWD, folder.join(name), kind, mode, device).is_ok() {
             special.push((folder.join(name), kind));
         }
@@ -273,7 +273,7 @@ fn special_files(folder: &Path) -> Vec<(PathBuf, FileType)> {
 }
 
 #[test]
-fn o_writes_to_devices_and_fifos_and_never_replaces_them() {
+fn output_option_writes_to_devices_and_fifos() {
     let server = Server::sends(document("null", b"alpha"));
     let address = server.address.to_string();
     let place = Place::new();
@@ -290,7 +290,7 @@ fn o_writes_to_devices_and_fifos_and_never_replaces_them() {
             place.fetch(server.address, [&["-o", name][..], force].concat()).succeeded();
             assert_eq!(read.join().unwrap(), b"alpha");
         }
-        // A server does not choose a device.
+        // A server cannot choose a device.
         if place.path("null").exists() {
             place.fetch(server.address, force).failed_with(&["null", "never replaced"]);
         }
@@ -305,7 +305,7 @@ fn o_writes_to_devices_and_fifos_and_never_replaces_them() {
 }
 
 #[test]
-fn o_refuses_sockets() {
+fn output_option_refuses_sockets() {
     let server = Server::sends(document("socket", b"alpha"));
     let place = Place::new();
     let _socket = UnixListener::bind(place.path("socket")).unwrap();
@@ -322,7 +322,7 @@ fn o_refuses_sockets() {
 }
 
 #[test]
-fn o_replaces_a_link_to_a_file_only_with_force_and_keeps_its_target() {
+fn output_option_replaces_links_only_with_force() {
     let server = Server::sends(document("a", b"alpha"));
     let place = Place::new();
     fs::write(place.path("target"), "mine").unwrap();
@@ -333,7 +333,7 @@ fn o_replaces_a_link_to_a_file_only_with_force_and_keeps_its_target() {
 }
 
 #[test]
-fn a_fifo_without_a_reader_is_waited_for_no_longer_than_timeout() {
+fn waits_for_the_reader_of_a_fifo_within_timeout() {
     let server = Server::sends(document("a", b"alpha"));
     let place = Place::new();
     special_files(&place.path(""));
@@ -366,7 +366,7 @@ fn download_never_replaces_devices_fifos_and_sockets() {
 }
 
 #[test]
-fn a_name_that_stands_for_standard_output_is_refused() {
+fn refuses_a_server_supplied_dash() {
     let server = Server::sends(document("-", b"alpha"));
     let place = Place::new();
     let outcome = place.fetch(server.address, [""; 0]);
@@ -376,7 +376,7 @@ fn a_name_that_stands_for_standard_output_is_refused() {
 }
 
 #[test]
-fn files_that_tell_no_size_are_served_with_their_content() {
+fn serves_files_that_report_no_size() {
     let config = "[file.one]\nlisten = [\"127.0.0.1:0\"]\npath = \"/proc/version\"\n\
                   [file.sys]\nlisten = [\"127.0.0.1:0\"]\npath = \"/sys/kernel/mm/transparent_hugepage/enabled\"\n\
                   [file.all]\nlisten = [\"127.0.0.1:0\"]\npath = \"/proc/sys/kernel\"\n";

@@ -1,4 +1,4 @@
-//! Tests of the real program, with the clients that people have.
+//! Tests of the executable with real clients.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -48,7 +48,7 @@ mod package;
 #[cfg(feature = "gateway")]
 mod postbox;
 mod probes;
-mod promises;
+
 mod proxy_protocol;
 mod reload;
 mod save_faults;
@@ -67,5 +67,6 @@ mod terminal;
 mod time;
 #[cfg(feature = "gateway")]
 mod tls;
+mod traceability;
 #[cfg(feature = "gateway")]
 mod web;

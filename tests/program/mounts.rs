@@ -1,15 +1,15 @@
-//! Where what is mounted, or the network, is a test's own.
+//! Private mount and network namespaces.
 
 use std::thread;
 
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-/// Runs a test in a thread with namespaces of its own, if it may: whatever it mounts, or does to the
-/// network, is seen by what it starts and by nobody else.
+/// Runs a test in a thread with private namespaces, which its child processes share. Skips the test
+/// without the privilege.
 pub fn apart(namespaces: UnshareFlags, test: impl FnOnce() + Send) {
     let alone = || {
-        // SAFETY: no descriptors are divided from those of the other threads.
+        // SAFETY: file descriptors remain shared with the other threads.
         unsafe { unshare_unsafe(namespaces | UnshareFlags::NEWNS) }?;
         mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
     };
@@ -20,12 +20,12 @@ pub fn apart(namespaces: UnshareFlags, test: impl FnOnce() + Send) {
     thread::scope(|scope| scope.spawn(run).join()).unwrap();
 }
 
-/// The same for what is mounted only.
+/// Runs a test with a private mount namespace.
 pub fn with_own_mounts(test: impl FnOnce() + Send) {
     apart(UnshareFlags::empty(), test);
 }
 
-/// Mounts an empty file system over `place`, with these options.
+/// Mounts an empty tmpfs over `place`.
 pub fn empty(place: impl AsRef<std::path::Path>, options: &std::ffi::CStr) {
     let place = place.as_ref();
     mount("none", place, "tmpfs", MountFlags::empty(), options)

@@ -6,7 +6,7 @@ use std::fs;
 use crate::common::{Daemon, program, run};
 
 #[test]
-fn mail_and_sms_say_that_this_build_lacks_them() {
+fn mail_and_sms_name_the_missing_feature() {
     for arguments in [&["mail", "ops", "--subject", "Test", "text"][..], &["sms", "ops", "text"]] {
         let output = run(program().args(arguments));
         assert_eq!(output.status.code(), Some(1), "{output:?}");
@@ -16,7 +16,7 @@ fn mail_and_sms_say_that_this_build_lacks_them() {
 }
 
 #[test]
-fn a_channel_or_alerts_in_the_configuration_are_faults_that_say_that_this_build_lacks_them() {
+fn configured_channels_name_the_missing_feature() {
     for (table, keys) in [
         ("mail.ops", "server = \"127.0.0.1:25\""),
         ("sms.ops", "provider = \"ihuyi\""),
@@ -28,7 +28,7 @@ fn a_channel_or_alerts_in_the_configuration_are_faults_that_say_that_this_build_
 }
 
 #[test]
-fn no_channel_can_be_tried_in_this_build() {
+fn check_connect_names_the_missing_feature() {
     let folder = tempfile::tempdir().unwrap();
     let config = folder.path().join("handout.toml");
     fs::write(&config, "[time.clock]\nlisten = [\"127.0.0.1:0\"]\n").unwrap();
@@ -38,7 +38,7 @@ fn no_channel_can_be_tried_in_this_build() {
 }
 
 #[test]
-fn a_download_says_that_this_build_lacks_it() {
+fn download_names_the_missing_feature() {
     let folder = tempfile::tempdir().unwrap();
     let mut command = program();
     let output =
@@ -50,7 +50,7 @@ fn a_download_says_that_this_build_lacks_it() {
 }
 
 #[test]
-fn a_mirror_in_the_configuration_is_a_fault_that_says_that_this_build_lacks_it() {
+fn configured_mirrors_name_the_missing_feature() {
     let mirror = "[mirror.a]\nurls = [\"https://example.org/a\"]\ninto = \"a\"\n";
     let said = Daemon::try_start(mirror).unwrap_err();
     assert!(said.contains("mirror.a") && said.contains("feature `gateway`"), "{said}");

@@ -1,10 +1,10 @@
-//! The Debian package, as far as it can be tried without making it.
+//! The file list of the Debian package.
 
 use std::fs;
 use std::path::Path;
 
 #[test]
-fn every_file_of_the_package_is_there_or_is_made() {
+fn packages_only_existing_or_generated_files() {
     let project = Path::new(env!("CARGO_MANIFEST_DIR"));
     let read = |path| fs::read_to_string(project.join(path)).unwrap();
     let maker = read("packaging/deb").replace("$shell", "SHELL");
@@ -12,7 +12,7 @@ fn every_file_of_the_package_is_there_or_is_made() {
     let (_, assets) = manifest.split_once("\nassets = [\n").unwrap();
     let (assets, _) = assets.split_once("\n]").unwrap();
     for asset in assets.lines() {
-        // A row is JSON, too.
+        // A row is also valid JSON.
         let [source, ..]: [String; 3] =
             serde_json::from_str(asset.trim().trim_end_matches(',')).unwrap();
         if let Some(name) = source.strip_prefix("target/package/") {
@@ -21,7 +21,7 @@ fn every_file_of_the_package_is_there_or_is_made() {
                 .fold(name.to_owned(), |name, shell| name.replace(shell, ".SHELL"));
             assert!(maker.contains(&format!("/{name}\"")), "{source}");
         } else if !source.starts_with("target/") {
-            // Up to where a pattern begins.
+            // Up to the first pattern character.
             let (folder, name) =
                 source.split('*').next().unwrap().rsplit_once('/').unwrap_or((".", &source));
             let mut files = fs::read_dir(project.join(folder)).unwrap();

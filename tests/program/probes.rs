@@ -1,4 +1,4 @@
-//! Connections of health checks and port scans do not fill the log: they are summed up.
+//! Summarises connections of health checks and port scans in the log.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -26,7 +26,7 @@ fn daemon() -> Daemon {
     Daemon::start_in(folder, CONFIG, |_| {})
 }
 
-/// How many connections of a service have ended, by whichever outcome.
+/// Returns the number of ended connections of a service.
 fn ended(daemon: &Daemon, service: &str) -> f64 {
     let outcomes = ["complete", "reset", "idle-timeout", "max-duration", "shutdown"];
     let name = |outcome| {
@@ -35,9 +35,9 @@ fn ended(daemon: &Daemon, service: &str) -> f64 {
     outcomes.iter().map(|outcome| metric(daemon.tcp("metrics"), &name(outcome))).sum()
 }
 
-/// Stops the daemon once `count` connections of each service have ended, and checks that no line but
-/// the sum is about them.
-fn are_summed_up(mut daemon: Daemon, count: u64) {
+/// Stops the daemon once `count` connections of each service have ended, and checks that the log
+/// only has their summary.
+fn assert_summarised(mut daemon: Daemon, count: u64) {
     for service in SERVICES {
         eventually("the end of the connections", || ended(&daemon, service) == count as f64);
     }
@@ -53,7 +53,7 @@ fn are_summed_up(mut daemon: Daemon, count: u64) {
 }
 
 #[test]
-fn clients_that_leave_at_once_are_summed_up_with_an_example() {
+fn summarises_clients_that_leave_at_once() {
     let daemon = daemon();
     for service in SERVICES {
         let mut peer = String::new();
@@ -70,14 +70,14 @@ fn clients_that_leave_at_once_are_summed_up_with_an_example() {
             drop(UnixStream::connect(daemon.path(&format!("{name}.sock"))).unwrap());
         }
     }
-    are_summed_up(daemon, 40);
+    assert_summarised(daemon, 40);
 }
 
 #[test]
-fn the_sum_names_the_outcomes_and_a_peer() {
+fn summary_names_outcomes_and_a_peer() {
     let mut daemon = daemon();
     for _ in 0..2 {
-        // A folder service waits for requests, and this client has none.
+        // A folder service waits for requests; this client sends none.
         let mut stream = connect(daemon.tcp("file.files"));
         stream.shutdown(Shutdown::Write).unwrap();
         assert_eq!(stream.read(&mut [0]).unwrap(), 0);
@@ -93,7 +93,7 @@ fn the_sum_names_the_outcomes_and_a_peer() {
 }
 
 #[test]
-fn port_scans_are_summed_up() {
+fn summarises_port_scans() {
     let daemon = daemon();
     for service in SERVICES {
         for _ in 0..10 {
@@ -102,11 +102,11 @@ fn port_scans_are_summed_up() {
             assert!(run(Command::new("nc").args(["-z", &host, &port])).status.success());
         }
     }
-    are_summed_up(daemon, 10);
+    assert_summarised(daemon, 10);
 }
 
 #[test]
-fn clients_that_take_a_part_leave_a_line_each() {
+fn logs_clients_that_take_a_part() {
     let daemon = daemon();
     assert_eq!(read_all(daemon.tcp("time.clock")).len(), 27);
     let mut stream = connect(daemon.tcp("file.files"));
@@ -122,7 +122,7 @@ fn clients_that_take_a_part_leave_a_line_each() {
     assert_eq!(outcome("file.files"), "reset");
 }
 
-/// Lets HAProxy check the daemon's services every 20 ms, until it has done so twenty times.
+/// Lets HAProxy check the services twenty times.
 fn let_haproxy_check(daemon: &Daemon, check: &str) {
     let paced = TcpListener::bind("127.0.0.1:0").unwrap();
     let pace = paced.local_addr().unwrap();
@@ -142,7 +142,7 @@ fn let_haproxy_check(daemon: &Daemon, check: &str) {
     let mut command = Command::new("haproxy");
     command.arg("-db").arg("-f").arg(file).stdout(Stdio::null()).stderr(Stdio::null());
     let mut haproxy = command.spawn().unwrap();
-    // HAProxy resets most checks before they can be accepted: these are those that are seen.
+    // HAProxy resets most checks before they are accepted.
     for _ in 0..20 {
         paced.accept().unwrap().0.write_all(b"x").unwrap();
     }
@@ -151,7 +151,7 @@ fn let_haproxy_check(daemon: &Daemon, check: &str) {
 }
 
 #[test]
-fn health_checks_of_haproxy_leave_no_line_of_their_own() {
+fn logs_no_line_for_haproxy_health_checks() {
     for check in ["", " option tcp-check\n", " option tcp-check\n tcp-check connect linger\n"] {
         let mut daemon = daemon();
         let_haproxy_check(&daemon, check);

@@ -1,5 +1,5 @@
-//! Saving a file when a system call fails, as it does on one file system or another: the outcome is
-//! the complete file and exit code 0, or no file and a message.
+//! Saves files while system calls fail: the result is a complete file and exit code 0, or no file
+//! and a message.
 
 use std::fs;
 use std::path::PathBuf;
@@ -19,18 +19,18 @@ const RENAME: &str = "EACCES EBUSY EDQUOT EINVAL ELOOP EMLINK ENAMETOOLONG ENOEN
 const STAT: &str = "EACCES ELOOP ENAMETOOLONG ENOMEM ENOTDIR EOVERFLOW";
 const SYNC: &str = "EDQUOT EINTR EINVAL EIO ENOSPC EROFS";
 
-/// System calls that fail together, as strace(1) names them, and what follows from each error.
+/// System calls that fail together, and the result of each error.
 struct Row {
     calls: &'static [&'static str],
-    /// Which files the calls must concern, relative to the folder; none: any.
+    /// Files whose calls fail, relative to the folder; empty for all.
     paths: &'static [&'static str],
     saved: &'static str,
     refused: &'static str,
 }
 
 impl Row {
-    /// Runs the command once for each error. `INTO` in an argument is the folder; `old` is the
-    /// content that the command replaces.
+    /// Runs the command once per error. `INTO` in an argument is the folder; `old` is the content
+    /// to replace.
     fn check(&self, arguments: &[&str], old: Option<&[u8]>) {
         for (errors, is_saved) in [(self.saved, true), (self.refused, false)] {
             for error in errors.split_whitespace() {
@@ -47,7 +47,7 @@ impl Row {
         }
         let outcome = self.run(error, &place, arguments);
         let mut names = place.names();
-        // Kept by `--update`.
+        // `--update` keeps it.
         names.retain(|name| name != ".handout-mirror.json");
         if is_saved {
             assert_eq!(outcome.code, Some(0), "{what}: {outcome:?}");
@@ -57,7 +57,7 @@ impl Row {
             assert!(outcome.stderr.contains("handout: "), "{what}: {outcome:?}");
             assert_eq!(fs::read(place.path("file")).ok().as_deref(), old, "{what}");
         }
-        // A temporary file stays if it cannot be removed or is another process's, else nothing.
+        // Only a temporary file that cannot be removed, or that belongs to another process, may remain.
         let may_leave = self.calls.contains(&"unlinkat") || self.calls == ["flock"] && !is_saved;
         if !may_leave {
             let file = is_saved || old.is_some();
@@ -71,7 +71,7 @@ impl Row {
         command.arg(DEADLINE.as_secs().to_string());
         command.args(["strace", "-f", "-qq", "-e", "signal=none", "-o", "/dev/null"]);
         for path in self.paths {
-            // strace compares paths as texts.
+            // strace compares paths literally.
             command.arg("-P").arg(into.join(path).components().collect::<PathBuf>());
             if *path != "." {
                 command.arg("-P").arg(path);
@@ -94,14 +94,14 @@ fn content() -> Vec<u8> {
     sample(61, 100_000)
 }
 
-/// A daemon that pushes the file.
+/// Starts a daemon that pushes the file.
 fn daemon() -> Daemon {
     let config = "[file.file]\nlisten = [\"127.0.0.1:0\"]\npath = \"file\"";
     Daemon::start_with(config, &[("file", &content())], |_| {})
 }
 
 fn check(rows: &[Row], arguments: &[&str], old: Option<&[u8]>) {
-    // Two at a time: each waits for its processes.
+    // Two at a time, because each mostly waits for processes.
     let (one, other) = rows.split_at(rows.len() / 2);
     thread::scope(|scope| {
         scope.spawn(|| one.iter().for_each(|row| row.check(arguments, old)));
@@ -110,7 +110,7 @@ fn check(rows: &[Row], arguments: &[&str], old: Option<&[u8]>) {
 }
 
 #[test]
-fn fetch_saves_completely_or_not_at_all_whichever_call_fails() {
+fn fetch_saves_all_or_nothing_when_a_call_fails() {
     let daemon = daemon();
     let server = daemon.tcp("file.file").to_string();
     let row = |calls, paths, saved, refused| Row { calls, paths, saved, refused };
@@ -140,11 +140,11 @@ fn fetch_saves_completely_or_not_at_all_whichever_call_fails() {
 
 #[cfg(feature = "gateway")]
 #[test]
-fn download_saves_completely_or_not_at_all_whichever_call_fails() {
+fn download_saves_all_or_nothing_when_a_call_fails() {
     use crate::web::{Reply, Web, http_date};
 
     const UNLINK: &str = "EACCES EBUSY EIO EISDIR ELOOP ENAMETOOLONG ENOENT ENOMEM ENOTDIR EPERM";
-    // Of `file`: the beginning of its SHA-256.
+    // The beginning of the SHA-256 digest of `file`.
     const PART: &[&str] = &[".handout-3b9c358f36f0a31b6ad3e14f309c7cf1.part"];
     let time = http_date(1_700_000_000);
     let web = Web::always(Reply::ok(content()).with("Last-Modified", &time));
@@ -173,7 +173,7 @@ fn download_saves_completely_or_not_at_all_whichever_call_fails() {
     ];
     let url = web.url("file");
     check(&rows, &["download", &url, "--retries", "0", "-o", "INTO"], None);
-    // The manifest that `--update` writes does not decide whether the file is saved.
+    // A file is saved even if the manifest of `--update` is not.
     let rows = [
         row(&["renameat:when=1"], &["."], "", RENAME),
         row(&["renameat:when=2"], &["."], RENAME, ""),

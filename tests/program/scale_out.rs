@@ -1,5 +1,5 @@
-//! Two replicas behind a real HAProxy: clients keep their addresses, and no client notices when a
-//! replica goes, but for those whom a killed one was serving.
+//! Two replicas behind HAProxy: client addresses are preserved, and the loss of a replica affects
+//! only the clients it was serving.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -21,14 +21,14 @@ use crate::common::{
     Daemon, connect, connect_from, decode, eventually, http_get, read_all, run, sample, says,
 };
 
-/// More than all the buffers between a replica and a client hold.
+/// More bytes than all buffers between a replica and a client hold.
 const PICTURE: usize = 20_000_000;
 
 fn shipped(name: &str) -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/config/scale-out")).join(name)
 }
 
-/// A replica on this address of its own, on free ports or on those of before.
+/// Starts a replica on an address, on free or previous ports.
 fn replica(address: &str, ports: [u16; 3]) -> Daemon {
     let [clock, picture, metrics] = ports;
     let config = format!(
@@ -45,7 +45,7 @@ fn ports(replica: &Daemon) -> [u16; 3] {
     ["time.clock", "file.picture", "metrics"].map(|service| replica.tcp(service).port())
 }
 
-/// The shipped configuration of HAProxy at work, with the addresses of this test.
+/// HAProxy with the shipped configuration and the addresses of this test.
 struct Balancer {
     process: Child,
     clock: SocketAddr,
@@ -68,7 +68,7 @@ impl Balancer {
                 replace(&format!(" {address}:{port}"), here);
             }
         }
-        // On free ports, which it is passed.
+        // On inherited sockets with free ports.
         let sockets = [":6789", ":5566"].map(|address| {
             let socket = TcpListener::bind("127.0.0.1:0").unwrap();
             let number = if address == ":6789" { 3 } else { 4 };
@@ -100,8 +100,7 @@ impl Balancer {
         Self { process, clock, picture, said, _folder: folder }
     }
 
-    /// Waits until it has said that this replica, for each of its services, is `UP` or
-    /// `DOWN`.
+    /// Waits until HAProxy reports every service of a replica as `UP` or `DOWN`.
     fn wait_for(&self, replica: &str, state: &str) {
         for service in ["clock", "picture"] {
             let words = format!("{service}/{replica} is {state}");
@@ -117,15 +116,14 @@ impl Drop for Balancer {
     }
 }
 
-/// What a client has come to.
+/// The result of a client.
 #[derive(Debug)]
 struct Asked {
     began: Instant,
     failure: Option<String>,
 }
 
-/// Clients, each with an address of its own, that ask one time after the other until they are told
-/// to stop.
+/// Clients with different addresses that ask repeatedly until they are stopped.
 struct Load {
     over: Arc<AtomicBool>,
     clients: Vec<JoinHandle<Vec<Asked>>>,
@@ -157,7 +155,7 @@ impl Load {
         Self { clients: (0..5).map(client).collect(), over }
     }
 
-    /// Ends it, and says what each client has come to.
+    /// Stops the clients and returns their results.
     fn end(self) -> Vec<Asked> {
         self.over.store(true, Ordering::Relaxed);
         self.clients.into_iter().flat_map(|client| client.join().unwrap()).collect()
@@ -174,12 +172,12 @@ fn ask(source: &str, address: SocketAddr, is_right: impl Fn(&[u8]) -> bool) -> i
     }
 }
 
-/// How many connections of clients a replica has served to the end.
+/// Returns the number of connections that a replica completed.
 fn served(replica: &Daemon) -> usize {
     replica.lines().iter().filter(|line| line["outcome"] == "complete").count()
 }
 
-/// A client in the middle of its transfer, and what it has.
+/// Returns a client in the middle of a transfer, and its data so far.
 fn begun(balancer: &Balancer) -> (TcpStream, Vec<u8>) {
     let mut stream = connect(balancer.picture);
     let mut document = vec![0; 1000];
@@ -188,18 +186,18 @@ fn begun(balancer: &Balancer) -> (TcpStream, Vec<u8>) {
 }
 
 #[test]
-fn the_shipped_configuration_of_haproxy_is_valid() {
+fn ships_a_valid_haproxy_configuration() {
     let output = run(Command::new("haproxy").args(["-c", "-f"]).arg(shipped("haproxy.cfg")));
     assert!(output.status.success(), "{output:?}");
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
 }
 
 #[test]
-fn clients_behind_haproxy_are_logged_limited_and_denied_by_their_own_addresses() {
+fn applies_limits_to_clients_behind_haproxy() {
     let replicas = [replica("127.0.0.11", [0; 3]), replica("127.0.0.12", [0; 3])];
     let balancer = Balancer::start([&replicas[0], &replicas[1]]);
     for number in 0..10 {
-        // By both versions of the protocol.
+        // With both versions of the protocol.
         let source = format!("127.0.0.{}", 7 + number);
         ask(&source, balancer.clock, |reply| reply.len() == 27).unwrap();
         let is_picture = |reply: &[u8]| decode(reply).1.len() == PICTURE;
@@ -214,7 +212,7 @@ fn clients_behind_haproxy_are_logged_limited_and_denied_by_their_own_addresses()
         assert_eq!(services.len(), 2, "{peer}");
         assert!(services.contains(&"time.clock".into()), "{services:?}");
     }
-    // Both had their share, as the load is balanced.
+    // The load is balanced.
     assert!(replicas.iter().all(|replica| served(replica) >= 1));
 
     assert!(ask("127.0.0.66", balancer.clock, |reply| reply.len() == 27).is_err());
@@ -226,7 +224,7 @@ fn clients_behind_haproxy_are_logged_limited_and_denied_by_their_own_addresses()
 }
 
 #[test]
-fn replicas_that_are_drained_and_come_back_one_after_the_other_cost_no_client() {
+fn loses_no_client_during_a_rolling_restart() {
     let one = replica("127.0.0.11", [0; 3]);
     let two = replica("127.0.0.12", [0; 3]);
     let document = Arc::new(direct(&one));
@@ -238,7 +236,7 @@ fn replicas_that_are_drained_and_come_back_one_after_the_other_cost_no_client() 
         eventually("clients of it", || served(&replica) > 20);
         replica.signal(Signal::TERM);
         replica.wait_for_message("stopping: ");
-        // While it drains, it says so; and then it is not there.
+        // A draining replica reports it, then disappears.
         balancer.wait_for(name, "DOWN");
         if name == "one" {
             for (stream, document) in &mut slow {
@@ -262,17 +260,17 @@ fn replicas_that_are_drained_and_come_back_one_after_the_other_cost_no_client() 
 }
 
 #[test]
-fn a_replica_that_is_killed_costs_those_whom_it_was_serving() {
+fn loses_only_the_clients_of_a_killed_replica() {
     let mut replicas = [replica("127.0.0.11", [0; 3]), replica("127.0.0.12", [0; 3])];
     let document = Arc::new(direct(&replicas[0]));
     let balancer = Balancer::start([&replicas[0], &replicas[1]]);
-    // One of each, as the load is balanced.
+    // One client per replica.
     let mut slow = [begun(&balancer), begun(&balancer)];
     let load = Load::begin(&balancer, &document);
     eventually("clients of both", || replicas.iter().all(|replica| served(replica) > 20));
     replicas[0].child.kill().unwrap();
     replicas[0].wait();
-    // Until here, clients may have come into its queues.
+    // Until then, clients may have entered its accept queues.
     let gone = Instant::now();
     let before = served(&replicas[1]);
     balancer.wait_for("one", "DOWN");
@@ -289,7 +287,7 @@ fn a_replica_that_is_killed_costs_those_whom_it_was_serving() {
 }
 
 #[test]
-fn a_replica_that_is_not_well_gets_nobody_until_it_is() {
+fn sends_no_clients_to_an_unhealthy_replica() {
     let replicas = [replica("127.0.0.11", [0; 3]), replica("127.0.0.12", [0; 3])];
     let balancer = Balancer::start([&replicas[0], &replicas[1]]);
     let picture = replicas[0].path("picture.jpg");
@@ -310,11 +308,11 @@ fn a_replica_that_is_not_well_gets_nobody_until_it_is() {
     });
 }
 
-/// The objects of the manifest for Kubernetes.
+/// Returns the objects of the Kubernetes manifest.
 fn manifest() -> Vec<Value> {
     let script =
         "import json, sys, yaml; print(json.dumps(list(yaml.safe_load_all(open(sys.argv[1])))))";
-    // Debian's own, which has the module.
+    // Debian's Python has the module.
     let mut python = Command::new("/usr/bin/python3");
     let output = run(python.args(["-c", script]).arg(shipped("kubernetes.yaml")));
     assert!(output.status.success(), "{output:?}");
@@ -325,7 +323,8 @@ fn of_kind<'a>(manifest: &'a [Value], kind: &str) -> &'a Value {
     manifest.iter().find(|object| object["kind"] == kind).unwrap()
 }
 
-/// Lays files as the kubelet lays those of a ConfigMap: what they lead to is exchanged as a whole.
+/// Writes files like the kubelet those of a ConfigMap: links to a folder that is replaced as a
+/// whole.
 fn lay(folder: &Path, version: &str, files: &Value) {
     fs::create_dir(folder.join(version)).unwrap();
     for (name, content) in files.as_object().unwrap() {
@@ -337,14 +336,14 @@ fn lay(folder: &Path, version: &str, files: &Value) {
 }
 
 #[test]
-fn the_manifest_for_kubernetes_runs_what_it_probes_and_sees_a_new_file() {
+fn kubernetes_manifest_serves_its_probes_and_new_files() {
     let manifest = manifest();
     let mut files = of_kind(&manifest, "ConfigMap")["data"].clone();
     let pod = &of_kind(&manifest, "Deployment")["spec"]["template"]["spec"];
     let container = &pod["containers"][0];
     let config = files["handout.toml"].as_str().unwrap().to_owned();
 
-    // Each port is one that a service listens on, and what leads to it has its name.
+    // Each port belongs to a service and is referenced by name.
     let ports = container["ports"].as_array().unwrap();
     for port in ports {
         assert!(config.contains(&format!("\"0.0.0.0:{}\"", port["containerPort"])), "{port}");
@@ -374,14 +373,14 @@ fn the_manifest_for_kubernetes_runs_what_it_probes_and_sees_a_new_file() {
     lay(daemon.folder.path(), "..2", &files);
     eventually("the new file", || hello().1 == b"Hello again.");
 
-    // The kubelet waits for as long as it takes: preStop, and the grace in the configuration.
+    // The kubelet waits for preStop and the configured grace.
     let stop = container["lifecycle"]["preStop"]["sleep"]["seconds"].as_u64().unwrap();
     assert!(pod["terminationGracePeriodSeconds"].as_u64().unwrap() > stop + 30);
     assert!(files["handout.toml"].as_str().unwrap().contains("grace = \"30s\""));
 }
 
 #[test]
-fn the_manifest_for_kubernetes_is_what_the_schemas_say() {
+fn kubernetes_manifest_matches_the_schemas() {
     if Command::new("kubernetes-validate").arg("--version").output().is_err() {
         println!("NOT CHECKED: there is no kubernetes-validate (pip install kubernetes-validate)");
         return;
@@ -391,7 +390,7 @@ fn the_manifest_for_kubernetes_is_what_the_schemas_say() {
     assert!(output.status.success(), "{output:?}");
 }
 
-/// The document of a replica, which believes this test, too.
+/// Returns the document of a replica, which accepts PROXY headers from this test.
 fn direct(replica: &Daemon) -> Vec<u8> {
     let mut stream = connect_from("127.0.0.1", replica.tcp("file.picture"));
     stream.write_all(b"PROXY UNKNOWN\r\n").unwrap();

@@ -1,9 +1,7 @@
-//! Good clients are served, all of them, while bad ones of every kind do what they can; memory and
-//! descriptors stay where they were.
+//! Serves well-behaved clients beside abusive ones of every kind, with stable memory and descriptors.
 //!
-//! It takes minutes and is not part of the test suite: `tests/soak [MINUTES]`. The bad ones have
-//! other addresses than the good ones, as only these tell the daemon who is who: what is shown
-//! here is that its limits hold, not that it looks through anybody.
+//! Takes minutes and is not part of the test suite: `tests/soak [MINUTES]`. Abusive clients have other
+//! addresses than well-behaved ones, because limits apply per address.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -26,12 +24,12 @@ use crate::good::{
 };
 use crate::load::Settled;
 
-/// When the daemon must have ended every connection of a client that wants nothing but to stay:
-/// `max-duration`, and what a busy machine adds.
+/// Time after which the daemon must have ended a connection: `max-duration` and a margin for a
+/// loaded machine.
 const LET_GO: Duration = Duration::from_secs(30);
 
-/// Each kind of bad client has an address of its own, and all of them together fewer places
-/// (`max-per-client`) than there are (`max-connections`): the good ones find one at any time.
+/// Configuration in which all abusive clients together (`max-per-client` each) cannot use all
+/// `max-connections`.
 const CONFIG: &str = "
 [log]
 format = \"json\"
@@ -62,13 +60,13 @@ path = \"files\"
 cache-limit = \"1MiB\"
 ";
 
-/// Comes and goes with every second SIGHUP.
+/// Added by every second reload.
 const CONFIG_OF_A_GUEST: &str = "[time.guest]\nlisten = [\"127.0.0.1:0\", \"udp:127.0.0.1:0\"]\n";
 
 const SMALL: usize = 200_000;
 const LARGE: usize = 20_000_000;
 const REWRITTEN: usize = 2_000_000;
-/// Small enough to be kept by the folder service, and too large for it.
+/// A file below and one above the cache limit of the folder service.
 const FOLDER_FILES: [(&str, usize); 2] = [("one.bin", 50_000), ("sub/two.bin", 1_000_000)];
 
 const DENIED: u8 = 250;
@@ -137,18 +135,18 @@ fn soak() {
     for (kind, _, ask) in GOOD_CLIENTS {
         ask(&places, 0).unwrap_or_else(|error| panic!("{kind}, at the end: {error}"));
     }
-    // Once more, when everybody has gone.
+    // Once more without clients.
     memory.note(&soak, &daemon);
     memory.assert_that_it_is_flat(length);
     assert!(daemon.stop().success());
     for line in daemon.lines() {
-        // A panic's own words are the only thing that is not JSON.
+        // Only panic messages are not JSON.
         assert!(line.is_object() && line["level"] != "ERROR", "{line}");
         assert_ne!(line["outcome"], "panic", "{line}");
     }
 }
 
-/// Lets the daemon read its configuration anew, with something more in it.
+/// Reloads with an addition to the configuration.
 fn reload(daemon: &Daemon, more: &str) {
     replace(&daemon.path("handout.toml"), format!("{CONFIG}{more}").as_bytes());
     daemon.signal(Signal::HUP);
@@ -156,8 +154,8 @@ fn reload(daemon: &Daemon, more: &str) {
 
 type Ask = fn(&Places, u64) -> io::Result<()>;
 
-/// What it is, the pause in milliseconds before it asks again, and how it asks, which must come out
-/// well each time: for who is denied, too, it is certain what that is. Each is a thread of its own.
+/// Well-behaved clients: name, pause in milliseconds, and the request, which must always succeed.
+/// Each runs in a thread.
 const GOOD_CLIENTS: [(&str, u64, Ask); 9] = [
     ("time by TCP", 20, |places, round| ask_time(internet(places.clock)?, round)),
     ("time by Unix socket", 20, |places, round| {
@@ -170,10 +168,10 @@ const GOOD_CLIENTS: [(&str, u64, Ask); 9] = [
         read_document(stream, "small.bin", SMALL, round).map(drop)
     }),
     ("large file", 500, |places, round| pushed(places.large, "large.bin", LARGE, round).map(drop)),
-    // Rewritten while it is sent it cannot be finished, and must not look as if it were.
+    // A file rewritten while it is sent must end in a reset.
     ("rewritten file, or a reset", 100, |places, round| {
         let asked = pushed(places.rewritten, "rewritten.bin", REWRITTEN, round);
-        // Who writes or half-closes after the reset is told of it in other words.
+        // Writing or half-closing after the reset returns other errors.
         asked.map(drop).or_else(|error| match error.kind() {
             ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::NotConnected => Ok(()),
             _ => Err(error),
@@ -185,7 +183,7 @@ const GOOD_CLIENTS: [(&str, u64, Ask); 9] = [
 
 type Act = fn(&Bad<'_>);
 
-/// What it is, the pause in milliseconds before it acts again, and what it does.
+/// Abusive clients: name, pause in milliseconds, and the action.
 const BAD_CLIENTS: [(&str, u64, Act); 11] = [
     ("says nothing", 0, |bad| {
         bad.stay(30, bad.places.folder_service, 200, |stream| stream.read(&mut [0; 1000]));
@@ -197,7 +195,7 @@ const BAD_CLIENTS: [(&str, u64, Act); 11] = [
     }),
     ("reads a byte a second", 0, |bad| {
         bad.stay(20, bad.places.large, 1000, |stream| {
-            // What it has already could be read long after the reset.
+            // Received data can be read long after the reset.
             stream.take_error()?.map_or_else(|| stream.read(&mut [0]), Err)
         });
     }),
@@ -214,7 +212,7 @@ const BAD_CLIENTS: [(&str, u64, Act); 11] = [
     }),
     ("sends megabytes", 500, |bad| {
         bad.with_every_service(|stream| {
-            // Twice as much as is read of it, or until nothing more is taken.
+            // Sends twice as much as the daemon reads, or until the socket is full.
             drop(stream.set_write_timeout(Some(Duration::from_millis(300))));
             drop((0..512).try_for_each(|_| stream.write_all(&[b'x'; 65536])));
         });
@@ -228,7 +226,7 @@ const BAD_CLIENTS: [(&str, u64, Act); 11] = [
         }
     }),
     ("holds what it can get", 100, |bad| {
-        // More than max-per-client: what is over is reset.
+        // More than max-per-client; the excess is reset.
         let held: Vec<_> = (0..60).flat_map(|_| bad.places.internet()).collect();
         let held: Vec<_> = held.into_iter().filter_map(|to| bad.connect(to).ok()).collect();
         bad.soak.rest(5000);
@@ -245,7 +243,7 @@ const BAD_CLIENTS: [(&str, u64, Act); 11] = [
     ("floods with datagrams", 50, flood),
 ];
 
-/// Where the services are.
+/// The addresses of the services.
 struct Places {
     folder: PathBuf,
     clock: SocketAddr,
@@ -274,7 +272,7 @@ impl Places {
     }
 }
 
-/// What all the clients share.
+/// State shared by all clients.
 struct Soak {
     start: Instant,
     over: Mutex<bool>,
@@ -284,14 +282,14 @@ struct Soak {
 
 #[derive(Default)]
 struct Counts {
-    /// How many requests of each kind were served, and the longest that one took.
+    /// Served requests of each kind, and the slowest.
     good: BTreeMap<&'static str, (u64, Duration)>,
-    /// Connections, or datagrams, of each kind.
+    /// Connections or datagrams of each abusive kind.
     bad: BTreeMap<&'static str, u64>,
     failures: Vec<String>,
 }
 
-/// Sends everybody home when it is dropped, however this comes about.
+/// Stops all clients on drop.
 struct Over<'a>(&'a Soak);
 
 impl Drop for Over<'_> {
@@ -311,7 +309,7 @@ impl Soak {
         }
     }
 
-    /// Waits for so many milliseconds; false if it is over.
+    /// Sleeps; returns false if the soak is over.
     fn rest(&self, milliseconds: u64) -> bool {
         let time = Duration::from_millis(milliseconds);
         let over = self.over.lock().unwrap();
@@ -356,7 +354,7 @@ impl Soak {
         self.counts.lock().unwrap().failures.len()
     }
 
-    /// How it goes.
+    /// Returns a line with the progress.
     fn line(&self, daemon: &Daemon) -> String {
         let counts = self.counts.lock().unwrap();
         let good: u64 = counts.good.values().map(|(served, _)| served).sum();
@@ -387,7 +385,7 @@ impl Soak {
     fn assert_that_all_is_well(&self) {
         let counts = self.counts.lock().unwrap();
         assert!(counts.failures.is_empty(), "{:#?}", counts.failures);
-        // Nothing is shown by clients that did not come.
+        // Without clients the soak proves nothing.
         for (kind, ..) in GOOD_CLIENTS {
             assert!(counts.good.contains_key(kind), "none of: {kind}");
         }
@@ -397,7 +395,7 @@ impl Soak {
     }
 }
 
-/// The daemon's resident memory and its threads, every second.
+/// Resident memory and threads of the daemon, sampled every second.
 #[derive(Default)]
 struct Memory(Vec<(Duration, u64, u64)>);
 
@@ -406,11 +404,9 @@ impl Memory {
         self.0.push((soak.start.elapsed(), daemon.usage().0, daemon.threads()));
     }
 
-    /// The same clients do the same all the time, so that whatever is needed at once was needed in
-    /// the first minute. A leak grows with the connections that have been: a hundred bytes for
-    /// each of the hundred thousands of ten minutes are tens of megabytes. What is allowed is what
-    /// the allocator's scattered free pieces come to, and the memory of threads: those that read
-    /// files grow in number with the worst moment so far, but never beyond 512.
+    /// Compares the second half with the first minute, which has the same load. A leak of a hundred
+    /// bytes per connection would be tens of megabytes in ten minutes. Fragmentation and the stacks
+    /// of file threads are allowed.
     fn assert_that_it_is_flat(&self, length: Duration) {
         let highest = |from: Duration, to: Duration| {
             let within = || self.0.iter().filter(|(at, ..)| (from..to).contains(at));
@@ -435,10 +431,10 @@ impl Memory {
     }
 }
 
-/// A piece of a file on its stack, and what the allocator keeps for it.
+/// Memory of a file thread: a piece of a file on its stack, and allocator caches.
 const MEMORY_OF_A_THREAD: u64 = 80 << 10;
 
-/// Writes each file as every careful program does.
+/// Replaces each file by a rename.
 fn write_files(folder: &Path, version: u64) {
     for (name, size) in [("small.bin", SMALL), ("large.bin", LARGE), ("rewritten.bin", REWRITTEN)] {
         replace(&folder.join(name), &content(version, size));
@@ -448,7 +444,7 @@ fn write_files(folder: &Path, version: u64) {
     }
 }
 
-/// Gives each file a new version every second, and tells the last.
+/// Replaces each file every second and returns the last version.
 fn replace_files(soak: &Soak, folder: &Path) -> u64 {
     let mut version = 0;
     while soak.rest(1000) {
@@ -462,7 +458,7 @@ fn replace_files(soak: &Soak, folder: &Path) -> u64 {
         replace(&folder.join("large.bin"), &content(version, LARGE));
         fs::write(folder.join("rewritten.bin"), content(version, REWRITTEN)).unwrap();
         for (name, size) in FOLDER_FILES {
-            // The folder service does not know files that are hidden.
+            // The folder service ignores hidden files.
             let beside = folder.join("files/.new");
             fs::write(&beside, content(version, size)).unwrap();
             fs::rename(beside, folder.join("files").join(name)).unwrap();
@@ -471,7 +467,7 @@ fn replace_files(soak: &Soak, folder: &Path) -> u64 {
     version
 }
 
-/// A datagram may be lost; ten are not.
+/// Asks up to ten times, because a datagram may be lost.
 fn ask_time_by_datagram(to: SocketAddr) -> io::Result<()> {
     for _ in 0..10 {
         let socket = UdpSocket::bind(SocketAddr::from(([127, 0, 0, GOOD], 0)))?;
@@ -487,7 +483,7 @@ fn ask_time_by_datagram(to: SocketAddr) -> io::Result<()> {
     Err(ErrorKind::TimedOut.into())
 }
 
-/// Asks for the list, for each file and for one that is not there, all at once.
+/// Pipelines requests for the list, each file and a missing one.
 fn ask_folder(to: SocketAddr) -> io::Result<()> {
     let mut stream = internet(to)?;
     let names: String = FOLDER_FILES.iter().map(|(name, _)| format!("{name}\n")).collect();
@@ -520,12 +516,12 @@ fn ask_folder(to: SocketAddr) -> io::Result<()> {
     }
 }
 
-/// Who is denied gets no byte, neither by TCP nor by UDP.
+/// Checks that a denied client gets no byte over TCP or UDP.
 fn be_denied(places: &Places, round: u64) -> io::Result<()> {
     let mut reply = Vec::new();
     let addresses = places.internet();
     let to = addresses.into_iter().cycle().nth(usize::try_from(round % 5).unwrap_or(0));
-    // The reset may be there before the connection is said to be.
+    // The reset may arrive before connect(2) returns.
     let ended = connect_from(DENIED, to.unwrap_or(places.clock))
         .and_then(|mut stream| stream.read_to_end(&mut reply));
     if !reply.is_empty() || !ended.as_ref().is_err_and(|e| e.kind() == ErrorKind::ConnectionReset) {
@@ -541,12 +537,12 @@ fn be_denied(places: &Places, round: u64) -> io::Result<()> {
     }
 }
 
-/// A kind of bad client.
+/// A kind of abusive client.
 struct Bad<'a> {
     soak: &'a Soak,
     places: &'a Places,
     kind: &'static str,
-    /// The last part of its address.
+    /// Last octet of its address.
     address: u8,
 }
 
@@ -557,7 +553,7 @@ impl Bad<'_> {
         Ok(stream)
     }
 
-    /// Connects, does something, and leaves. What comes of it is not the point.
+    /// Connects, acts and leaves; the result does not matter.
     fn with(&self, to: SocketAddr, act: impl FnOnce(&mut TcpStream)) {
         if let Ok(mut stream) = self.connect(to) {
             act(&mut stream);
@@ -570,8 +566,8 @@ impl Bad<'_> {
         }
     }
 
-    /// Keeps so many connections, and does something with each of them every so many
-    /// milliseconds, until the daemon ends them: which it must.
+    /// Holds `count` connections and acts on each periodically until the daemon ends it, which it
+    /// must.
     fn stay(
         &self,
         count: usize,
@@ -602,7 +598,7 @@ impl Bad<'_> {
     }
 }
 
-/// What no client of a folder service should say.
+/// Invalid requests for a folder service.
 pub fn garbage() -> [Vec<u8>; 8] {
     [
         sample(1, 4000),
@@ -613,12 +609,12 @@ pub fn garbage() -> [Vec<u8>; 8] {
             .to_vec(),
         [vec![b'/'; 4090], b"\n".to_vec()].concat(),
         b"one.b".to_vec(),
-        // Far more replies than it takes.
+        // Far more replies than the client reads.
         b"sub/two.bin\n\n".repeat(1000),
     ]
 }
 
-/// Sends junk, nothing, what could be a reply, and questions, faster than any client should.
+/// Sends junk, empty datagrams, possible replies and requests at an excessive rate.
 fn flood(bad: &Bad<'_>) {
     let reply = br#"{"time":"2026-11-22T13:46:01.123456Z","unix":1795326361.123456,"synchronized":true,"max-error-us":1234}
 "#;

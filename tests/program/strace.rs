@@ -1,5 +1,4 @@
-//! A tracer that is attached to a daemon that runs: it counts the daemon's system calls, or makes
-//! the kernel refuse them.
+//! Attaches strace(1) to a running daemon to count its system calls or let them fail.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -17,7 +16,7 @@ pub struct Strace {
 }
 
 impl Strace {
-    /// Attaches it to every thread of the daemon, with these arguments.
+    /// Attaches strace to every thread of the daemon.
     pub fn attach<A: AsRef<std::ffi::OsStr>>(
         daemon: &Daemon,
         arguments: impl IntoIterator<Item = A>,
@@ -36,17 +35,17 @@ impl Strace {
         let mut messages = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
         let attached = messages.find(|line| line.contains(" attached"));
         assert!(attached.is_some(), "strace ended");
-        // strace reports new threads, too; a full pipe would stop it.
+        // strace reports new threads, and a full pipe would block it.
         thread::spawn(move || messages.for_each(drop));
         Self { child, trace }
     }
 
-    /// What it has seen so far, a line for each call.
+    /// Returns the trace so far, one line per call.
     pub fn seen(&self) -> String {
         fs::read_to_string(&self.trace).unwrap_or_default()
     }
 
-    /// Lets the daemon go on as before, and returns what was seen.
+    /// Detaches from the daemon and returns the trace.
     pub fn detach(mut self) -> String {
         kill_process(Pid::from_child(&self.child), Signal::INT).unwrap();
         wait_for_exit(&mut self.child);

@@ -1,4 +1,4 @@
-//! What handout is built of: no more than is justified, with no newer compiler than is said.
+//! Dependencies and compiler: every crate is justified, their number is bounded.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,7 +13,7 @@ fn read(path: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
 }
 
-/// What cargo prints about this project, as it is locked.
+/// Runs cargo on this project with the lock file.
 fn cargo(arguments: &[&str]) -> String {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.args(arguments).args(["--locked", "--offline"]).current_dir(env!("CARGO_MANIFEST_DIR"));
@@ -22,13 +22,13 @@ fn cargo(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Cargo.toml, as cargo reads it.
+/// Returns the manifest as JSON.
 fn manifest() -> Value {
     let all = cargo(&["metadata", "--no-deps", "--format-version", "1"]);
     serde_json::from_str::<Value>(&all).unwrap()["packages"][0].take()
 }
 
-/// The crates in a chapter of the page of dependencies.
+/// Returns the crates in a section of DEPENDENCIES.md.
 fn justified(chapter: &str) -> BTreeSet<String> {
     let page = read("DEPENDENCIES.md");
     let (_, chapter) = page.split_once(&format!("\n## {chapter}\n")).unwrap();
@@ -49,7 +49,7 @@ fn justifies_every_direct_dependency() {
     assert_eq!(justified("The gateway"), named(true));
 }
 
-/// How many crates are built for Linux, but for handout itself.
+/// Returns the number of crates for Linux without handout itself.
 fn crates(features: &[&str]) -> usize {
     let tree = ["tree", "--edges", "normal", "--prefix", "none", "--no-dedupe"];
     let linux = ["--target", "x86_64-unknown-linux-gnu"];
@@ -61,18 +61,18 @@ fn crates(features: &[&str]) -> usize {
 }
 
 #[test]
-fn there_are_no_more_crates_than_were_agreed_on() {
+fn has_the_stated_number_of_crates() {
     let page = read("DEPENDENCIES.md");
     let agreed: Vec<usize> =
         page.split("**").skip(1).step_by(2).map(|number| number.parse().unwrap()).collect();
-    // A number that is too high is no bound.
+    // The stated numbers are exact, otherwise they would not be bounds.
     assert_eq!([crates(&["--no-default-features"]), crates(&[])], *agreed);
 }
 
 #[test]
-fn the_minimum_of_rust_is_said_once() {
+fn states_the_rust_version_once() {
     let minimum = manifest()["rust_version"].as_str().unwrap().to_owned();
     assert!(read("README.md").contains(&format!("Rust toolchain ({minimum} or newer)")));
-    // What is built here is built with that or a newer one, or cargo would have refused to.
+    // Cargo refuses to build with an older compiler.
     assert!(read(".ci/run").contains("rust-version"), "nothing tries whether it is enough");
 }

@@ -1,4 +1,4 @@
-//! The page of promises names tests that are there, and what only the source can tell is so.
+//! Every promise in tests/README.md names existing tests, and properties of the source hold.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,13 +7,13 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// What stands between backticks.
+/// Returns the texts between backticks.
 fn quoted(text: &str) -> impl Iterator<Item = &str> {
     text.split('`').skip(1).step_by(2)
 }
 
-/// Whether there is such a test: `module::tests::name` of the library, `program::module::name` of
-/// this one, `script: name` of a script.
+/// Returns whether a test exists: `module::tests::name` (unit test), `program::module::name` or
+/// `script: name`.
 fn exists(name: &str) -> bool {
     let read = |path: PathBuf| fs::read_to_string(root().join(path)).unwrap_or_default();
     if let Some((script, name)) = name.split_once(": ") {
@@ -28,7 +28,7 @@ fn exists(name: &str) -> bool {
         _ => return false,
     };
     let source = read(format!("{path}.rs").into()) + &read(format!("{path}/mod.rs").into());
-    // A test, and not a function of that name.
+    // A test, not a helper function.
     source.match_indices(&format!("fn {name}(")).any(|(at, _)| {
         let before = source.get(..at).unwrap_or_default();
         let last = before.trim_end().trim_end_matches("async").trim_end();
@@ -37,7 +37,7 @@ fn exists(name: &str) -> bool {
 }
 
 #[test]
-fn every_promise_names_tests_that_there_are() {
+fn every_promise_names_existing_tests() {
     let page = fs::read_to_string(root().join("tests/README.md")).unwrap();
     let mut promises = 0;
     for row in page.lines().filter(|line| line.starts_with("| ")) {
@@ -57,12 +57,12 @@ fn every_promise_names_tests_that_there_are() {
 }
 
 #[test]
-fn a_test_that_is_not_there_is_seen() {
-    assert!(exists("program::promises::a_test_that_is_not_there_is_seen"));
+fn a_missing_test_is_detected() {
+    assert!(exists("program::traceability::a_missing_test_is_detected"));
     for name in [
-        "program::promises::a_test_that_was_removed",
-        "program::promises::exists",
-        "program::gone::a_test_that_is_not_there_is_seen",
+        "program::traceability::a_test_that_was_removed",
+        "program::traceability::exists",
+        "program::gone::a_missing_test_is_detected",
         "limits::tests::a_test_that_was_removed",
         "limits::a_network_has_no_bits_of_a_host",
         "tests/systemd/reload.sh: a_check_that_was_removed",
@@ -72,7 +72,7 @@ fn a_test_that_is_not_there_is_seen() {
     }
 }
 
-/// The files of the library and the program, with what is in them.
+/// Returns the paths and the content of all source files.
 fn sources() -> Vec<(PathBuf, String)> {
     let mut found = Vec::new();
     let mut folders = vec![root().join("src")];
@@ -104,7 +104,7 @@ fn unsafe_code_is_in_one_file_only() {
 }
 
 #[test]
-fn the_core_names_no_library_of_what_is_done_to_the_outside() {
+fn core_uses_no_library_of_the_gateway() {
     for (path, source) in sources() {
         let outside = [
             "src/http",
