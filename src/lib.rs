@@ -66,7 +66,7 @@ pub mod internals {
     pub use crate::client::time_reply::{Told, read_rfc868, read_text};
     pub use crate::clock::Format;
     pub use crate::config::{Config, Sources, load_part};
-    pub use crate::config_reader::diagnostic::Place;
+    pub use crate::config_reader::diagnostic::Position;
     pub use crate::document::{File, Head, ReadError, Reader, Refusal, file_closing};
     pub use crate::fs::filename::{escape, escape_bytes, file_name, last_component, relative_path};
     pub use crate::fs::folder::{Folder, MAX_NAME};

@@ -1,12 +1,13 @@
 //! Secrets: read from files, and never seen again but where they are used.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 
-use crate::config::Context;
+use crate::config_reader::{Question, Reported, Table};
 use crate::fs::file::OpenFile;
 
 /// The longest secret that is read, in bytes.
@@ -136,15 +137,30 @@ pub(crate) fn path(name: &str, folder: &Path, credentials: Option<&Path>) -> Pat
     credential.filter(|path| path.is_file()).unwrap_or_else(|| folder.join(name))
 }
 
-/// Reads the secret that a configuration names, from where [`path`] says.
-///
-/// # Errors
-/// Says what is wrong.
-pub(crate) fn file(name: &str, context: &Context<'_>) -> Result<(PathBuf, Secret), String> {
+/// Reads the key that names the file of a secret. The probe stage reads the secret.
+pub(crate) fn read_path(
+    table: &mut Table<'_>,
+    key: &'static str,
+) -> Result<Option<PathBuf>, Reported> {
+    checked_path(table, key, |path| {
+        Secret::read(path).map(drop).map_err(|error| format!("cannot be read: {error}"))
+    })
+}
+
+/// As [`read_path`], with another check.
+pub(crate) fn checked_path(
+    table: &mut Table<'_>,
+    key: &'static str,
+    check: fn(&Path) -> Result<(), String>,
+) -> Result<Option<PathBuf>, Reported> {
+    let Some(name) = table.text(key, |name| Ok::<_, Infallible>(name.to_owned()))? else {
+        return Ok(None);
+    };
     let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
-    let path = path(name, context.folder, credentials.as_deref());
-    let secret = Secret::read(&path).map_err(|error| format!("cannot be read: {error}"))?;
-    Ok((path, secret))
+    let found = path(&name, table.base_dir(), credentials.as_deref());
+    let checked = found.clone();
+    table.probe(key, &name, Question::Check(Box::new(move || check(&checked))));
+    Ok(Some(found))
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
-use handout::internals::{Config, Place, Sources};
+use handout::internals::{Config, Position, Sources};
 use handout_fuzz::{folder, is_one_line};
 use libfuzzer_sys::fuzz_target;
 
@@ -26,10 +26,10 @@ fuzz_target!(|text: &[u8]| {
     assert!(!faults.0.is_empty());
     let lines = 1 + text.iter().filter(|byte| **byte == b'\n').count();
     for fault in &faults.0 {
-        match &fault.place {
-            Place::Line(_, line) => assert!((1..=lines).contains(line), "{fault}"),
-            Place::File(_) => assert!(fault.key.is_empty(), "{fault}"),
-            Place::Argument(_) => panic!("{fault}"),
+        match &fault.position {
+            Position::Line(_, line) => assert!((1..=lines).contains(line), "{fault}"),
+            Position::File(_) => assert!(fault.key.is_empty(), "{fault}"),
+            Position::Argument(_) => panic!("{fault}"),
         }
         assert!(is_one_line(&fault.to_string()), "{fault:?}");
     }

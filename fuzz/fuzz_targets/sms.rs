@@ -44,9 +44,9 @@ static PROVIDERS: LazyLock<Vec<Settings>> = LazyLock::new(|| {
     let file = folder().join("handout.toml");
     fs::write(folder().join("password"), "hush").unwrap();
     fs::write(&file, CHANNELS).unwrap();
-    let read = load_part(&file, |root, context| {
+    let read = load_part(&file, |root| {
         let tables = root.tables("sms").into_iter();
-        tables.map(|(name, table)| Settings::read(name, table, context)).collect()
+        tables.map(|(name, table)| Settings::read(name, table)).collect()
     });
     read.unwrap()
 });

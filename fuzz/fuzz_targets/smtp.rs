@@ -31,9 +31,9 @@ const LONGEST: usize = 5100;
 static SETTINGS: LazyLock<Settings> = LazyLock::new(|| {
     let file = folder().join("handout.toml");
     fs::write(&file, CHANNEL).unwrap();
-    let read = load_part(&file, |root, context| {
+    let read = load_part(&file, |root| {
         let (name, table) = root.tables("mail").remove(0);
-        Settings::read(name, table, context)
+        Settings::read(name, table)
     });
     read.unwrap()
 });

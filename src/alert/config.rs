@@ -5,9 +5,7 @@ use std::env;
 use std::path::PathBuf;
 
 use crate::alert::grouping::Policy;
-use crate::config::{Context, check_name};
-use crate::config_reader::table::{Noted, Table};
-use crate::config_reader::values;
+use crate::config_reader::{Reported, Table, values};
 use crate::daemon::health::Kind;
 use crate::notify::channel::Channel;
 use crate::notify::{mail, sms};
@@ -15,7 +13,7 @@ use crate::telemetry::counters::Label;
 
 /// How the operator is told.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Settings {
+pub(crate) struct Settings {
     /// Every channel, with a name of its own.
     pub channels: Vec<Channel>,
     /// What is told by itself, if anything.
@@ -42,37 +40,37 @@ impl Settings {
     ///
     /// # Errors
     /// If something is.
-    pub fn read(root: &mut Table<'_>, context: &Context<'_>) -> Result<Self, Noted> {
+    pub(crate) fn read(root: &mut Table<'_>) -> Result<Self, Reported> {
         let mut channels = Vec::new();
         let mut names = Vec::new();
         for kind in ["mail", "sms"] {
             for (name, table) in root.tables(kind) {
                 names.push(format!("{kind}.{name}"));
-                channels.push(read_channel(kind, name, table, context));
+                channels.push(read_channel(kind, name, table));
             }
         }
         let channels = channels.into_iter().collect::<Result<Vec<_>, _>>();
-        let alert = root.table("alert").map(|table| Alert::read(table, context, &names));
+        let alert = root.table("alert").map(|table| Alert::read(table, &names));
         Ok(Self { channels: channels?, alert: alert.transpose()? })
     }
 
     /// How many channels there are.
-    pub fn channels(&self) -> usize {
+    pub(crate) fn channel_count(&self) -> usize {
         self.channels.len()
     }
 
     /// Every channel, and whose server it asks, in a line.
-    pub fn lines(&self) -> impl Iterator<Item = String> {
+    pub(crate) fn lines(&self) -> impl Iterator<Item = String> {
         self.channels.iter().map(|channel| format!("{} over {}", channel.name(), channel.server()))
     }
 
     /// Whether anybody is told.
-    pub fn is_on(&self) -> bool {
+    pub(crate) fn is_on(&self) -> bool {
         self.alert.is_some()
     }
 
     /// What anybody is told of.
-    pub fn told(&self) -> BTreeSet<Kind> {
+    pub(crate) fn told(&self) -> BTreeSet<Kind> {
         self.alert.as_ref().map(|alert| alert.policy.on.clone()).unwrap_or_default()
     }
 
@@ -83,11 +81,7 @@ impl Settings {
 }
 
 impl Alert {
-    fn read(
-        mut table: Table<'_>,
-        context: &Context<'_>,
-        channels: &[String],
-    ) -> Result<Self, Noted> {
+    fn read(mut table: Table<'_>, channels: &[String]) -> Result<Self, Reported> {
         let to = table.texts("to", |name| match channels.iter().find(|channel| *channel == name) {
             Some(channel) => Ok(channel.clone()),
             None if channels.is_empty() => {
@@ -100,16 +94,16 @@ impl Alert {
         let repeat = table.text_or("repeat", "4h", values::duration);
         let max_per_hour = table.integer_or("max-per-hour", 10, 1..=1000);
         let attach = table.boolean_or("attach", true);
-        let state = table.text("state", |name| {
-            let path = context.folder.join(name);
-            if path.is_dir() { Ok(path) } else { Err("expected a folder that is there") }
+        let state = table.checked_path("state", |path| {
+            let expected = || "expected a folder that is there".to_owned();
+            path.is_dir().then_some(()).ok_or_else(expected)
         });
         let to = to.and_then(|to| match to {
             Some(to) if !to.is_empty() => {
                 let to: BTreeSet<_> = to.into_iter().map(|to| to.value).collect();
                 Ok(to.into_iter().collect())
             }
-            _ => Err(table.fault("to", "expected at least one channel, as [\"mail.ops\"]")),
+            _ => Err(table.report("to", "expected at least one channel, as [\"mail.ops\"]")),
         });
         table.finish();
         let all = || Kind::NAMED.iter().map(|(kind, _)| *kind).collect();
@@ -144,16 +138,11 @@ fn kind(name: &str) -> Result<Kind, String> {
     })
 }
 
-fn read_channel(
-    kind: &str,
-    name: &str,
-    table: Table<'_>,
-    context: &Context<'_>,
-) -> Result<Channel, Noted> {
-    let named = check_name(name).map_err(|expected| table.fault_here(expected));
+fn read_channel(kind: &str, name: &str, table: Table<'_>) -> Result<Channel, Reported> {
+    let named = values::check_name(name).map_err(|expected| table.report_here(expected));
     let channel = match kind {
-        "mail" => mail::Settings::read(name, table, context).map(Channel::Mail),
-        _ => sms::Settings::read(name, table, context).map(Channel::Sms),
+        "mail" => mail::Settings::read(name, table).map(Channel::Mail),
+        _ => sms::Settings::read(name, table).map(Channel::Sms),
     };
     named.and(channel)
 }
@@ -164,19 +153,18 @@ fn read_channel(
 /// If something is wrong with it, or there is none.
 pub(crate) fn channel(
     root: &mut Table<'_>,
-    context: &Context<'_>,
     kind: &'static str,
     name: &str,
-) -> Result<Channel, Noted> {
+) -> Result<Channel, Reported> {
     let names = root.names(kind);
     match root.tables(kind).into_iter().find(|(found, _)| *found == name) {
-        Some((name, table)) => read_channel(kind, name, table, context),
+        Some((name, table)) => read_channel(kind, name, table),
         None if names.is_empty() => {
-            Err(root.fault(kind, format_args!("no channel; expected a table [{kind}.{name}]")))
+            Err(root.report(kind, format_args!("no channel; expected a table [{kind}.{name}]")))
         }
         None => {
             let names = names.join(", ");
-            Err(root.fault(kind, format_args!("no channel {name:?}; expected one of {names}")))
+            Err(root.report(kind, format_args!("no channel {name:?}; expected one of {names}")))
         }
     }
 }
@@ -226,7 +214,7 @@ pub(super) mod tests {
         let lines = shipped();
         let folder = tempfile::tempdir().unwrap();
         let said = load_in(&folder, &lines.join("\n")).unwrap();
-        assert_eq!(said.channels(), 3);
+        assert_eq!(said.channel_count(), 3);
         let with_default = [
             "security",
             "allow-plaintext",

@@ -449,7 +449,7 @@ impl From<Serve> for Sources {
         if time.is_empty() && files.is_empty() {
             return config.into();
         }
-        Self { file: config.config, time, files, ..Self::default() }
+        Self { file: config.config, time, files }
     }
 }
 

@@ -21,7 +21,7 @@ use crate::cli::progress::Progress;
 use crate::client;
 use crate::client::fetch::Order;
 use crate::config::{Config, Sources};
-use crate::config_reader::diagnostic::Faults;
+use crate::config_reader::Diagnostics;
 use crate::daemon::control;
 use crate::daemon::control::{ControlSocket, ReloadSender, Reply};
 use crate::daemon::manager;
@@ -230,7 +230,7 @@ fn check(arguments: args::Check) -> ExitCode {
     let config = match Config::load(&sources) {
         Ok(config) => config,
         // It may be right when the file system answers again.
-        Err(faults) if faults.may_pass() => return fail(&faults),
+        Err(faults) if faults.is_transient() => return fail(&faults),
         Err(faults) => return refuse(&faults),
     };
     let lines = config.services.iter().map(|service| {
@@ -334,7 +334,7 @@ fn try_to_serve(arguments: args::Serve) -> Result<(), (ExitCode, String)> {
         Inherited::take_all().map_err(|error| (ExitCode::FAILURE, error_chain(&error)))?;
     let config = Config::load_to_serve(&sources).map_err(|faults| {
         // A transient fault is worth a restart.
-        if faults.may_pass() {
+        if faults.is_transient() {
             (ExitCode::FAILURE, error_chain(&faults))
         } else {
             (ExitCode::from(WRONG_CONFIGURATION), faults.to_string())
@@ -411,7 +411,7 @@ fn reload_on_hangup(reloads: ReloadSender) -> io::Result<impl Future<Output = ()
 }
 
 /// Says every fault of the configuration.
-fn refuse(faults: &Faults) -> ExitCode {
+fn refuse(faults: &Diagnostics) -> ExitCode {
     complain(&faults.to_string());
     ExitCode::from(WRONG_CONFIGURATION)
 }

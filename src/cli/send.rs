@@ -13,7 +13,7 @@ use clap::error::ErrorKind;
 use crate::alert::config;
 use crate::cli::args::{Cli, ConfigFile, Mail, Sms};
 use crate::config::load_part;
-use crate::config_reader::diagnostic::Faults;
+use crate::config_reader::Diagnostics;
 use crate::fs::filename::escape;
 use crate::notify::address::EmailAddress;
 use crate::notify::channel::Channel;
@@ -35,7 +35,7 @@ pub enum Error {
     Usage(#[from] clap::Error),
     /// The configuration is wrong.
     #[error("{0}")]
-    Configuration(Faults),
+    Configuration(Diagnostics),
     /// A file, or the text, cannot be sent.
     #[error("{0}")]
     Other(String),
@@ -144,8 +144,7 @@ impl ReadySms {
 }
 
 fn channel(config: &ConfigFile, kind: &'static str, name: &str) -> Result<Channel, Error> {
-    load_part(config.path(), |root, context| config::channel(root, context, kind, name))
-        .map_err(Error::Configuration)
+    load_part(config.path(), |root| config::channel(root, kind, name)).map_err(Error::Configuration)
 }
 
 /// The text: as it was typed, or what standard input says.

@@ -1,14 +1,15 @@
-//! What is wrong with a configuration: every fault, each with its place, its key and what was
-//! expected.
+//! Diagnostics: every fault of a configuration with its position, its key and the remedy.
 
 use std::fmt;
 
-use crate::fs::blocking_pool::UNANSWERED;
 use crate::text::counted;
 
-/// Where a fault is.
+/// Maximum number of diagnostics that are printed: a file with more is no configuration but junk.
+const MAX_PRINTED: usize = 1000;
+
+/// A place in the sources of a configuration.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Place {
+pub enum Position {
     /// The file as a whole.
     File(String),
     /// A line of the file, counted from 1.
@@ -17,61 +18,77 @@ pub enum Place {
     Argument(String),
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Place::File(file) => f.write_str(file),
-            Place::Line(file, line) => write!(f, "{file}:{line}"),
-            Place::Argument(argument) => f.write_str(argument),
+            Self::File(file) => f.write_str(file),
+            Self::Line(file, line) => write!(f, "{file}:{line}"),
+            Self::Argument(argument) => f.write_str(argument),
         }
     }
 }
 
 /// One fault.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Fault {
-    /// Where it is.
-    pub place: Place,
-    /// The key with the tables around it, as `time.clock.format`; empty if it is about no key.
+pub struct Diagnostic {
+    /// The fault's position.
+    pub position: Position,
+    /// The key with the tables around it, as `time.clock.format`; empty if it concerns no key.
     pub key: String,
-    /// What is wrong, and what was expected.
-    pub problem: String,
+    /// The fault, and the expected value.
+    pub message: String,
+    /// Whether the machine is at fault, not the configuration: a retry may succeed.
+    pub is_transient: bool,
 }
 
-impl fmt::Display for Fault {
+impl Diagnostic {
+    /// A permanent fault of a whole file.
+    pub(crate) fn of_file(file: String, message: impl Into<String>) -> Self {
+        Self {
+            position: Position::File(file),
+            key: String::new(),
+            message: message.into(),
+            is_transient: false,
+        }
+    }
+}
+
+impl fmt::Display for Diagnostic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: ", self.place)?;
+        write!(f, "{}: ", self.position)?;
         if !self.key.is_empty() {
             write!(f, "{}: ", self.key)?;
         }
-        f.write_str(&self.problem)
+        f.write_str(&self.message)
     }
 }
-
-/// How many faults are printed: beyond that, the file is no configuration but junk.
-const MAX_TOLD: usize = 1000;
 
 /// Every fault of a configuration; never empty.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub struct Faults(pub Vec<Fault>);
+pub struct Diagnostics(pub Vec<Diagnostic>);
 
-impl Faults {
-    /// Whether nothing is wrong but that a file system hangs, which is a fault of the machine and not of
-    /// the configuration, so that it may be well later. The problem ends with that.
-    pub fn may_pass(&self) -> bool {
-        self.0.iter().all(|fault| fault.problem.ends_with(UNANSWERED))
+impl Diagnostics {
+    /// Whether a retry may succeed without a change of the configuration.
+    pub(crate) fn is_transient(&self) -> bool {
+        self.0.iter().all(|diagnostic| diagnostic.is_transient)
     }
 }
 
-impl fmt::Display for Faults {
+impl From<Diagnostic> for Diagnostics {
+    fn from(diagnostic: Diagnostic) -> Self {
+        Self(vec![diagnostic])
+    }
+}
+
+impl fmt::Display for Diagnostics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (number, fault) in self.0.iter().take(MAX_TOLD).enumerate() {
+        for (number, diagnostic) in self.0.iter().take(MAX_PRINTED).enumerate() {
             if number > 0 {
                 f.write_str("\n")?;
             }
-            fault.fmt(f)?;
+            diagnostic.fmt(f)?;
         }
-        match self.0.len().saturating_sub(MAX_TOLD) {
+        match self.0.len().saturating_sub(MAX_PRINTED) {
             0 => Ok(()),
             more => write!(f, "\nand {}", counted(more, "more fault")),
         }

@@ -1,139 +1,319 @@
-//! Reading one table key by key, going on after every fault.
+//! Reads one table key by key and continues after every fault.
 //!
-//! A deserializer stops at its first error; an operator wants them all. So each key is asked for
-//! by name, what is wrong with it is noted with its line, and at the end whatever nobody asked for
-//! is a fault too.
+//! A deserializer stops at its first error; an operator wants them all. Each key is requested by
+//! name, each fault is reported with its line, and [`Table::finish`] reports the keys that were
+//! never requested.
 
-#![allow(clippy::missing_errors_doc, reason = "`Noted` is always the same: a fault was noted")]
-
-use std::cell::RefCell;
-use std::collections::HashSet;
+use std::convert::Infallible;
 use std::fmt::Display;
 use std::num::NonZeroU32;
 use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
 
 use toml::de::{DeTable, DeValue};
 
-use crate::config_reader::diagnostic::{Fault, Place};
-
-/// A fault was noted; there is nothing more to say.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Noted;
-
-/// Where tables come from, and where their faults are noted.
-#[derive(Debug)]
-pub struct Source {
-    origin: Origin,
-    faults: RefCell<Vec<Fault>>,
-}
-
-#[derive(Debug)]
-enum Origin {
-    File {
-        name: String,
-        /// Where its lines end, in bytes.
-        line_ends: Vec<usize>,
-    },
-    Argument(String),
-}
-
-impl Source {
-    /// A file with its text.
-    pub fn file(name: String, text: &str) -> Self {
-        let line_ends = text.match_indices('\n').map(|(end, _)| end).collect();
-        Self { origin: Origin::File { name, line_ends }, faults: RefCell::default() }
-    }
-
-    /// An argument of the command line.
-    pub fn argument(argument: String) -> Self {
-        Self { origin: Origin::Argument(argument), faults: RefCell::default() }
-    }
-
-    /// Notes a fault at a byte of the text.
-    pub fn fault(&self, offset: usize, key: String, problem: impl Display) -> Noted {
-        let place = match &self.origin {
-            Origin::File { name, line_ends } => {
-                Place::Line(name.clone(), 1 + line_ends.partition_point(|end| *end < offset))
-            }
-            Origin::Argument(argument) => Place::Argument(argument.clone()),
-        };
-        self.faults.borrow_mut().push(Fault { place, key, problem: problem.to_string() });
-        Noted
-    }
-
-    /// The faults noted so far, in the order of their lines.
-    pub fn into_faults(self) -> Vec<Fault> {
-        let mut faults = self.faults.into_inner();
-        // What a line that is not TOML seems to say is not worth a fault of its own.
-        let broken = |fault: &&Fault| fault.key.is_empty();
-        let broken: HashSet<_> =
-            faults.iter().filter(broken).map(|fault| fault.place.clone()).collect();
-        faults.retain(|fault| fault.key.is_empty() || !broken.contains(&fault.place));
-        faults.sort();
-        faults.dedup();
-        faults
-    }
-}
+use crate::config_reader::probe::Question;
+use crate::config_reader::source::{Origin, Reported, Source, Spanned};
 
 /// A table that is being read.
 #[derive(Debug)]
 pub struct Table<'a> {
     source: &'a Source,
-    /// The names of the tables around it and its own, as `time.clock`.
+    /// The names of the tables around it and its own, as `time.clock`; empty for the root.
     path: String,
-    /// Where it begins in the text.
+    /// Offset of the table in the text.
     offset: usize,
     entries: &'a DeTable<'a>,
-    asked: Vec<&'static str>,
+    /// The keys that were requested.
+    known: Vec<&'static str>,
 }
 
-/// A value with its key and its place, to which a fault can be noted later.
-#[derive(Debug, Clone)]
-pub struct Located<'a, T> {
-    /// The value.
-    pub value: T,
-    source: &'a Source,
-    key: String,
-    offset: usize,
-}
+/// The value of a key.
+type Entry<'a> = Spanned<&'a DeValue<'a>>;
 
-impl<'a, T> Located<'a, T> {
-    /// Notes a fault of this value.
-    pub fn fault(&self, problem: impl Display) -> Noted {
-        self.source.fault(self.offset, self.key.clone(), problem)
+impl<'a> Table<'a> {
+    /// The table at `path`; empty for the root of a file.
+    pub(crate) fn new(source: &'a Source, path: String, entries: &'a DeTable<'a>) -> Self {
+        Self { source, path, offset: 0, entries, known: Vec::new() }
     }
 
-    /// Every value of a list of them, each with the same place.
-    pub fn each<U: Clone>(&self) -> Vec<Located<'a, U>>
-    where
-        T: AsRef<[U]>,
-    {
-        self.value.as_ref().iter().map(|value| self.with(value.clone())).collect()
+    /// The folder of relative paths.
+    pub(crate) fn base_dir(&self) -> &'a Path {
+        self.source.base_dir()
     }
 
-    /// The same place with another value.
-    fn with<U>(&self, value: U) -> Located<'a, U> {
-        Located { value, source: self.source, key: self.key.clone(), offset: self.offset }
+    /// Reports a fault of a key, or of the table if the key is missing.
+    pub(crate) fn report(&self, key: &str, message: impl Display) -> Reported {
+        self.source.report(&self.origin(key), message)
     }
-}
 
-impl<'a> Located<'a, &'a DeValue<'a>> {
-    /// The value as text, through `parse`, whose error says what was expected.
-    fn parse<T, E: Display>(&self, parse: impl FnOnce(&str) -> Result<T, E>) -> Result<T, Noted> {
-        match self.value.as_str() {
-            None => Err(self.wrong_type("a string")),
-            Some(text) => {
-                parse(text).map_err(|error| self.fault(format_args!("{text:?}: {error}")))
+    /// Reports a fault of the table itself.
+    pub(crate) fn report_here(&self, message: impl Display) -> Reported {
+        let origin = self.source.origin(self.offset, self.path.clone(), false);
+        self.source.report(&origin, message)
+    }
+
+    /// Reports a fault of a value that was read before.
+    pub(crate) fn report_at(&self, origin: &Origin, message: impl Display) -> Reported {
+        self.source.report(origin, message)
+    }
+
+    /// Asks the probe stage about a key, whose value is `text`.
+    pub(crate) fn probe(&self, key: &str, text: &str, question: Question) {
+        self.source.probe(self.origin(key), text, question);
+    }
+
+    /// Asks the probe stage about a value that was read before.
+    pub(crate) fn probe_at(&self, origin: Origin, text: &str, question: Question) {
+        self.source.probe(origin, text, question);
+    }
+
+    /// The origin of a key, or of its default if it is missing.
+    pub(crate) fn origin(&self, key: &str) -> Origin {
+        let value = self.entries.get(key);
+        let offset = value.map_or(self.offset, |value| value.span().start);
+        self.source.origin(offset, self.path_of(key), value.is_none())
+    }
+
+    fn path_of(&self, key: &str) -> String {
+        let is_bare = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+        let key = if !key.is_empty() && key.chars().all(is_bare) {
+            key.to_owned()
+        } else {
+            // Quoted as in the file, and no control character reaches a terminal.
+            format!("{key:?}")
+        };
+        if self.path.is_empty() { key } else { format!("{}.{key}", self.path) }
+    }
+
+    fn get(&mut self, key: &'static str) -> Option<Entry<'a>> {
+        if !self.known.contains(&key) {
+            self.known.push(key);
+        }
+        let value = self.entries.get(key)?.get_ref();
+        Some(Spanned { value, origin: self.origin(key) })
+    }
+
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.entries.contains_key(key)
+    }
+
+    /// The names of the tables below `key`, without any report.
+    pub(crate) fn names(&self, key: &str) -> Vec<&'a str> {
+        let table = self.entries.get(key).and_then(|value| value.get_ref().as_table());
+        table.into_iter().flatten().map(|(name, _)| &**name.get_ref()).collect()
+    }
+
+    /// A text, if the key exists, converted by `parse`, whose error says what was expected.
+    pub(crate) fn text<T, E: Display>(
+        &mut self,
+        key: &'static str,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Result<Option<T>, Reported> {
+        self.get(key).map(|entry| self.parse(&entry, parse)).transpose()
+    }
+
+    /// A text, or else `default`, which is written as a user would write it.
+    pub(crate) fn text_or<T, E: Display>(
+        &mut self,
+        key: &'static str,
+        default: &str,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Result<T, Reported> {
+        match self.get(key) {
+            Some(entry) => self.parse(&entry, parse),
+            None => parse(default).map_err(|error| {
+                self.report(key, format_args!("the default {default:?}: {error}"))
+            }),
+        }
+    }
+
+    /// A text whose key must exist.
+    pub(crate) fn required<T, E: Display>(
+        &mut self,
+        key: &'static str,
+        expected: &str,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Result<T, Reported> {
+        let value = self.text(key, parse)?;
+        value.ok_or_else(|| self.report(key, format_args!("missing; expected {expected}")))
+    }
+
+    /// A path that the probe stage checks; a relative one begins at [`Self::base_dir`].
+    pub(crate) fn checked_path<T: 'static>(
+        &mut self,
+        key: &'static str,
+        check: fn(&Path) -> Result<T, String>,
+    ) -> Result<Option<PathBuf>, Reported> {
+        let Some(text) = self.text(key, |text| Ok::<_, Infallible>(text.to_owned()))? else {
+            return Ok(None);
+        };
+        let path = self.base_dir().join(&text);
+        let checked = path.clone();
+        let question = Question::Check(Box::new(move || check(&checked).map(drop)));
+        self.probe(key, &text, question);
+        Ok(Some(path))
+    }
+
+    /// A list of texts, if the key exists. Each element has its own origin.
+    pub(crate) fn texts<T, E: Display>(
+        &mut self,
+        key: &'static str,
+        parse: impl Fn(&str) -> Result<T, E>,
+    ) -> Result<Option<Vec<Spanned<T>>>, Reported> {
+        let Some(list) = self.get(key) else { return Ok(None) };
+        let DeValue::Array(elements) = list.value else {
+            return Err(self.report_type(&list, "an array of strings"));
+        };
+        let parsed = elements.iter().enumerate().map(|(index, element)| {
+            let key = format!("{}[{index}]", list.origin.key);
+            let origin = self.source.origin(element.span().start, key, false);
+            let element = Spanned { value: element.get_ref(), origin };
+            let value = self.parse(&element, &parse)?;
+            Ok(Spanned { value, origin: element.origin })
+        });
+        // Collected first to report the faults of all elements.
+        parsed.collect::<Vec<_>>().into_iter().collect::<Result<_, _>>().map(Some)
+    }
+
+    /// A list of texts, or else a list of `default` alone.
+    pub(crate) fn texts_or<T, E: Display>(
+        &mut self,
+        key: &'static str,
+        default: &'static str,
+        parse: impl Fn(&str) -> Result<T, E>,
+    ) -> Result<Vec<Spanned<T>>, Reported> {
+        if let Some(list) = self.texts(key, &parse)? {
+            return Ok(list);
+        }
+        let value = self.text_or(key, default, parse)?;
+        Ok(vec![Spanned { value, origin: self.origin(key) }])
+    }
+
+    pub(crate) fn boolean_or(
+        &mut self,
+        key: &'static str,
+        default: bool,
+    ) -> Result<bool, Reported> {
+        let Some(entry) = self.get(key) else { return Ok(default) };
+        entry.value.as_bool().ok_or_else(|| self.report_type(&entry, "true or false"))
+    }
+
+    /// An integer within `range`, or else `default`.
+    pub(crate) fn integer_or(
+        &mut self,
+        key: &'static str,
+        default: u32,
+        range: RangeInclusive<u32>,
+    ) -> Result<u32, Reported> {
+        let Some(entry) = self.get(key) else { return Ok(default) };
+        let Some(integer) = entry.value.as_integer() else {
+            return Err(self.report_type(&entry, "an integer"));
+        };
+        let number = u32::from_str_radix(integer.as_str(), integer.radix()).ok();
+        number.filter(|number| range.contains(number)).ok_or_else(|| {
+            let (least, most) = (range.start(), range.end());
+            let message = format_args!("expected a number from {least} to {most}");
+            self.report_at(&entry.origin, message)
+        })
+    }
+
+    /// An integer of at least one, or else `default`.
+    pub(crate) fn number_or(
+        &mut self,
+        key: &'static str,
+        default: NonZeroU32,
+    ) -> Result<NonZeroU32, Reported> {
+        let number = self.integer_or(key, default.get(), 1..=u32::MAX)?;
+        Ok(NonZeroU32::new(number).expect("the range excludes zero"))
+    }
+
+    /// A table of texts whose keys the operator chooses; empty if it does not exist. The texts may
+    /// be secrets, so diagnostics do not repeat them.
+    pub(crate) fn entries<T, E: Display>(
+        &mut self,
+        key: &'static str,
+        parse: impl Fn(&str, &str) -> Result<T, E>,
+    ) -> Result<Vec<T>, Reported> {
+        let Some(entry) = self.get(key) else { return Ok(Vec::new()) };
+        let table = self.below(key, entry.value, self.offset_of(key))?;
+        let parsed = table.entries.iter().map(|(key, value)| {
+            let key: &str = key.get_ref();
+            let Some(text) = value.get_ref().as_str() else {
+                let found = type_name(value.get_ref());
+                return Err(table.report(key, format_args!("expected a string, found {found}")));
+            };
+            parse(key, text).map_err(|error| table.report(key, error))
+        });
+        parsed.collect::<Vec<_>>().into_iter().collect()
+    }
+
+    /// The table below `key`, if it exists.
+    pub(crate) fn table(&mut self, key: &'static str) -> Option<Table<'a>> {
+        let entry = self.get(key)?;
+        self.below(key, entry.value, self.offset_of(key)).ok()
+    }
+
+    /// The tables below `key`, whose names the operator chooses.
+    pub fn tables(&mut self, key: &'static str) -> Vec<(&'a str, Table<'a>)> {
+        let Some(table) = self.table(key) else { return Vec::new() };
+        let below = table.entries.iter().filter_map(|(name, value)| {
+            let below = table.below(name.get_ref(), value.get_ref(), name.span().start).ok()?;
+            Some((&**name.get_ref(), below))
+        });
+        below.collect()
+    }
+
+    fn below(
+        &self,
+        key: &str,
+        value: &'a DeValue<'a>,
+        offset: usize,
+    ) -> Result<Table<'a>, Reported> {
+        let path = self.path_of(key);
+        let DeValue::Table(entries) = value else {
+            let origin = self.source.origin(offset, path, false);
+            return Err(self.report_type(&Spanned { value, origin }, "a table"));
+        };
+        Ok(Table { source: self.source, path, offset, entries, known: Vec::new() })
+    }
+
+    fn offset_of(&self, key: &str) -> usize {
+        self.entries.get(key).map_or(self.offset, |value| value.span().start)
+    }
+
+    /// Reports every key that was not requested.
+    pub(crate) fn finish(self) {
+        for (key, _) in self.entries {
+            let name: &str = key.get_ref();
+            if !self.known.contains(&name) {
+                let known = self.known.join(", ");
+                let message = format_args!("unknown key; expected one of {known}");
+                let origin = self.source.origin(key.span().start, self.path_of(name), false);
+                self.source.report(&origin, message);
             }
         }
     }
 
-    fn wrong_type(&self, expected: &str) -> Noted {
-        self.fault(format_args!("expected {expected}, found {}", a_type(self.value)))
+    fn parse<T, E: Display>(
+        &self,
+        entry: &Entry<'_>,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Result<T, Reported> {
+        let Some(text) = entry.value.as_str() else {
+            return Err(self.report_type(entry, "a string"));
+        };
+        parse(text)
+            .map_err(|error| self.report_at(&entry.origin, format_args!("{text:?}: {error}")))
+    }
+
+    fn report_type(&self, entry: &Entry<'_>, expected: &str) -> Reported {
+        let found = type_name(entry.value);
+        self.report_at(&entry.origin, format_args!("expected {expected}, found {found}"))
     }
 }
 
-fn a_type(value: &DeValue<'_>) -> &'static str {
+fn type_name(value: &DeValue<'_>) -> &'static str {
     match value {
         DeValue::String(_) => "a string",
         DeValue::Integer(_) => "an integer",
@@ -145,244 +325,135 @@ fn a_type(value: &DeValue<'_>) -> &'static str {
     }
 }
 
-impl<'a> Table<'a> {
-    /// The outermost table.
-    pub fn root(source: &'a Source, entries: &'a DeTable<'a>) -> Self {
-        Self { source, path: String::new(), offset: 0, entries, asked: Vec::new() }
-    }
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config_reader::{Diagnostic, values_of};
 
-    /// A table by its path.
-    pub fn named(source: &'a Source, path: String, entries: &'a DeTable<'a>) -> Self {
-        Self { source, path, offset: 0, entries, asked: Vec::new() }
-    }
-
-    fn key(&self, name: &str) -> String {
-        let bare = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
-        // Quoted as in the file, and so that no control character reaches a terminal.
-        let is_bare = !name.is_empty() && name.chars().all(bare);
-        let name = if is_bare { name.to_owned() } else { format!("{name:?}") };
-        if self.path.is_empty() { name } else { format!("{}.{name}", self.path) }
-    }
-
-    /// Notes a fault of one of its keys, or of the table if it does not have that key.
-    pub fn fault(&self, name: &str, problem: impl Display) -> Noted {
-        self.place(name).fault(problem)
-    }
-
-    /// The place of one of its keys, or of the table if it does not have that key.
-    pub fn place(&self, name: &str) -> Located<'a, ()> {
-        let offset =
-            self.entries.get_key_value(name).map_or(self.offset, |(_, value)| value.span().start);
-        Located { value: (), source: self.source, key: self.key(name), offset }
-    }
-
-    /// Notes a fault of the table itself.
-    pub fn fault_here(&self, problem: impl Display) -> Noted {
-        self.source.fault(self.offset, self.path.clone(), problem)
-    }
-
-    fn ask(&mut self, name: &'static str) -> Option<Located<'a, &'a DeValue<'a>>> {
-        if !self.asked.contains(&name) {
-            self.asked.push(name);
+    /// Reads `text` by `read` and returns its value and the diagnostics.
+    fn read<T>(text: &str, read: impl FnOnce(&mut Table<'_>) -> T) -> (T, Vec<Diagnostic>) {
+        let source = Source::file("x.toml".to_owned(), text, "/base".into());
+        let (entries, errors) = DeTable::parse_recoverable(text);
+        for error in errors {
+            source.report_syntax(error.span().unwrap_or_default().start, error.message());
         }
-        let value = self.entries.get(name)?;
-        Some(Located {
-            value: value.get_ref(),
-            source: self.source,
-            key: self.key(name),
-            offset: value.span().start,
-        })
+        let mut table = Table::new(&source, String::new(), entries.get_ref());
+        let value = read(&mut table);
+        table.finish();
+        (value, source.into_parts().0)
     }
 
-    /// Whether a key is there.
-    pub fn has(&self, name: &str) -> bool {
-        self.entries.contains_key(name)
+    fn messages(diagnostics: &[Diagnostic]) -> Vec<String> {
+        diagnostics.iter().map(ToString::to_string).collect()
     }
 
-    /// The names of the tables below `name`; nothing is said of what is no table.
-    pub fn names(&self, name: &str) -> Vec<&'a str> {
-        let table = self.entries.get(name).map(toml::Spanned::get_ref);
-        let table = table.and_then(DeValue::as_table);
-        table.into_iter().flatten().map(|(key, _)| &**key.get_ref()).collect()
+    #[expect(clippy::unnecessary_wraps, reason = "the signature of a parser")]
+    fn any(text: &str) -> Result<String, Infallible> {
+        Ok(text.to_owned())
     }
 
-    /// A text, if the key is there, through `parse`.
-    pub fn text<T, E: Display>(
-        &mut self,
-        name: &'static str,
-        parse: impl FnOnce(&str) -> Result<T, E>,
-    ) -> Result<Option<T>, Noted> {
-        self.ask(name).map(|value| value.parse(parse)).transpose()
-    }
-
-    /// A text, or else `default`, which is written as a user would write it.
-    pub fn text_or<T, E: Display>(
-        &mut self,
-        name: &'static str,
-        default: &str,
-        parse: impl FnOnce(&str) -> Result<T, E>,
-    ) -> Result<T, Noted> {
-        match self.ask(name) {
-            Some(value) => value.parse(parse),
-            None => parse(default).map_err(|error| {
-                self.fault(name, format_args!("the default {default:?}: {error}"))
-            }),
-        }
-    }
-
-    /// A text that must be there.
-    pub fn required<T, E: Display>(
-        &mut self,
-        name: &'static str,
-        expected: &str,
-        parse: impl FnOnce(&str) -> Result<T, E>,
-    ) -> Result<T, Noted> {
-        match self.text(name, parse)? {
-            Some(value) => Ok(value),
-            None => Err(self.fault(name, format_args!("missing; expected {expected}"))),
-        }
-    }
-
-    /// A list of texts, or else a list of `default` alone; every element keeps its place.
-    pub fn texts_or<T, E: Display>(
-        &mut self,
-        name: &'static str,
-        default: &'static str,
-        parse: impl Fn(&str) -> Result<T, E>,
-    ) -> Result<Vec<Located<'a, T>>, Noted> {
-        if let Some(list) = self.texts(name, &parse)? {
-            return Ok(list);
-        }
-        let value = self.text_or(name, default, parse)?;
-        let (source, key) = (self.source, self.key(name));
-        Ok(vec![Located { value, source, key, offset: self.offset }])
-    }
-
-    /// A list of texts, if the key is there; every element keeps its place.
-    pub fn texts<T, E: Display>(
-        &mut self,
-        name: &'static str,
-        parse: impl Fn(&str) -> Result<T, E>,
-    ) -> Result<Option<Vec<Located<'a, T>>>, Noted> {
-        let Some(list) = self.ask(name) else { return Ok(None) };
-        let DeValue::Array(elements) = list.value else {
-            return Err(list.wrong_type("an array of strings"));
-        };
-        let parsed = elements.iter().enumerate().map(|(index, element)| {
-            let element = Located {
-                value: element.get_ref(),
-                source: self.source,
-                key: format!("{}[{index}]", list.key),
-                offset: element.span().start,
-            };
-            element.parse(&parse).map(|value| element.with(value))
+    #[test]
+    fn reads_values_and_defaults() {
+        let text = "a = \"x\"\nb = true\nc = 0x10\nd = [\"y\", \"z\"]\n";
+        let (values, diagnostics) = read(text, |table| {
+            let texts = table.texts("d", any).unwrap();
+            let numbers = (table.integer_or("c", 1, 0..=20), table.integer_or("n", 7, 0..=9));
+            let flags = (table.boolean_or("b", false), table.boolean_or("m", true));
+            (table.text_or("a", "", any), table.text_or("k", "default", any), numbers, flags, texts)
         });
-        // All of them first, so that every fault is noted.
-        parsed.collect::<Vec<_>>().into_iter().collect::<Result<_, _>>().map(Some)
+        let (a, k, numbers, flags, texts) = values;
+        assert_eq!((a, k), (Ok("x".to_owned()), Ok("default".to_owned())));
+        assert_eq!((numbers, flags), ((Ok(16), Ok(7)), (Ok(true), Ok(true))));
+        assert_eq!(values_of(texts), ["y", "z"]);
+        assert!(diagnostics.is_empty(), "{diagnostics:?}");
     }
 
-    /// A truth value, or else `default`.
-    pub fn boolean_or(&mut self, name: &'static str, default: bool) -> Result<bool, Noted> {
-        match self.ask(name) {
-            None => Ok(default),
-            Some(value) => value.value.as_bool().ok_or_else(|| value.wrong_type("true or false")),
-        }
-    }
-
-    /// A number of at least one, or else `default`.
-    pub fn number_or(
-        &mut self,
-        name: &'static str,
-        default: NonZeroU32,
-    ) -> Result<NonZeroU32, Noted> {
-        let Some(value) = self.ask(name) else { return Ok(default) };
-        let Some(integer) = value.value.as_integer() else {
-            return Err(value.wrong_type("an integer"));
-        };
-        u32::from_str_radix(integer.as_str(), integer.radix())
-            .ok()
-            .and_then(NonZeroU32::new)
-            .ok_or_else(|| value.fault(format_args!("expected a number from 1 to {}", u32::MAX)))
-    }
-
-    /// A number within `range`, or else `default`.
-    pub fn integer_or(
-        &mut self,
-        name: &'static str,
-        default: u32,
-        range: RangeInclusive<u32>,
-    ) -> Result<u32, Noted> {
-        let Some(value) = self.ask(name) else { return Ok(default) };
-        let Some(integer) = value.value.as_integer() else {
-            return Err(value.wrong_type("an integer"));
-        };
-        let number = u32::from_str_radix(integer.as_str(), integer.radix()).ok();
-        number.filter(|number| range.contains(number)).ok_or_else(|| {
-            let (least, most) = (range.start(), range.end());
-            value.fault(format_args!("expected a number from {least} to {most}"))
-        })
-    }
-
-    /// A table below this one of keys of the operator's with texts, which may be secrets and are
-    /// not told in faults; nothing if it is not there.
-    pub fn entries<T, E: Display>(
-        &mut self,
-        name: &'static str,
-        parse: impl Fn(&str, &str) -> Result<T, E>,
-    ) -> Result<Vec<T>, Noted> {
-        let Some(table) = self.table(name) else {
-            // That it is no table was noted.
-            return if self.entries.contains_key(name) { Err(Noted) } else { Ok(Vec::new()) };
-        };
-        let parsed = table.entries.iter().map(|(key, value)| {
-            let key: &str = key.get_ref();
-            match value.get_ref().as_str() {
-                None => {
-                    let found = a_type(value.get_ref());
-                    Err(table.fault(key, format_args!("expected a string, found {found}")))
-                }
-                Some(text) => parse(key, text).map_err(|error| table.fault(key, error)),
-            }
+    #[test]
+    fn reports_every_fault_with_its_line_and_key() {
+        let text = "a = 1\n[t]\nlist = [\"x\", 2,\n3]\nnumber = 99\njunk = 0\n[t.u]\n";
+        let ((), diagnostics) = read(text, |root| {
+            assert!(root.text("a", any).is_err());
+            let mut table = root.table("t").unwrap();
+            assert!(table.texts("list", any).is_err());
+            assert!(table.integer_or("number", 1, 0..=9).is_err());
+            assert!(table.required("missing", "a word", any).is_err());
+            assert!(table.boolean_or("u", true).is_err());
+            table.finish();
         });
-        parsed.collect::<Vec<_>>().into_iter().collect()
+        assert_eq!(
+            messages(&diagnostics),
+            [
+                "x.toml:1: a: expected a string, found an integer",
+                "x.toml:3: t.list[1]: expected a string, found an integer",
+                "x.toml:4: t.list[2]: expected a string, found an integer",
+                "x.toml:5: t.number: expected a number from 0 to 9",
+                "x.toml:2: t.missing: missing; expected a word",
+                "x.toml:7: t.u: expected true or false, found a table",
+                "x.toml:6: t.junk: unknown key; expected one of list, number, missing, u",
+            ]
+        );
+        assert!(diagnostics.iter().all(|diagnostic| !diagnostic.is_transient));
     }
 
-    /// A table below this one, if it is there.
-    pub fn table(&mut self, name: &'static str) -> Option<Table<'a>> {
-        let value = self.ask(name)?;
-        self.below(name, value.value, value.offset)
+    #[test]
+    fn never_repeats_the_texts_of_free_entries() {
+        let text = "headers = { a = \"hush\", \"b c\" = 7 }\n";
+        let refuse = |_: &str, _: &str| Err::<(), _>("expected another text");
+        let (entries, diagnostics) = read(text, |table| table.entries("headers", refuse));
+        assert_eq!(entries, Err(Reported));
+        let expected = [
+            "x.toml:1: headers.a: expected another text",
+            "x.toml:1: headers.\"b c\": expected a string, found an integer",
+        ];
+        assert_eq!(messages(&diagnostics), expected);
+        let (entries, diagnostics) =
+            read("headers = 1\n", |table| table.entries("headers", refuse));
+        assert_eq!(entries, Err(Reported));
+        assert_eq!(
+            messages(&diagnostics),
+            ["x.toml:1: headers: expected a table, found an integer"]
+        );
     }
 
-    /// The tables below `name`, each with a name of the operator's.
-    pub fn tables(&mut self, name: &'static str) -> Vec<(&'a str, Table<'a>)> {
-        let Some(table) = self.table(name) else { return Vec::new() };
-        let below = table.entries.iter().filter_map(|(key, value)| {
-            let name: &'a str = key.get_ref();
-            let table = table.below(name, value.get_ref(), key.span().start)?;
-            Some((name, table))
+    #[test]
+    fn keeps_the_origin_of_each_value() {
+        let (origins, _) = read("\n[t]\na = [\n\"x\",\n\"y\"]\n", |root| {
+            let mut table = root.table("t").unwrap();
+            let mut values = table.texts_or("a", "z", any).unwrap();
+            values.extend(table.texts_or("b", "z", any).unwrap());
+            let origins = values.into_iter().map(|value| value.origin);
+            origins.map(|o| (o.position.to_string(), o.key, o.is_default)).collect::<Vec<_>>()
         });
-        below.collect()
-    }
-
-    fn below(&self, name: &str, value: &'a DeValue<'a>, offset: usize) -> Option<Table<'a>> {
-        let path = self.key(name);
-        let DeValue::Table(entries) = value else {
-            let value = Located { value, source: self.source, key: path, offset };
-            value.wrong_type("a table");
-            return None;
+        let origin = |line: u32, key: &str, is_default| {
+            (format!("x.toml:{line}"), key.to_owned(), is_default)
         };
-        Some(Table { source: self.source, path, offset, entries, asked: Vec::new() })
+        let expected =
+            [origin(4, "t.a[0]", false), origin(5, "t.a[1]", false), origin(2, "t.b", true)];
+        assert_eq!(origins, expected);
     }
 
-    /// Notes every key that nobody asked for. Every table must end with this.
-    pub fn finish(self) {
-        for (key, _) in self.entries {
-            let name: &str = key.get_ref();
-            if !self.asked.contains(&name) {
-                let known = self.asked.join(", ");
-                let problem = format_args!("unknown key; expected one of {known}");
-                self.source.fault(key.span().start, self.key(name), problem);
-            }
-        }
+    #[test]
+    fn drops_the_diagnostics_of_lines_that_are_not_toml() {
+        let ((), diagnostics) = read("a = = 1\nb = 2\n", |_| {});
+        let lines: Vec<_> = messages(&diagnostics);
+        assert!(lines.iter().all(|line| !line.starts_with("x.toml:1: a")), "{lines:?}");
+        assert!(lines.iter().any(|line| line.starts_with("x.toml:1: not TOML: ")), "{lines:?}");
+        assert!(lines.iter().any(|line| line.starts_with("x.toml:2: b: unknown key")), "{lines:?}");
+    }
+
+    #[test]
+    fn leaves_paths_to_the_probe_stage() {
+        let source = Source::file("x.toml".to_owned(), "", "/base".into());
+        let entries = DeTable::parse("ca = \"roots.pem\"").unwrap();
+        let mut table = Table::new(&source, "a".to_owned(), entries.get_ref());
+        let refuse = |path: &Path| Err::<(), _>(format!("{} is refused", path.display()));
+        let path = table.checked_path("ca", refuse).unwrap();
+        assert_eq!(path, Some("/base/roots.pem".into()));
+        let (diagnostics, mut probes) = source.into_parts();
+        assert!(diagnostics.is_empty());
+        let probe = probes.remove(0);
+        assert_eq!((probe.origin.key.as_str(), probe.text.as_str()), ("a.ca", "roots.pem"));
+        let Question::Check(check) = probe.question else { panic!() };
+        assert_eq!(check(), Err("/base/roots.pem is refused".to_owned()));
     }
 }

@@ -20,10 +20,10 @@ use crate::telemetry::counters::{Counter, Ending, Label};
 use crate::text::counted;
 
 #[cfg(feature = "gateway")]
-pub(crate) use crate::alert::{config::Settings, dispatcher::Alerts};
+pub(crate) use crate::alert::dispatcher::Alerts;
 
 #[cfg(not(feature = "gateway"))]
-pub(crate) use absent::{Alerts, Settings};
+pub(crate) use absent::Alerts;
 
 /// How often it is looked at what is not well.
 pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -42,7 +42,7 @@ const ASK_CLOCK_EVERY: Duration = Duration::from_secs(5);
 
 /// What may happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// A service cannot accept its clients, or failed by a fault of the program.
     ServiceFailed,
     /// What a service hands out cannot be read.
@@ -370,58 +370,11 @@ impl Watch {
 #[cfg(not(feature = "gateway"))]
 #[expect(clippy::unused_async, reason = "as those that do something")]
 mod absent {
-    use std::collections::BTreeSet;
     use std::io;
     use std::sync::Arc;
 
-    use super::{Counts, Kind, Reporter};
-    use crate::config::Context;
-    use crate::config_reader::table::{Noted, Table};
-
-    /// The settings, of which there are none.
-    #[derive(Debug, Clone, Default, PartialEq, Eq)]
-    pub struct Settings {}
-
-    impl Settings {
-        /// Notes that this build tells nobody, if the configuration wants it to.
-        ///
-        /// # Errors
-        /// If it does.
-        pub fn read(root: &mut Table<'_>, _: &Context<'_>) -> Result<Self, Noted> {
-            let problem = "this build sends neither mail nor SMS: it was built without the feature \
-                           `alert`";
-            let mut settings = Ok(Self {});
-            for kind in ["mail", "sms"] {
-                for (_, table) in root.tables(kind) {
-                    settings = Err(table.fault_here(problem));
-                }
-            }
-            if let Some(table) = root.table("alert") {
-                settings = Err(table.fault_here(problem));
-            }
-            settings
-        }
-
-        /// How many channels there are.
-        pub fn channels(&self) -> usize {
-            0
-        }
-
-        /// A line for every channel.
-        pub fn lines(&self) -> impl Iterator<Item = String> {
-            std::iter::empty()
-        }
-
-        /// Whether anybody is told.
-        pub fn is_on(&self) -> bool {
-            false
-        }
-
-        /// What anybody is told of.
-        pub fn told(&self) -> BTreeSet<Kind> {
-            BTreeSet::new()
-        }
-    }
+    use super::{Counts, Reporter};
+    use crate::config::AlertSettings as Settings;
 
     /// Who tells: nobody.
     #[derive(Debug, Default)]

@@ -16,10 +16,12 @@ use tokio_util::task::TaskTracker;
 
 use crate::config;
 use crate::config::Config;
-use crate::config_reader::values::Endpoint;
-use crate::daemon::plan::{Change, Difference, Held, Mismatch, Origin, difference};
+use crate::daemon::plan::{
+    ActivationError, Change, HeldSocket, ReloadPlan, SocketSource, difference,
+};
 use crate::fs::blocking_pool::{BlockingPool, UNANSWERED};
 use crate::net::connection::Shutdown;
+use crate::net::endpoint::Endpoint;
 use crate::net::instance::Served;
 use crate::net::listener::{DatagramSocket, Duty, Family, Listener};
 use crate::net::sockets;
@@ -70,7 +72,7 @@ pub(crate) enum Error {
     Alerts(#[source] io::Error),
     /// The configuration does not fit the inherited sockets.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
-    Inherited(Vec<Mismatch>),
+    Inherited(Vec<ActivationError>),
     /// A fault of the program.
     #[error("a service could not be started")]
     Lost,
@@ -112,7 +114,7 @@ pub(crate) struct Running {
     /// What monitoring is told.
     pub monitor: Arc<Monitor>,
     /// What is to be served is read by these first.
-    pub readers: BlockingPool,
+    pub readers: Arc<BlockingPool>,
 }
 
 #[derive(Debug, Clone)]
@@ -126,7 +128,7 @@ struct RunningService {
 /// An address with the tasks that serve on it.
 #[derive(Debug, Clone)]
 struct OpenSocket {
-    held: Held,
+    held: HeldSocket,
     /// Where it listens, with the port that it has got.
     endpoint: Endpoint,
     /// One, or for TCP one for each event loop, with that loop.
@@ -184,7 +186,7 @@ impl Running {
     pub(crate) fn new(workers: Workers, inherited: Vec<Inherited>) -> Result<Self, Error> {
         let mut loops = workers.loops().iter().cycle();
         let open = |Inherited { socket, endpoint, name }| {
-            let held = Held {
+            let held = HeldSocket {
                 endpoint: endpoint.clone(),
                 inherited: Some(name),
                 service: None,
@@ -202,7 +204,7 @@ impl Running {
             tasks: JoinSet::new(),
             scopes: Scopes::default(),
             monitor: Arc::default(),
-            readers: BlockingPool::default(),
+            readers: Arc::default(),
         })
     }
 
@@ -234,7 +236,7 @@ impl Running {
     pub(crate) async fn prepare(&self, config: &Config) -> Result<Prepared, Error> {
         let running: Vec<_> = self.services.iter().map(|service| &service.config).collect();
         let held: Vec<_> = self.sockets.iter().map(OpenSocket::as_held).collect();
-        let Difference { steps, removed, closed } =
+        let ReloadPlan { steps, removed, closed } =
             difference(&running, &held, &config.services).map_err(Error::Inherited)?;
         let closing: Vec<_> = closed.iter().filter_map(|index| self.sockets.get(*index)).collect();
 
@@ -259,11 +261,11 @@ impl Running {
         for (config, step) in config.services.iter().zip(steps) {
             for origin in step.sockets {
                 match origin {
-                    Origin::Held(index) => {
+                    SocketSource::Held(index) => {
                         let held = self.sockets.get(index).cloned();
                         prepared.sockets.extend(held.map(|socket| socket.of(&config.name)));
                     }
-                    Origin::Bind(endpoint) => {
+                    SocketSource::Bind(endpoint) => {
                         let giving_way = GivingWay::to(&endpoint, &closing);
                         let socket = sockets::bind(&endpoint, !giving_way.0.is_empty());
                         let socket = socket.map_err(|source| {
@@ -520,7 +522,8 @@ fn listen<'a>(
     let bound = socket.endpoint(endpoint).map_err(register)?;
     let sockets = sockets::listen(socket, endpoint, queues)
         .map_err(|source| Error::Bind { service: Arc::clone(service), source })?;
-    let held = Held { endpoint: endpoint.clone(), inherited: None, service: None, stale: false };
+    let held =
+        HeldSocket { endpoint: endpoint.clone(), inherited: None, service: None, stale: false };
     OpenSocket::new(sockets, bound, held, loops)
 }
 
@@ -544,7 +547,7 @@ impl OpenSocket {
     fn new<'a>(
         sockets: Vec<Socket>,
         endpoint: Endpoint,
-        held: Held,
+        held: HeldSocket,
         loops: &mut impl Iterator<Item = &'a Handle>,
     ) -> Result<Self, Error> {
         let register = |(socket, handle): (Socket, &Handle)| {
@@ -558,12 +561,12 @@ impl OpenSocket {
     }
 
     /// What it is now.
-    fn as_held(&self) -> Held {
+    fn as_held(&self) -> HeldSocket {
         let stale = self.sockets.iter().any(|(_, socket)| match socket {
             Registered::Listener(listener) => listener.is_out_of_reach(),
             Registered::Datagrams(_) => false,
         });
-        Held { stale, ..self.held.clone() }
+        HeldSocket { stale, ..self.held.clone() }
     }
 
     /// The same for this service.

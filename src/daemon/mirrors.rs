@@ -8,10 +8,10 @@ use std::time::{Duration, SystemTime};
 use crate::telemetry::counters::{Counter, Label};
 
 #[cfg(feature = "gateway")]
-pub(crate) use crate::mirror::config::{Mirrors, Settings};
+pub(crate) use crate::mirror::config::Mirrors;
 
 #[cfg(not(feature = "gateway"))]
-pub(crate) use absent::{Mirrors, Settings};
+pub(crate) use absent::Mirrors;
 
 /// What became of a file of a mirror.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -149,46 +149,14 @@ pub(crate) struct Summary {
 
 /// What stands for mirrors in a build that has none.
 #[cfg(not(feature = "gateway"))]
-#[expect(
-    clippy::needless_pass_by_value,
-    clippy::unused_async,
-    reason = "as those that do something"
-)]
+#[expect(clippy::unused_async, reason = "as those that do something")]
 mod absent {
-    use std::convert::Infallible;
     use std::io;
-    use std::path::Path;
     use std::sync::Arc;
 
     use super::{Counts, Summary};
-    use crate::config::Context;
-    use crate::config_reader::table::{Noted, Table};
+    use crate::config::MirrorSettings as Settings;
     use crate::daemon::health::Reporter;
-
-    /// The settings of a mirror, of which there are none.
-    #[derive(Debug, Clone, PartialEq)]
-    pub struct Settings(Infallible);
-
-    impl Settings {
-        /// Notes that this build has no mirrors.
-        ///
-        /// # Errors
-        /// Always.
-        pub fn read(_: &str, table: Table<'_>, _: &Context<'_>) -> Result<Self, Noted> {
-            let problem = "this build has no mirrors: it was built without the feature `mirror`";
-            Err(table.fault_here(problem))
-        }
-
-        /// Its name.
-        pub fn name(&self) -> &Arc<str> {
-            match self.0 {}
-        }
-
-        /// The folder that it fills.
-        pub fn folder(&self) -> &Path {
-            match self.0 {}
-        }
-    }
 
     /// All mirrors that run: none.
     #[derive(Debug, Default)]

@@ -22,8 +22,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::Health;
 use crate::clock::watch::ClockWatch;
-use crate::config::{Config, Sources};
-use crate::config_reader::diagnostic::Faults;
+use crate::config::{AlertSettings, Config, MirrorSettings, Sources, Validated};
+use crate::config_reader::Diagnostics;
 
 use crate::daemon::health::{Alerts, Watch};
 
@@ -62,7 +62,7 @@ pub(crate) struct Ended(#[source] JoinError);
 #[derive(Debug, thiserror::Error)]
 enum ReloadError {
     #[error("{0}")]
-    Configuration(Faults),
+    Configuration(Diagnostics),
     #[error("the configuration, or what it names, cannot be read")]
     Lost(#[source] io::Error),
     #[error("the configuration's file, or many of the paths in it, did not answer for a minute")]
@@ -230,11 +230,12 @@ impl Daemon {
     }
 
     async fn try_to_reload(&mut self) -> Result<Summary, ReloadError> {
-        let sources = Sources { running: self.running.settings(), ..self.sources.clone() };
-        // Files are looked at and names looked up, which can take its time.
-        let reading = self.running.readers.run("", move || Config::load_to_serve(&sources));
+        let (sources, running) = (self.sources.clone(), self.running.settings());
+        let pool = Arc::clone(&self.running.readers);
+        let reading = pool.run("", move || Validated::read(&sources));
         let reading = timeout(manager::PATIENCE, reading).await.map_err(|_| ReloadError::Hangs)?;
-        let config = reading.map_err(ReloadError::Lost)?;
+        let validated = reading.map_err(ReloadError::Lost)?.map_err(ReloadError::Configuration)?;
+        let config = validated.probe_to_serve(&pool, &running).await;
         let config = config.map_err(ReloadError::Configuration)?;
         let log = self.log.prepare(&config.log).map_err(ReloadError::Log)?;
         let prepared = self.running.prepare(&config).await?;
@@ -249,7 +250,7 @@ impl Daemon {
         Ok(self.running.change(prepared, self.grace))
     }
 
-    fn change_alerts(&mut self, settings: &health::Settings) {
+    fn change_alerts(&mut self, settings: &AlertSettings) {
         self.alerts.change(settings);
         self.running.monitor.watch_alerts(self.alerts.counts());
         self.told = settings.told();
@@ -273,7 +274,7 @@ impl Daemon {
         self.watch.look(services, &mirrors, reload, &self.told);
     }
 
-    fn change_mirrors(&mut self, wanted: &[mirrors::Settings]) {
+    fn change_mirrors(&mut self, wanted: &[MirrorSettings]) {
         let had = !self.mirrored.is_empty();
         let mirrors::Summary { started, changed, ended, kept } =
             self.mirrors.change(wanted, &self.alerts.reporter());
@@ -351,7 +352,7 @@ impl Daemon {
 
 /// Creates the folders that mirrors fill, so that a service finds an empty one before the first run
 /// has ended. A folder that cannot be created is reported by the mirror's first run.
-async fn create_mirror_folders(readers: &BlockingPool, mirrors: &[mirrors::Settings]) {
+async fn create_mirror_folders(readers: &BlockingPool, mirrors: &[MirrorSettings]) {
     if mirrors.is_empty() {
         return;
     }

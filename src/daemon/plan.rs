@@ -7,11 +7,11 @@
 use std::sync::Arc;
 
 use crate::config::Service;
-use crate::config_reader::values::{Endpoint, Listen};
+use crate::net::endpoint::Endpoint;
 
 /// A socket that the daemon has.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Held {
+pub(crate) struct HeldSocket {
     /// Where it listens, as it was configured or inherited.
     pub endpoint: Endpoint,
     /// Its name, if the service manager has passed it.
@@ -37,7 +37,7 @@ pub(crate) enum Change {
 
 /// Where a socket comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Origin {
+pub(crate) enum SocketSource {
     /// It is there: this one of those that are held.
     Held(usize),
     /// It has to be bound.
@@ -50,12 +50,12 @@ pub(crate) struct Step {
     /// What it is to those that run.
     pub change: Change,
     /// Its sockets.
-    pub sockets: Vec<Origin>,
+    pub sockets: Vec<SocketSource>,
 }
 
 /// What leads from what runs to what is configured.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Difference {
+pub(crate) struct ReloadPlan {
     /// One for each service of the new configuration, in its order.
     pub steps: Vec<Step>,
     /// The running services that go.
@@ -66,7 +66,7 @@ pub(crate) struct Difference {
 
 /// A configuration that does not fit the inherited sockets.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Mismatch {
+pub(crate) enum ActivationError {
     /// Clients of this socket would wait for ever.
     #[error(
         "no service listens on {endpoint}, which was inherited from systemd under the name \
@@ -110,16 +110,16 @@ pub(crate) enum Mismatch {
 /// Every inherited socket that does not fit.
 pub(crate) fn difference(
     running: &[&Service],
-    held: &[Held],
+    held: &[HeldSocket],
     wanted: &[Service],
-) -> Result<Difference, Vec<Mismatch>> {
+) -> Result<ReloadPlan, Vec<ActivationError>> {
     let changes = wanted.iter().map(|wanted| change(running, wanted));
     let stays = |running: &Service| wanted.iter().any(|wanted| wanted.name == running.name);
     let gone = running.iter().enumerate().filter(|(_, running)| !stays(running));
     let removed = gone.map(|(index, _)| index).collect();
 
-    let mut assignment = Assignment { held, taken: vec![false; held.len()] };
-    let mut sockets: Vec<Vec<Origin>> = wanted.iter().map(|_| Vec::new()).collect();
+    let mut assignment = SocketMatcher { held, taken: vec![false; held.len()] };
+    let mut sockets: Vec<Vec<SocketSource>> = wanted.iter().map(|_| Vec::new()).collect();
     let mut mismatches = Vec::new();
     // Addresses before names, and a service's own sockets before others', so that what can stay
     // stays, whatever the order of the services.
@@ -128,13 +128,13 @@ pub(crate) fn difference(
         sockets.extend(assignment.at_addresses(owned));
     }
     for (service, sockets) in wanted.iter().zip(&mut sockets) {
-        for name in service.listen.iter().filter_map(Listen::inherited) {
+        for name in service.listen.iter().filter_map(|listen| listen.inherited()) {
             let found = assignment.named(name);
             if found.is_empty() {
                 let (service, name) = (Arc::clone(&service.name), name.to_owned());
-                mismatches.push(Mismatch::Missing { service, name });
+                mismatches.push(ActivationError::Missing { service, name });
             }
-            sockets.extend(found.into_iter().map(Origin::Held));
+            sockets.extend(found.into_iter().map(SocketSource::Held));
         }
     }
     mismatches.extend(datagrams_unanswered(held, wanted, &sockets));
@@ -146,7 +146,7 @@ pub(crate) fn difference(
             None => closed.push(index),
             Some(name) => {
                 let (endpoint, name) = (held.endpoint.clone(), name.clone());
-                mismatches.push(Mismatch::Unnamed { endpoint, name });
+                mismatches.push(ActivationError::Unnamed { endpoint, name });
             }
         }
     }
@@ -154,7 +154,7 @@ pub(crate) fn difference(
         return Err(mismatches);
     }
     let steps = changes.zip(sockets).map(|(change, sockets)| Step { change, sockets }).collect();
-    Ok(Difference { steps, removed, closed })
+    Ok(ReloadPlan { steps, removed, closed })
 }
 
 fn change(running: &[&Service], wanted: &Service) -> Change {
@@ -168,13 +168,13 @@ fn change(running: &[&Service], wanted: &Service) -> Change {
 }
 
 /// Which of the held sockets have found their service.
-struct Assignment<'a> {
-    held: &'a [Held],
+struct SocketMatcher<'a> {
+    held: &'a [HeldSocket],
     taken: Vec<bool>,
 }
 
-impl Assignment<'_> {
-    fn take(&mut self, fits: impl Fn(&Held) -> bool) -> Option<usize> {
+impl SocketMatcher<'_> {
+    fn take(&mut self, fits: impl Fn(&HeldSocket) -> bool) -> Option<usize> {
         let free = self.held.iter().zip(&mut self.taken).enumerate();
         let (index, (_, taken)) =
             free.into_iter().find(|(_, (held, taken))| !(**taken || held.stale) && fits(held))?;
@@ -184,18 +184,18 @@ impl Assignment<'_> {
 
     /// For each address of `service`, the socket that it has there already.
     fn own(&mut self, service: &Service) -> Vec<(Endpoint, Option<usize>)> {
-        let addresses = service.listen.iter().filter_map(Listen::endpoint);
-        let own = |held: &Held| held.service.as_ref() == Some(&service.name);
+        let addresses = service.listen.iter().filter_map(|listen| listen.endpoint());
+        let own = |held: &HeldSocket| held.service.as_ref() == Some(&service.name);
         addresses
             .map(|at| (at.clone(), self.take(|held| own(held) && held.endpoint == *at)))
             .collect()
     }
 
     /// A socket for each address: its own, another's, or a new one.
-    fn at_addresses(&mut self, owned: Vec<(Endpoint, Option<usize>)>) -> Vec<Origin> {
+    fn at_addresses(&mut self, owned: Vec<(Endpoint, Option<usize>)>) -> Vec<SocketSource> {
         let find = |(at, own): (Endpoint, Option<usize>)| {
             let held = own.or_else(|| self.take(|held| held.endpoint == at));
-            held.map_or(Origin::Bind(at), Origin::Held)
+            held.map_or(SocketSource::Bind(at), SocketSource::Held)
         };
         owned.into_iter().map(find).collect()
     }
@@ -207,17 +207,17 @@ impl Assignment<'_> {
 }
 
 fn datagrams_unanswered<'a>(
-    held: &'a [Held],
+    held: &'a [HeldSocket],
     wanted: &'a [Service],
-    sockets: &'a [Vec<Origin>],
-) -> impl Iterator<Item = Mismatch> + 'a {
+    sockets: &'a [Vec<SocketSource>],
+) -> impl Iterator<Item = ActivationError> + 'a {
     let silent = wanted.iter().zip(sockets).filter(|(service, _)| !service.settings.datagrams());
     silent.flat_map(move |(service, sockets)| {
         sockets.iter().filter_map(move |origin| {
-            let Origin::Held(index) = origin else { return None };
-            let Held { endpoint, inherited, .. } = held.get(*index)?;
+            let SocketSource::Held(index) = origin else { return None };
+            let HeldSocket { endpoint, inherited, .. } = held.get(*index)?;
             let (Endpoint::Udp(_), Some(name)) = (endpoint, inherited) else { return None };
-            Some(Mismatch::Datagrams {
+            Some(ActivationError::Datagrams {
                 service: Arc::clone(&service.name),
                 endpoint: endpoint.clone(),
                 name: name.clone(),
@@ -230,6 +230,8 @@ fn datagrams_unanswered<'a>(
 mod tests {
     use super::*;
     use crate::clock::Format;
+    use crate::config_reader::{Origin, Position, Spanned};
+    use crate::net::endpoint::Listen;
     use crate::net::limits::Limits;
     use crate::services::{Settings, time};
     use jiff::tz::TimeZone;
@@ -247,10 +249,16 @@ mod tests {
         let max_connections = NonZeroU32::new(max).unwrap();
         Service {
             name: name.into(),
-            listen: listen.to_vec(),
+            listen: listen.iter().cloned().map(spanned).collect(),
             limits: Limits { max_connections, ..Limits::default() },
             settings: Settings::Time(settings),
         }
+    }
+
+    fn spanned(value: Listen) -> Spanned<Listen> {
+        let position = Position::Argument("--time".to_owned());
+        let origin = Origin { position, key: "listen".to_owned(), is_default: false };
+        Spanned { value, origin }
     }
 
     fn tcp(port: u16) -> Endpoint {
@@ -261,30 +269,39 @@ mod tests {
         Listen::At(tcp(port))
     }
 
-    fn inherited(port: u16, name: &str) -> Held {
-        Held { endpoint: tcp(port), inherited: Some(name.to_owned()), service: None, stale: false }
+    fn inherited(port: u16, name: &str) -> HeldSocket {
+        HeldSocket {
+            endpoint: tcp(port),
+            inherited: Some(name.to_owned()),
+            service: None,
+            stale: false,
+        }
     }
 
     /// What is held after a difference was carried out, and by whom.
-    fn carried_out(held: &[Held], wanted: &[Service], difference: &Difference) -> Vec<Held> {
+    fn carried_out(
+        held: &[HeldSocket],
+        wanted: &[Service],
+        difference: &ReloadPlan,
+    ) -> Vec<HeldSocket> {
         let sockets = wanted.iter().zip(&difference.steps).flat_map(|(service, step)| {
             step.sockets.iter().map(|origin| {
                 let socket = match origin {
-                    Origin::Held(index) => held[*index].clone(),
-                    Origin::Bind(endpoint) => Held {
+                    SocketSource::Held(index) => held[*index].clone(),
+                    SocketSource::Bind(endpoint) => HeldSocket {
                         endpoint: endpoint.clone(),
                         inherited: None,
                         service: None,
                         stale: false,
                     },
                 };
-                Held { service: Some(Arc::clone(&service.name)), ..socket }
+                HeldSocket { service: Some(Arc::clone(&service.name)), ..socket }
             })
         });
         sockets.collect()
     }
 
-    fn started(held: &[Held], wanted: &[Service]) -> Vec<Held> {
+    fn started(held: &[HeldSocket], wanted: &[Service]) -> Vec<HeldSocket> {
         carried_out(held, wanted, &difference(&[], held, wanted).unwrap())
     }
 
@@ -292,7 +309,7 @@ mod tests {
     fn a_start_binds_what_was_not_inherited() {
         let wanted = [service("time.a", &[at(1), at(2)], true, 1)];
         let difference = difference(&[], &[inherited(2, "x.socket")], &wanted).unwrap();
-        let sockets = vec![Origin::Bind(tcp(1)), Origin::Held(0)];
+        let sockets = vec![SocketSource::Bind(tcp(1)), SocketSource::Held(0)];
         assert_eq!(difference.steps, [Step { change: Change::Add, sockets }]);
     }
 
@@ -302,8 +319,8 @@ mod tests {
         let wanted = [service("time.a", &[named], true, 1), service("time.b", &[at(2)], true, 1)];
         let held = [inherited(1, "x"), inherited(2, "x"), inherited(3, "x")];
         let difference = difference(&[], &held, &wanted).unwrap();
-        assert_eq!(difference.steps[0].sockets, [Origin::Held(0), Origin::Held(2)]);
-        assert_eq!(difference.steps[1].sockets, [Origin::Held(1)]);
+        assert_eq!(difference.steps[0].sockets, [SocketSource::Held(0), SocketSource::Held(2)]);
+        assert_eq!(difference.steps[1].sockets, [SocketSource::Held(1)]);
     }
 
     #[test]
@@ -326,7 +343,7 @@ mod tests {
             max_files: NonZeroU32::MIN,
         });
         let udp = Endpoint::Udp(([127, 0, 0, 1], 1).into());
-        let held = [Held { endpoint: udp, ..inherited(1, "x") }];
+        let held = [HeldSocket { endpoint: udp, ..inherited(1, "x") }];
         let mismatches = difference(&[], &held, &[file]).unwrap_err();
         assert!(mismatches[0].to_string().contains("answers no datagrams"), "{mismatches:?}");
     }
@@ -337,7 +354,7 @@ mod tests {
         let mut held = started(&[], &wanted);
         held[0].stale = true;
         let difference = difference(&[&wanted[0]], &held, &wanted).unwrap();
-        assert_eq!(difference.steps[0].sockets, [Origin::Bind(tcp(1))]);
+        assert_eq!(difference.steps[0].sockets, [SocketSource::Bind(tcp(1))]);
         assert_eq!(difference.closed, [0]);
     }
 
@@ -358,8 +375,8 @@ mod tests {
         let held = started(&[], &before);
         let after = [service("time.b", &[at(2)], true, 1), service("time.a", &[at(3)], true, 1)];
         let difference = difference(&[&before[0]], &held, &after).unwrap();
-        assert_eq!(difference.steps[0].sockets, [Origin::Held(1)]);
-        assert_eq!(difference.steps[1].sockets, [Origin::Bind(tcp(3))]);
+        assert_eq!(difference.steps[0].sockets, [SocketSource::Held(1)]);
+        assert_eq!(difference.steps[1].sockets, [SocketSource::Bind(tcp(3))]);
         assert_eq!(difference.closed, [0]);
         assert!(difference.removed.is_empty());
     }
@@ -400,7 +417,9 @@ mod tests {
                 let mut after = before.clone();
                 if !before.is_empty() {
                     let one = after.swap_remove(which.index(before.len()));
-                    after.push(service(&one.name, &one.listen, newline, max));
+                    let listen: Vec<_> =
+                        one.listen.iter().map(|listen| listen.value.clone()).collect();
+                    after.push(service(&one.name, &listen, newline, max));
                 }
                 (before, after)
             }),
@@ -408,7 +427,9 @@ mod tests {
     }
 
     fn listens(services: &[Service], at: &Endpoint) -> bool {
-        services.iter().any(|service| service.listen.contains(&Listen::At(at.clone())))
+        services
+            .iter()
+            .any(|service| service.listen.iter().any(|listen| listen.endpoint() == Some(at)))
     }
 
     /// What a configuration says, whatever its order.
@@ -422,14 +443,14 @@ mod tests {
     }
 
     /// Who listens where.
-    fn listeners(held: &[Held]) -> BTreeSet<(Arc<str>, Endpoint)> {
+    fn listeners(held: &[HeldSocket]) -> BTreeSet<(Arc<str>, Endpoint)> {
         held.iter().map(|held| (held.service.clone().unwrap(), held.endpoint.clone())).collect()
     }
 
     /// Whether there is nothing to be done.
-    fn is_empty(difference: &Difference, held: &[Held], wanted: &[Service]) -> bool {
+    fn is_empty(difference: &ReloadPlan, held: &[HeldSocket], wanted: &[Service]) -> bool {
         let stays = |step: &Step| {
-            let are_held = |origin: &Origin| matches!(origin, Origin::Held(_));
+            let are_held = |origin: &SocketSource| matches!(origin, SocketSource::Held(_));
             matches!(step.change, Change::Keep(_)) && step.sockets.iter().all(are_held)
         };
         difference.steps.iter().all(stays)
@@ -449,7 +470,7 @@ mod tests {
         ) {
             // Some sockets were inherited, which both configurations name; some serve no longer.
             let passed = (1..=8).zip(passed).filter(|(_, passed)| *passed).map(|(number, _)| {
-                Held { endpoint: address(number), ..inherited(number, "x") }
+                HeldSocket { endpoint: address(number), ..inherited(number, "x") }
             });
             let passed: Vec<_> = passed
                 .filter(|held| [&before, &after].iter().all(|all| listens(all, &held.endpoint)))
@@ -503,8 +524,8 @@ mod tests {
             let mut used = difference.closed.clone();
             for origin in difference.steps.iter().flat_map(|step| &step.sockets) {
                 match origin {
-                    Origin::Held(index) => used.push(*index),
-                    Origin::Bind(at) => prop_assert!(!of_use(at)),
+                    SocketSource::Held(index) => used.push(*index),
+                    SocketSource::Bind(at) => prop_assert!(!of_use(at)),
                 }
             }
             used.sort_unstable();
@@ -528,7 +549,7 @@ mod tests {
         ) {
             let passed: Vec<_> = passed
                 .into_iter()
-                .map(|number| Held { endpoint: address(number), ..inherited(number, "x") })
+                .map(|number| HeldSocket { endpoint: address(number), ..inherited(number, "x") })
                 .collect();
             let Ok(start) = difference(&[], &passed, &before) else { return Ok(()) };
             let held = carried_out(&passed, &before, &start);

@@ -2,26 +2,16 @@
 
 use std::fs;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
-use crate::config::Context;
 use crate::document::without_bom;
 
 /// The largest file of roots that is read, in bytes.
 const MAX_ROOTS: u64 = 4 << 20;
-
-/// The file that a configuration names, which can be read.
-///
-/// # Errors
-/// Says what is wrong.
-pub(crate) fn file(name: &str, context: &Context<'_>) -> Result<PathBuf, String> {
-    let path = context.folder.join(name);
-    read(&path).map(|_| path)
-}
 
 /// Reads the certificates of a file in PEM form, of which there is one at least.
 ///

@@ -16,14 +16,10 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Context;
-use crate::config_reader::table;
-use crate::config_reader::table::{Noted, Table};
-use crate::config_reader::values;
+use crate::config_reader::{Question, Reported, Table, values, values_of};
 use crate::daemon::health::{Change, Event, Kind, Reporter};
 use crate::daemon::mirrors::{Counts, File, Run, Summary};
 use crate::fs::atomic::OverwritePolicy;
-use crate::fs::file::canonical;
 use crate::fs::filename::escape;
 use crate::http::ca_certs;
 use crate::http::egress;
@@ -56,7 +52,7 @@ const MAX_TOLD: usize = 100;
 
 /// The checked settings of a mirror.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Settings {
+pub(crate) struct Settings {
     name: Arc<str>,
     every: Duration,
     order: Order,
@@ -67,11 +63,9 @@ impl Settings {
     ///
     /// # Errors
     /// If something is.
-    pub fn read(name: &str, mut table: Table<'_>, context: &Context<'_>) -> Result<Self, Noted> {
+    pub(crate) fn read(name: &str, mut table: Table<'_>) -> Result<Self, Reported> {
         let source = read_source(&mut table);
-        let into = table.required("into", "the folder for the files", |text| {
-            folder(&context.folder.join(text), text)
-        });
+        let into = read_folder(&mut table);
         let every = table.text_or("every", "10m", |text| match values::duration(text) {
             Ok(every) if every < Duration::from_secs(1) => {
                 Err("expected at least \"1s\"".to_owned())
@@ -95,12 +89,10 @@ impl Settings {
             }
             Ok((name, value))
         });
-        let bearer_token = table.text("bearer-token-file", |name| {
-            let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
-            let path = secret::path(name, context.folder, credentials.as_deref());
-            sync::read_token(&path).map(|_| path)
+        let bearer_token = secret::checked_path(&mut table, "bearer-token-file", |path| {
+            sync::read_token(path).map(drop)
         });
-        let ca_file = table.text("ca-file", |name| ca_certs::file(name, context));
+        let ca_file = table.checked_path("ca-file", ca_certs::read);
         let proxy = url(&mut table, "proxy");
         table.finish();
         let source = source?;
@@ -136,38 +128,38 @@ impl Settings {
     }
 
     /// Its name, without its kind.
-    pub fn name(&self) -> &Arc<str> {
+    pub(crate) fn name(&self) -> &Arc<str> {
         &self.name
     }
 
     /// The folder that it fills.
-    pub fn folder(&self) -> &Path {
+    pub(crate) fn folder(&self) -> &Path {
         &self.order.into
     }
-}
 
-fn values_of<T>(located: Option<Vec<table::Located<'_, T>>>) -> Vec<T> {
-    located.into_iter().flatten().map(|located| located.value).collect()
-}
-
-/// A folder, or a place where one can be created.
-fn folder(path: &Path, text: &str) -> Result<PathBuf, String> {
-    match path.metadata() {
-        _ if text.is_empty() => Err("expected a folder".to_owned()),
-        Ok(metadata) if !metadata.is_dir() => {
-            Err("expected a folder, found another file".to_owned())
-        }
-        _ => Ok(canonical(path)),
+    /// Replaces the folder by its canonical path.
+    pub(crate) fn set_folder(&mut self, canonical: PathBuf) {
+        self.order.into = canonical;
     }
+}
+
+fn read_folder(table: &mut Table<'_>) -> Result<PathBuf, Reported> {
+    let text = table.required("into", "the folder for the files", |text| match text {
+        "" => Err("expected a folder"),
+        text => Ok(text.to_owned()),
+    })?;
+    let path = table.base_dir().join(&text);
+    table.probe("into", &text, Question::Folder(path.clone()));
+    Ok(path)
 }
 
 /// A URL, which is not repeated in the fault, as there may be a password in it.
-fn url(table: &mut Table<'_>, key: &'static str) -> Result<Option<Url>, Noted> {
+fn url(table: &mut Table<'_>, key: &'static str) -> Result<Option<Url>, Reported> {
     let text = table.text(key, |text| Ok::<_, String>(text.to_owned()))?;
-    text.map(|text| egress::url(&text).map_err(|error| table.fault(key, error))).transpose()
+    text.map(|text| egress::url(&text).map_err(|error| table.report(key, error))).transpose()
 }
 
-fn read_source(table: &mut Table<'_>) -> Result<Source, Noted> {
+fn read_source(table: &mut Table<'_>) -> Result<Source, Reported> {
     let source = url(table, "source");
     let urls = table.texts("urls", |text| Ok::<_, String>(text.to_owned()));
     let pointer = |text: &str| text.parse::<Pointer>();
@@ -176,9 +168,9 @@ fn read_source(table: &mut Table<'_>) -> Result<Source, Noted> {
     let filename = table.text("filename", pointer);
     let sha256 = table.text("sha256", pointer);
     let urls = urls?.map(|urls| {
-        let urls = urls
-            .into_iter()
-            .map(|text| egress::url(&text.value).map_err(|error| text.fault(error)));
+        let urls = urls.into_iter().map(|text| {
+            egress::url(&text.value).map_err(|error| table.report_at(&text.origin, error))
+        });
         urls.collect::<Vec<_>>().into_iter().collect::<Result<Vec<_>, _>>()
     });
     let (source, urls) = (source?, urls.transpose()?);
@@ -188,26 +180,26 @@ fn read_source(table: &mut Table<'_>) -> Result<Source, Noted> {
             let missing = || {
                 let expected = "missing; expected the JSON pointer to the URL in an entry of the \
                                 listing, as \"/url\", or \"\" if an entry is the URL itself";
-                table.fault("url", expected)
+                table.report("url", expected)
             };
             let url = url.ok_or_else(missing)?;
             let pointers = Pointers { list: list.unwrap_or_default(), url, filename, sha256 };
             Ok(Source::Listing { url: source, pointers })
         }
         (None, Some(urls)) if urls.is_empty() => {
-            Err(table.fault("urls", "empty; expected at least one URL"))
+            Err(table.report("urls", "empty; expected at least one URL"))
         }
         (None, Some(urls)) => {
             let pointers =
                 [("list", list), ("url", url), ("filename", filename), ("sha256", sha256)];
             match pointers.iter().find(|(_, pointer)| pointer.is_some()) {
                 None => Ok(Source::Urls(urls)),
-                Some((key, _)) => Err(table.fault(key, "is for a listing, which `source` names")),
+                Some((key, _)) => Err(table.report(key, "is for a listing, which `source` names")),
             }
         }
-        (Some(_), Some(_)) => Err(table.fault("urls", "expected either `source` or `urls`")),
+        (Some(_), Some(_)) => Err(table.report("urls", "expected either `source` or `urls`")),
         (None, None) => {
-            Err(table.fault_here("expected `source`, the URL of a JSON listing, or `urls`"))
+            Err(table.report_here("expected `source`, the URL of a JSON listing, or `urls`"))
         }
     }
 }
@@ -605,27 +597,6 @@ mod tests {
         for bad in ["", "image", "image/", "/png", "*/*", "image/png; q=1", "a/b/c"] {
             assert!(media_type(bad).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn a_folder_is_the_same_before_and_after_it_is_created() {
-        let place = tempfile::tempdir().unwrap();
-        let real = place.path().canonicalize().unwrap().join("real");
-        fs::create_dir(&real).unwrap();
-        let link = place.path().join("link");
-        std::os::unix::fs::symlink(&real, &link).unwrap();
-        let written = ["new/a", "./new//a/", "new/b/../a", "new/../../link/new/a"];
-        for text in written {
-            assert_eq!(folder(&link.join(text), text).unwrap(), real.join("new/a"), "{text}");
-        }
-        fs::create_dir_all(real.join("new/a")).unwrap();
-        fs::create_dir(real.join("new/b")).unwrap();
-        for text in written.iter().take(3) {
-            assert_eq!(folder(&link.join(text), text).unwrap(), real.join("new/a"), "{text}");
-        }
-        let here = Path::new(".").canonicalize().unwrap();
-        assert_eq!(folder(Path::new("no/such"), "no/such").unwrap(), here.join("no/such"));
-        assert!(folder(&link, "").is_err());
     }
 
     #[test]

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 
+use crate::config_reader::{Reported, Table, values, values_of};
 use crate::net::connection::Deadlines;
 
 /// The limits of one service.
@@ -59,6 +60,38 @@ impl Default for Limits {
                 per_client: const { number(50) },
             },
         }
+    }
+}
+
+impl Limits {
+    /// Reads the keys of `[limits]`, which each service can override; `base` has the defaults.
+    pub(crate) fn read(table: &mut Table<'_>, base: &Self) -> Result<Self, Reported> {
+        let max_connections = table.number_or("max-connections", base.max_connections);
+        let max_per_client = table.number_or("max-per-client", base.max_per_client);
+        let allow = table.texts("allow", network);
+        let deny = table.texts("deny", network);
+        let idle = table.text("idle-timeout", values::duration);
+        let total = table.text("max-duration", values::duration);
+        let datagrams = table.number_or("max-datagrams", base.datagrams.total);
+        let per_client = table.number_or("max-datagrams-per-client", base.datagrams.per_client);
+        let networks = |set: Option<_>, base: &Vec<_>| match set {
+            Some(set) => values_of(Some(set)),
+            None => base.clone(),
+        };
+        Ok(Self {
+            max_connections: max_connections?,
+            max_per_client: max_per_client?,
+            balancers: base.balancers.clone(),
+            access: Access {
+                allow: networks(allow?, &base.access.allow),
+                deny: networks(deny?, &base.access.deny),
+            },
+            deadlines: Deadlines {
+                idle: idle?.unwrap_or(base.deadlines.idle),
+                total: total?.unwrap_or(base.deadlines.total),
+            },
+            datagrams: DatagramLimits { total: datagrams?, per_client: per_client? },
+        })
     }
 }
 

@@ -6,6 +6,7 @@
 //! and [`permits`]. Configuration and signals belong to `daemon`.
 
 pub(crate) mod connection;
+pub(crate) mod endpoint;
 pub(crate) mod idle_timer;
 pub(crate) mod instance;
 pub(crate) mod limits;

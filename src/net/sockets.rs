@@ -16,7 +16,7 @@ use rustix::net::SocketType;
 use rustix::net::sockopt::{set_socket_reuseport, socket_acceptconn, socket_type};
 use socket2::{Domain, Protocol, SockFilter, Type};
 
-use crate::config_reader::values::Endpoint;
+use crate::net::endpoint::Endpoint;
 use crate::sys;
 
 /// The longest queue of connections that wait to be accepted; the kernel shortens it to its

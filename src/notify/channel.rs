@@ -132,7 +132,7 @@ pub struct Sent {
 
 /// A way to a person.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Channel {
+pub(crate) enum Channel {
     /// `[mail.NAME]`
     Mail(mail::Settings),
     /// `[sms.NAME]`
@@ -141,7 +141,7 @@ pub enum Channel {
 
 impl Channel {
     /// Its kind and name, as `mail.ops`.
-    pub fn name(&self) -> &Arc<str> {
+    pub(crate) fn name(&self) -> &Arc<str> {
         match self {
             Self::Mail(mail) => &mail.name,
             Self::Sms(sms) => &sms.name,
@@ -149,7 +149,7 @@ impl Channel {
     }
 
     /// The server that it asks, for people.
-    pub fn server(&self) -> String {
+    pub(crate) fn server(&self) -> String {
         match self {
             Self::Mail(mail) => escape(&mail.server().to_string()),
             Self::Sms(sms) => sms.server(),
@@ -161,7 +161,7 @@ impl Channel {
     ///
     /// # Errors
     /// If not.
-    pub async fn try_out(&self) -> Result<String, Failure> {
+    pub(crate) async fn try_out(&self) -> Result<String, Failure> {
         match self {
             Self::Mail(mail) => mail.try_out().await,
             Self::Sms(sms) => sms.try_out().await,

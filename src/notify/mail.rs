@@ -10,9 +10,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
 use crate::client::Server;
-use crate::config::Context;
-use crate::config_reader::table::{Noted, Table};
-use crate::config_reader::values;
+use crate::config_reader::{Reported, Table, values};
 use crate::http::ca_certs;
 use crate::http::egress;
 use crate::http::tls::CaFile;
@@ -49,40 +47,39 @@ impl Settings {
     ///
     /// # Errors
     /// If something is.
-    pub fn read(name: &str, mut table: Table<'_>, context: &Context<'_>) -> Result<Self, Noted> {
+    pub fn read(name: &str, mut table: Table<'_>) -> Result<Self, Reported> {
         let expected = "the server, as \"smtp.example.org:465\"";
         let server = table.required("server", expected, Server::from_str);
         let security = table.text_or("security", "tls", Security::from_str);
         let allow_plaintext = table.boolean_or("allow-plaintext", false);
         let username = table.text("username", |name| header_text(name).map(|()| name.to_owned()));
-        let password_file =
-            table.text("password-file", |name| secret::file(name, context).map(|(path, _)| path));
+        let password_file = secret::read_path(&mut table, "password-file");
         let from = table.required("from", "who writes, as \"handout@example.org\"", str::parse);
         let to = table.texts("to", Mailbox::from_str);
         let timeout = table.text_or("timeout", "30s", values::duration);
-        let ca_file = table.text("ca-file", |name| ca_certs::file(name, context));
+        let ca_file = table.checked_path("ca-file", ca_certs::read);
         let helo = table.text("helo", helo::parse);
         let max_attachment = table.text_or("max-attachment", "10MiB", values::size);
         let to = to.and_then(|to| match to {
-            None => Err(table.fault("to", "missing; expected at least one address")),
+            None => Err(table.report("to", "missing; expected at least one address")),
             Some(to) if to.is_empty() => {
-                Err(table.fault("to", "empty; expected at least one address"))
+                Err(table.report("to", "empty; expected at least one address"))
             }
             Some(to) if to.len() > MAX_RECIPIENTS => {
-                Err(table.fault("to", format_args!("expected at most {MAX_RECIPIENTS} addresses")))
+                Err(table.report("to", format_args!("expected at most {MAX_RECIPIENTS} addresses")))
             }
             Some(to) => Ok(to.into_iter().map(|to| to.value).collect()),
         });
         let login = match (username?, password_file?) {
             (Some(username), Some(password_file)) => Ok(Some(Login { username, password_file })),
             (None, None) => Ok(None),
-            (Some(_), None) => Err(table.fault(
+            (Some(_), None) => Err(table.report(
                 "password-file",
                 "missing; expected the file with the password of `username`, or the credential of \
                  that name",
             )),
             (None, Some(_)) => {
-                Err(table.fault("username", "missing; expected whose password it is"))
+                Err(table.report("username", "missing; expected whose password it is"))
             }
         };
         let (server, security, allow_plaintext) = (server?, security?, allow_plaintext?);
@@ -90,7 +87,7 @@ impl Settings {
             && !allow_plaintext
             && !egress::is_loopback(server.host());
         let far = far.then(|| {
-            table.fault(
+            table.report(
                 "security",
                 "none is for this machine only (127.0.0.1, ::1, localhost); expected tls or \
                  starttls, or allow-plaintext = true",

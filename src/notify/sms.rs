@@ -14,9 +14,7 @@ use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValu
 use reqwest::{Response, Url};
 use serde_json::Value;
 
-use crate::config::Context;
-use crate::config_reader::table::{Located, Noted, Table};
-use crate::config_reader::values;
+use crate::config_reader::{Reported, Spanned, Table, values};
 use crate::document::without_bom;
 use crate::http::client;
 use crate::http::client::{Client, Options};
@@ -223,9 +221,9 @@ struct Values<'a> {
 
 /// The keys of `provider = "form"` alone, as they stand.
 struct FormKeys {
-    fields: Result<Vec<(String, Template)>, Noted>,
-    success: Result<Option<(Pointer, String)>, Noted>,
-    id: Result<Option<Pointer>, Noted>,
+    fields: Result<Vec<(String, Template)>, Reported>,
+    success: Result<Option<(Pointer, String)>, Reported>,
+    id: Result<Option<Pointer>, Reported>,
     any: Option<&'static str>,
 }
 
@@ -248,9 +246,9 @@ impl FormKeys {
         Self { fields, success: success.transpose(), id, any }
     }
 
-    fn form(self, table: &Table<'_>) -> Result<Form, Noted> {
+    fn form(self, table: &Table<'_>) -> Result<Form, Reported> {
         let missing =
-            |key, expected: &str| table.fault(key, format_args!("missing; expected {expected}"));
+            |key, expected: &str| table.report(key, format_args!("missing; expected {expected}"));
         let (fields, success, id) = (self.fields?, self.success?, self.id?);
         let success = success.ok_or_else(|| {
             missing(
@@ -273,35 +271,34 @@ impl Settings {
     ///
     /// # Errors
     /// If something is.
-    pub fn read(name: &str, mut table: Table<'_>, context: &Context<'_>) -> Result<Self, Noted> {
+    pub fn read(name: &str, mut table: Table<'_>) -> Result<Self, Reported> {
         let provider = table.required("provider", "ihuyi, twilio or form", |text| match text {
             "ihuyi" | "twilio" | "form" => Ok(text.to_owned()),
             _ => Err("expected ihuyi, twilio or form"),
         });
         let account = table.text("account", account);
-        let password_file =
-            table.text("password-file", |name| secret::file(name, context).map(|(path, _)| path));
+        let password_file = secret::read_path(&mut table, "password-file");
         let from = table.text("from", sender);
         let to = table.texts("to", Number::from_str);
         let url = table.text("url", |text| Ok::<_, String>(text.to_owned()));
         let url = url.and_then(|url| {
             // It is not repeated in the fault, as there may be a password in it.
-            url.map(|url| egress::url(&url).map_err(|error| table.fault("url", error))).transpose()
+            url.map(|url| egress::url(&url).map_err(|error| table.report("url", error))).transpose()
         });
         let allow_plaintext = table.boolean_or("allow-plaintext", false);
         let keys = FormKeys::read(&mut table);
         let timeout = table.text_or("timeout", "30s", values::duration);
         let max_segments = table.integer_or("max-segments", 4, 1..=10);
-        let ca_file = table.text("ca-file", |name| ca_certs::file(name, context));
+        let ca_file = table.checked_path("ca-file", ca_certs::read);
         let (provider, account, password_file) = (provider?, account?, password_file?);
         let missing =
-            |key, expected: &str| table.fault(key, format_args!("missing; expected {expected}"));
+            |key, expected: &str| table.report(key, format_args!("missing; expected {expected}"));
         let to = to.and_then(|to| numbers(to.unwrap_or_default(), &provider, &table));
         let (form, usual) = match provider.as_str() {
             "form" => (Some(keys.form(&table)), None),
             provider => {
                 if let Some(key) = keys.any {
-                    return Err(table.fault(key, "is for provider = \"form\""));
+                    return Err(table.report(key, "is for provider = \"form\""));
                 }
                 let account = account.as_deref().unwrap_or_default();
                 let usual = match provider {
@@ -331,7 +328,7 @@ impl Settings {
         };
         let url = url.and_then(|url| match (url, usual) {
             (Some(url), _) => Ok(url),
-            (None, Some(usual)) => egress::url(&usual).map_err(|error| table.fault("url", error)),
+            (None, Some(usual)) => egress::url(&usual).map_err(|error| table.report("url", error)),
             (None, None) => Err(missing("url", "where the form is sent to")),
         });
         let url = url.and_then(|url| {
@@ -342,12 +339,12 @@ impl Settings {
                 return Ok(url);
             }
             let problem = "expected https://, or allow-plaintext = true";
-            Err(table.fault("url", problem))
+            Err(table.report("url", problem))
         });
         let from = from.and_then(|from| match (from, provider.as_str()) {
             (None, "twilio") => Err(missing("from", "the number that it is sent from")),
             (Some(_), provider) if provider != "twilio" => {
-                Err(table.fault("from", "is for provider = \"twilio\""))
+                Err(table.report("from", "is for provider = \"twilio\""))
             }
             (from, _) => Ok(from),
         });
@@ -641,16 +638,16 @@ impl Settings {
 
 /// The numbers of a table, if this provider sends to all of them.
 fn numbers(
-    to: Vec<Located<'_, Number>>,
+    to: Vec<Spanned<Number>>,
     provider: &str,
     table: &Table<'_>,
-) -> Result<Vec<Number>, Noted> {
+) -> Result<Vec<Number>, Reported> {
     if !(1..=MAX_RECIPIENTS).contains(&to.len()) {
-        return Err(table.fault("to", format_args!("expected 1 to {MAX_RECIPIENTS} numbers")));
+        return Err(table.report("to", format_args!("expected 1 to {MAX_RECIPIENTS} numbers")));
     }
     let each = to.into_iter().map(|to| match to.value.check(provider) {
         Ok(()) => Ok(to.value),
-        Err(problem) => Err(to.fault(problem)),
+        Err(problem) => Err(table.report_at(&to.origin, problem)),
     });
     // All of them first, so that every fault is noted.
     each.collect::<Vec<_>>().into_iter().collect()

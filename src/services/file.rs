@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::fs;
 use std::io;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -47,6 +48,8 @@ pub struct Settings {
     pub newline: bool,
     /// The largest file that is held in memory, in bytes.
     pub cache_limit: u64,
+    /// Longest list of files, if the path turns out to be a folder.
+    pub max_files: NonZeroU32,
 }
 
 /// A file service that is ready to answer.

@@ -10,21 +10,14 @@ pub(crate) mod folder;
 pub(crate) mod metrics;
 pub(crate) mod time;
 
-use std::collections::BTreeMap;
-use std::fs;
-use std::io::{self, ErrorKind};
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::thread;
-use std::time::Duration;
+use std::convert::Infallible;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use crate::config::Context;
-use crate::config_reader::table::{Noted, Table};
-use crate::config_reader::values;
-use crate::fs::blocking_pool::UNANSWERED;
-use crate::fs::file::{OpenFile, canonical};
+use crate::config_reader::{PathKind, Question, Reported, Table, values};
 use crate::fs::folder::Folder;
 use crate::net::connection::{Broken, Connection, Stream};
 use crate::telemetry::metrics::Monitor;
@@ -47,6 +40,27 @@ impl Settings {
     pub fn datagrams(&self) -> bool {
         matches!(self, Self::Time(_))
     }
+
+    /// The path that is served, and its kind.
+    pub(crate) fn served_path(&self) -> Option<(&Path, PathKind)> {
+        match self {
+            Self::File(file) => Some((&file.path, PathKind::File)),
+            Self::Folder(folder) => Some((folder.folder.path(), PathKind::Folder)),
+            Self::Time(_) | Self::Metrics => None,
+        }
+    }
+
+    /// The same settings, for a path of this kind.
+    pub(crate) fn with_path_kind(self, kind: PathKind) -> Self {
+        match (self, kind) {
+            (Self::File(file), PathKind::Folder) => Self::Folder(folder::Settings {
+                folder: Folder::expected(&file.path),
+                cache_limit: file.cache_limit,
+                max_files: file.max_files,
+            }),
+            (settings, _) => settings,
+        }
+    }
 }
 
 /// A kind of service as the configuration knows it.
@@ -58,7 +72,7 @@ pub(crate) struct Kind {
     /// Whether it answers datagrams.
     pub datagrams: bool,
     /// Reads what is its own of `[KIND.NAME]`, and reports what is wrong to the table.
-    pub read: fn(&mut Table<'_>, &Context<'_>) -> Result<Settings, Noted>,
+    pub read: fn(&mut Table<'_>) -> Result<Settings, Reported>,
 }
 
 /// `[time.NAME]`
@@ -66,151 +80,41 @@ pub(crate) static TIME: Kind = Kind {
     name: "time",
     default_listen: "127.0.0.1:6789",
     datagrams: true,
-    read: |table, _| time::Settings::read(table).map(Settings::Time),
+    read: |table| time::Settings::read(table).map(Settings::Time),
 };
 
 /// `[file.NAME]`
-pub(crate) static FILE: Kind = Kind {
-    name: "file",
-    default_listen: "127.0.0.1:5566",
-    datagrams: false,
-    read: read_file_or_folder,
-};
+pub(crate) static FILE: Kind =
+    Kind { name: "file", default_listen: "127.0.0.1:5566", datagrams: false, read: read_file };
 
 /// `[metrics]`, of which there is one at most.
 pub(crate) static METRICS: Kind = Kind {
     name: "metrics",
     default_listen: "127.0.0.1:9467",
     datagrams: false,
-    read: |_, _| Ok(Settings::Metrics),
+    read: |_| Ok(Settings::Metrics),
 };
 
 /// Every kind of service of which there can be many.
 pub(crate) static KINDS: [&Kind; 2] = [&TIME, &FILE];
 
-fn read_file_or_folder(table: &mut Table<'_>, context: &Context<'_>) -> Result<Settings, Noted> {
-    let read = table.required("path", "the file or the folder to hand out", |text| {
-        open_path(&context.folder.join(text), context)
+/// Reads the settings of a file, which may turn out to be a folder.
+fn read_file(table: &mut Table<'_>) -> Result<Settings, Reported> {
+    let base_dir = table.base_dir();
+    let path = table.required("path", "the file or the folder to hand out", |text| {
+        Ok::<_, Infallible>((text.to_owned(), base_dir.join(text)))
     });
+    if let Ok((text, path)) = &path {
+        table.probe("path", text, Question::PathKind(path.clone()));
+    }
     let newline = table.boolean_or("newline", true);
     let cache_limit = table.text_or("cache-limit", "64MiB", values::size);
     let max_files = table.number_or("max-files", folder::DEFAULT_MAX_FILES);
+    let (_, path) = path?;
+    // Only folders have paths without a last component.
+    let filename = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let (newline, cache_limit, max_files) = (newline?, cache_limit?, max_files?);
-    Ok(match read? {
-        Opened::File { path, filename } => {
-            Settings::File(file::Settings { path, filename, newline, cache_limit })
-        }
-        Opened::Folder(folder) => {
-            Settings::Folder(folder::Settings { folder, cache_limit, max_files })
-        }
-    })
-}
-
-enum Opened {
-    File { path: PathBuf, filename: String },
-    Folder(Folder),
-}
-
-/// How long a path may be looked at in vain: a file system may first have to be mounted. One that is
-/// served already need not, and where another hangs, there is no hope either.
-const PATIENCE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(2));
-
-/// How many threads may look at one path: those that hang stay, and there are reloads.
-const MAX_LOOKS: usize = 8;
-
-/// The looks that have not ended. Each takes a moment, unless it hangs.
-static LOOKS: Mutex<BTreeMap<PathBuf, usize>> = Mutex::new(BTreeMap::new());
-
-/// A look at a path, until it has ended.
-struct Look(PathBuf);
-
-impl Look {
-    /// Begins one, if not too many hang there; and whether others have not ended.
-    fn begin(path: &Path) -> Option<(Self, bool)> {
-        let mut looks = LOOKS.lock().unwrap_or_else(PoisonError::into_inner);
-        let others = !looks.is_empty();
-        let count = looks.entry(path.to_owned()).or_default();
-        *count += 1;
-        let look = Self(path.to_owned());
-        let few = *count <= MAX_LOOKS;
-        drop(looks);
-        few.then_some((look, others))
-    }
-}
-
-impl Drop for Look {
-    fn drop(&mut self) {
-        let mut looks = LOOKS.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = looks.get_mut(&self.0) {
-            *count -= 1;
-            if *count == 0 {
-                looks.remove(&self.0);
-            }
-        }
-    }
-}
-
-/// Looks whether what is at `path` can be handed out; if its file system does not answer, and it is
-/// handed out already, it goes on being what it was.
-fn open_path(path: &Path, context: &Context<'_>) -> Result<Opened, String> {
-    let running = context.running.iter().find_map(|settings| Opened::of(settings, path));
-    let in_vain =
-        |running: Option<Opened>| running.ok_or_else(|| format!("cannot be opened: {UNANSWERED}"));
-    let Some((look, others)) = Look::begin(path) else { return in_vain(running) };
-    let patience = if running.is_some() || others { PATIENCE.1 } else { PATIENCE.0 };
-    let mirrored = context.mirrored.to_vec();
-    let (tell, told) = mpsc::channel();
-    let looking = thread::Builder::new().name("look".to_owned());
-    let looking = looking.spawn(move || {
-        let opened = look_at(&look.0, &mirrored);
-        drop(look);
-        // Who has lost patience does not want to know.
-        let _ = tell.send(opened);
-    });
-    looking.map_err(|error| cannot(&error))?;
-    told.recv_timeout(patience).unwrap_or_else(|_| in_vain(running))
-}
-
-impl Opened {
-    /// What these settings have opened, if it is at `path`.
-    fn of(settings: &Settings, path: &Path) -> Option<Self> {
-        match settings {
-            Settings::File(file) if file.path == path => {
-                Some(Self::File { path: file.path.clone(), filename: file.filename.clone() })
-            }
-            Settings::Folder(folder) if folder.folder == Folder::expected(path) => {
-                Some(Self::Folder(folder.folder.clone()))
-            }
-            _ => None,
-        }
-    }
-}
-
-fn cannot(error: &io::Error) -> String {
-    format!("cannot be opened: {error}")
-}
-
-/// Whether a mirror will create this folder, or one in it. `mirrored` are canonical paths, and the
-/// configured one may lead through links, as below `/var/lib/handout` under `DynamicUser=`.
-fn will_be_created(path: &Path, mirrored: &[PathBuf]) -> bool {
-    let path = canonical(path);
-    mirrored.iter().any(|mirrored| mirrored.starts_with(&path))
-}
-
-fn look_at(path: &Path, mirrored: &[PathBuf]) -> Result<Opened, String> {
-    let metadata = match fs::metadata(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound && will_be_created(path, mirrored) => {
-            return Ok(Opened::Folder(Folder::expected(path)));
-        }
-        metadata => metadata.map_err(|error| cannot(&error))?,
-    };
-    if metadata.is_dir() {
-        return Folder::open(path).map(Opened::Folder).map_err(|error| cannot(&error));
-    }
-    let filename = path.file_name().and_then(|name| name.to_str());
-    let filename = filename.ok_or("expected a path that ends with a file's name")?.to_owned();
-    OpenFile::open(path).map_err(|error| cannot(&error))?;
-    Ok(Opened::File { path: path.to_owned(), filename })
+    Ok(Settings::File(file::Settings { path, filename, newline, cache_limit, max_files }))
 }
 
 /// A service that is ready to answer.

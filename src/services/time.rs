@@ -9,7 +9,7 @@ use jiff::tz::TimeZone;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::clock::{Format, Health, ReplyShapes, current_zone, find_zone};
-use crate::config_reader::table::{Noted, Table};
+use crate::config_reader::{Reported, Table};
 use crate::fs::blocking_pool::{BlockingPool, UNANSWERED, if_slow};
 use crate::net::connection::{Broken, Connection, Stream};
 
@@ -36,7 +36,7 @@ impl Settings {
     ///
     /// # Errors
     /// If a fault was noted.
-    pub fn read(table: &mut Table<'_>) -> Result<Self, Noted> {
+    pub fn read(table: &mut Table<'_>) -> Result<Self, Reported> {
         let format = table.text_or("format", "python", str::parse);
         let zone = table.text_or("timezone", "local", |name| {
             find_zone(name).map(|zone| (name.to_owned(), zone))

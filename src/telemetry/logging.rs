@@ -9,6 +9,7 @@ use std::env;
 use std::io::{self, BufWriter, IsTerminal};
 use std::os::unix::fs::MetadataExt;
 use std::panic::{self, PanicHookInfo};
+use std::str::FromStr;
 use std::sync::OnceLock;
 
 use tracing_subscriber::filter::Targets;
@@ -16,10 +17,59 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, reload};
 
-use crate::config::{Log, LogFormat};
+use crate::config_reader::{Reported, Table};
 
 use crate::telemetry::journald::{Journal, Socket};
 use crate::telemetry::log_queue::Queue;
+
+/// The settings of `[log]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct LogSettings {
+    /// A level or a filter of tracing-subscriber.
+    pub level: String,
+    pub format: LogFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LogFormat {
+    /// [`Self::Journald`] if standard error is the journal, else [`Self::Text`].
+    Auto,
+    Text,
+    /// One JSON object per line.
+    Json,
+    /// The native protocol of the journal.
+    Journald,
+}
+
+impl FromStr for LogFormat {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "text" => Ok(Self::Text),
+            "json" => Ok(Self::Json),
+            "journald" => Ok(Self::Journald),
+            _ => Err("expected auto, text, json or journald"),
+        }
+    }
+}
+
+impl Default for LogSettings {
+    fn default() -> Self {
+        Self { level: "info".to_owned(), format: LogFormat::Auto }
+    }
+}
+
+impl LogSettings {
+    pub(crate) fn read(mut table: Table<'_>) -> Result<Self, Reported> {
+        let level =
+            table.text_or("level", "info", |text| check_filter(text).map(|()| text.to_owned()));
+        let format = table.text_or("format", "auto", str::parse);
+        table.finish();
+        Ok(Self { level: level?, format: format? })
+    }
+}
 
 /// Whether `filter` is a level or a filter such as `handout=debug`.
 ///
@@ -56,7 +106,7 @@ impl Logger {
     ///
     /// # Errors
     /// If the journal was asked for and cannot be reached, or something logs already.
-    pub(crate) fn start(log: &Log) -> io::Result<Self> {
+    pub(crate) fn start(log: &LogSettings) -> io::Result<Self> {
         // Flushed whenever no line waits.
         let stderr = Queue::start(BufWriter::with_capacity(WRITTEN_AT_ONCE, io::stderr()))?;
         let journal = OnceLock::new();
@@ -70,7 +120,7 @@ impl Logger {
     ///
     /// # Errors
     /// If the journal was asked for and cannot be reached.
-    pub(crate) fn prepare(&self, log: &Log) -> io::Result<Prepared> {
+    pub(crate) fn prepare(&self, log: &LogSettings) -> io::Result<Prepared> {
         lines(log, &self.stderr, &self.journal).map(Prepared)
     }
 
@@ -89,7 +139,7 @@ impl Logger {
 /// Another way to log.
 pub(crate) struct Prepared(Lines);
 
-fn lines(log: &Log, stderr: &Queue, journal: &OnceLock<Queue>) -> io::Result<Lines> {
+fn lines(log: &LogSettings, stderr: &Queue, journal: &OnceLock<Queue>) -> io::Result<Lines> {
     let filter: Targets = log.level.parse().map_err(io::Error::other)?;
     let stderr =
         tracing_subscriber::fmt::layer().with_writer(stderr.sender().clone()).with_target(false);

@@ -382,3 +382,21 @@ fn faults_of_arguments_name_the_argument() {
     assert!(text.contains("handout: --time nonsense: time.argument-1.listen"), "{text}");
     assert!(text.contains("handout: --file 127.0.0.1:0=gone: file.argument-2.path"), "{text}");
 }
+
+#[test]
+fn only_the_probe_stage_of_the_configuration_performs_io() {
+    let src = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = vec![src.join("net/endpoint.rs")];
+    for folder in ["config", "config_reader"] {
+        files.extend(fs::read_dir(src.join(folder)).unwrap().map(|entry| entry.unwrap().path()));
+    }
+    files.retain(|path| !path.ends_with("config/probe.rs"));
+    assert!(files.len() > 8, "{files:?}");
+    for path in files {
+        let text = fs::read_to_string(&path).unwrap();
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        for module in ["std::fs", "std::net", "crate::fs"] {
+            assert!(!code.contains(module), "{} uses {module}", path.display());
+        }
+    }
+}
