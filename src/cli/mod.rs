@@ -365,7 +365,7 @@ fn try_to_serve(arguments: args::Serve) -> Result<(), (ExitCode, String)> {
     served().map_err(|error| {
         // It does not fit the sockets that it is given, which a restart does not mend.
         let code = match error.downcast_ref() {
-            Some(manager::Error::Inherited(_)) => ExitCode::from(WRONG_CONFIGURATION),
+            Some(manager::Error::Activation(_)) => ExitCode::from(WRONG_CONFIGURATION),
             _ => ExitCode::FAILURE,
         };
         (code, error_chain(&*error))

@@ -19,12 +19,6 @@ use crate::net::instance::Served;
 use crate::telemetry::counters::{Counter, Ending, Label};
 use crate::text::counted;
 
-#[cfg(feature = "gateway")]
-pub(crate) use crate::alert::dispatcher::Alerts;
-
-#[cfg(not(feature = "gateway"))]
-pub(crate) use absent::Alerts;
-
 /// How often it is looked at what is not well.
 pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(500);
 
@@ -363,50 +357,6 @@ impl Watch {
                 self.begun.remove(&key);
             }
         }
-    }
-}
-
-/// What stands for channels and alerts in a build that has none.
-#[cfg(not(feature = "gateway"))]
-#[expect(clippy::unused_async, reason = "as those that do something")]
-mod absent {
-    use std::io;
-    use std::sync::Arc;
-
-    use super::{Counts, Reporter};
-    use crate::config::AlertSettings as Settings;
-
-    /// Who tells: nobody.
-    #[derive(Debug, Default)]
-    pub(crate) struct Alerts {}
-
-    impl Alerts {
-        /// Prepares nothing.
-        ///
-        /// # Errors
-        /// None.
-        pub(crate) fn prepare(&mut self, _: &Settings) -> io::Result<()> {
-            Ok(())
-        }
-
-        /// Changes nothing.
-        pub(crate) fn change(&mut self, _: &Settings) {}
-
-        /// Where events are handed over.
-        pub(crate) fn reporter(&self) -> Reporter {
-            Reporter::default()
-        }
-
-        /// What the channels count.
-        pub(crate) fn counts(&self) -> Vec<Arc<Counts>> {
-            Vec::new()
-        }
-
-        /// Ends nothing.
-        pub(crate) fn stop(&self) {}
-
-        /// Waits for nothing.
-        pub(crate) async fn ended(&mut self) {}
     }
 }
 

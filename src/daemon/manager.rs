@@ -1,392 +1,305 @@
-//! What runs, services and sockets, and how it becomes what another configuration says.
+//! The running services and their sockets, and how they become those of another configuration.
 //!
-//! A change is prepared whole, in which anything may fail and nothing that runs is touched; then
-//! it is carried out, in which nothing can fail. What has to change is [`crate::daemon::plan`]'s subject.
+//! A change is prepared as a whole: anything can fail, and nothing that runs is touched. Then it is
+//! applied, which cannot fail. [`crate::daemon::plan`] decides what has to change.
 
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::Handle;
-use tokio::sync::watch;
-use tokio::task::{AbortHandle, JoinError, JoinSet};
-use tokio::time::timeout;
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::DropGuard;
 use tokio_util::task::TaskTracker;
 
 use crate::config;
 use crate::config::Config;
+use crate::daemon::bound_socket::{BoundSocket, ReusePortGuard};
 use crate::daemon::plan::{
-    ActivationError, Change, HeldSocket, ReloadPlan, SocketSource, difference,
+    ActivationError, HeldSocket, ReloadPlan, ServiceChange, ServicePlan, SocketSource, Summary,
 };
 use crate::fs::blocking_pool::{BlockingPool, UNANSWERED};
 use crate::net::connection::Shutdown;
 use crate::net::endpoint::Endpoint;
 use crate::net::instance::Served;
-use crate::net::listener::{DatagramSocket, Duty, Family, Listener};
-use crate::net::sockets;
-use crate::net::sockets::{BindError, Inherited, Socket};
+use crate::net::listener::Duty;
+use crate::net::sockets::{self, BindError, Inherited};
 use crate::runtime::Workers;
 use crate::services::{Service, Settings};
 use crate::telemetry::metrics::Monitor;
 
-/// How often it is seen whether the connections of a service that is gone have ended.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Interval of the checks whether a removed service has connections.
+const DRAIN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How long the files of a configuration, or what one service serves, may take to be read: longer
-/// than any that a file system still reads.
-pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
+/// Time limit of reading the configuration file, or the files of one service; longer than any file
+/// system that still answers.
+pub(crate) const READ_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// Why the daemon cannot become what a configuration says.
+/// The reason why a configuration cannot be applied.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    /// An address could not be bound.
     #[error("{service}")]
-    Bind {
-        /// The service that wanted it.
-        service: Arc<str>,
-        /// The endpoint and the cause.
-        source: BindError,
-    },
-    /// What is to be served could not be opened.
+    Bind { service: Arc<str>, source: BindError },
     #[error("{service}")]
-    Open {
-        /// The service that wanted it.
-        service: Arc<str>,
-        /// The path and the cause.
-        source: io::Error,
-    },
-    /// A socket could not be watched.
+    Open { service: Arc<str>, source: io::Error },
     #[error("cannot watch the socket on {endpoint}")]
-    Register {
-        /// Where it listens.
-        endpoint: Endpoint,
-        /// The cause.
-        source: io::Error,
-    },
-    /// The mirrors have no thread.
+    Register { endpoint: Endpoint, source: io::Error },
     #[error("the mirrors cannot be started")]
     Mirrors(#[source] io::Error),
-    /// Who tells the operator has no thread.
     #[error("alerts cannot be started")]
     Alerts(#[source] io::Error),
-    /// The configuration does not fit the inherited sockets.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
-    Inherited(Vec<ActivationError>),
-    /// A fault of the program.
-    #[error("a service could not be started")]
-    Lost,
+    Activation(Vec<ActivationError>),
 }
 
-/// Connections that end together.
+/// Connections that drain together.
 #[derive(Debug, Default)]
-struct Scope {
+struct DrainGroup {
     shutdown: Shutdown,
-    /// Those that are under way.
     connections: TaskTracker,
 }
 
 #[derive(Debug, Default)]
-struct Scopes {
-    /// What the daemon is there for.
-    serving: Scope,
-    /// What tells of that, until there is nothing more to tell.
-    monitoring: Scope,
+struct DrainGroups {
+    serving: DrainGroup,
+    /// Services for monitoring, which go on during the drain.
+    monitoring: DrainGroup,
 }
 
-impl Scopes {
-    fn of(&self, service: &Service) -> &Scope {
+impl DrainGroups {
+    fn of(&self, service: &Service) -> &DrainGroup {
         if service.is_for_monitoring() { &self.monitoring } else { &self.serving }
     }
 }
 
-/// All that runs.
+/// All running services.
 #[derive(Debug)]
-pub(crate) struct Running {
+pub(crate) struct ServiceManager {
     workers: Workers,
     services: Vec<RunningService>,
-    sockets: Vec<OpenSocket>,
-    /// Services that are gone, while connections to them last.
-    leaving: Vec<Arc<Served>>,
-    /// The listeners, and what services do by themselves.
+    sockets: Vec<BoundSocket>,
+    /// Removed services that still have connections.
+    draining: Vec<Arc<Served>>,
+    /// Listeners, and the background work of services.
     tasks: JoinSet<()>,
-    scopes: Scopes,
-    /// What monitoring is told.
+    groups: DrainGroups,
     pub monitor: Arc<Monitor>,
-    /// What is to be served is read by these first.
-    pub readers: Arc<BlockingPool>,
+    /// Reads the configuration, and the files of services that start.
+    pub pool: Arc<BlockingPool>,
 }
 
 #[derive(Debug, Clone)]
 struct RunningService {
     config: config::Service,
-    served: Arc<Served>,
-    /// Dropped, it ends what the service does by itself; none before that has begun.
+    instance: Arc<Served>,
+    /// Dropping it ends the background work of the service; `None` before the work has started.
     work: Option<Arc<DropGuard>>,
 }
 
-/// An address with the tasks that serve on it.
-#[derive(Debug, Clone)]
-struct OpenSocket {
-    held: HeldSocket,
-    /// Where it listens, with the port that it has got.
-    endpoint: Endpoint,
-    /// One, or for TCP one for each event loop, with that loop.
-    sockets: Vec<(Handle, Registered)>,
-    /// None before they have begun.
-    tasks: Option<ListenerTasks>,
-}
-
-/// The tasks that serve on the sockets of one address.
-#[derive(Debug, Clone)]
-struct ListenerTasks {
-    /// Dropped, it ends them.
-    orders: watch::Sender<Duty>,
-    handles: Vec<AbortHandle>,
-}
-
-/// A bound socket, registered with the reactor.
-#[derive(Debug, Clone)]
-enum Registered {
-    Listener(Arc<Listener>),
-    Datagrams(Arc<DatagramSocket>),
-}
-
-/// A change that can be carried out.
+/// A change that cannot fail any more.
 #[derive(Debug)]
-pub(crate) struct Prepared {
+pub(crate) struct PreparedChange {
     services: Vec<RunningService>,
-    sockets: Vec<OpenSocket>,
-    removed: Vec<RunningService>,
-    /// Who listens no longer where.
-    closed: Vec<(Arc<str>, Endpoint)>,
-    /// Services with what they succeed.
-    successions: Vec<(Arc<Served>, Arc<Served>)>,
+    sockets: Vec<BoundSocket>,
+    /// Indices of the running services to remove, and of the sockets to close.
+    removed: Vec<usize>,
+    closed: Vec<usize>,
     summary: Summary,
 }
 
-/// How many services a change adds, changes, removes and leaves alone.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Summary {
-    /// New ones.
-    pub added: usize,
-    /// Those that serve something else, elsewhere, or by other limits.
-    pub changed: usize,
-    /// Those that are gone.
-    pub removed: usize,
-    /// Those that stay as they are.
-    pub kept: usize,
-}
-
-impl Running {
-    /// Nothing but the sockets that were inherited.
-    ///
-    /// # Errors
-    /// If one cannot be watched.
+impl ServiceManager {
+    /// Creates a manager that has nothing but inherited sockets.
     pub(crate) fn new(workers: Workers, inherited: Vec<Inherited>) -> Result<Self, Error> {
         let mut loops = workers.loops().iter().cycle();
-        let open = |Inherited { socket, endpoint, name }| {
-            let held = HeldSocket {
-                endpoint: endpoint.clone(),
-                inherited: Some(name),
-                service: None,
-                stale: false,
-            };
-            // The service manager has made one socket, which cannot be divided.
-            OpenSocket::new(vec![socket], endpoint, held, loops.by_ref())
+        let register = |inherited: Inherited| {
+            let endpoint = inherited.endpoint.clone();
+            BoundSocket::inherited(inherited, loops.by_ref())
+                .map_err(|source| Error::Register { endpoint, source })
         };
-        let sockets = inherited.into_iter().map(open).collect::<Result<_, _>>()?;
+        let sockets = inherited.into_iter().map(register).collect::<Result<_, _>>()?;
         Ok(Self {
             workers,
             services: Vec::new(),
             sockets,
-            leaving: Vec::new(),
+            draining: Vec::new(),
             tasks: JoinSet::new(),
-            scopes: Scopes::default(),
+            groups: DrainGroups::default(),
             monitor: Arc::default(),
-            readers: Arc::default(),
+            pool: Arc::default(),
         })
     }
 
-    /// The event loops that serve.
-    pub(crate) fn loops(&self) -> &[Handle] {
+    pub(crate) fn event_loops(&self) -> &[Handle] {
         self.workers.loops()
     }
 
-    /// Every service.
-    pub(crate) fn services(&self) -> impl Iterator<Item = &Arc<Served>> {
-        self.services.iter().map(|service| &service.served)
+    pub(crate) fn instances(&self) -> impl Iterator<Item = &Arc<Served>> {
+        self.services.iter().map(|service| &service.instance)
     }
 
-    /// What they serve.
     pub(crate) fn settings(&self) -> Vec<Settings> {
         self.services.iter().map(|service| service.config.settings.clone()).collect()
     }
 
-    /// On how many addresses they listen.
-    pub(crate) fn addresses(&self) -> usize {
+    pub(crate) fn address_count(&self) -> usize {
         self.sockets.len()
     }
 
-    /// Prepares to become what `config` says: opens every file and binds every address that is
-    /// new.
-    ///
-    /// # Errors
-    /// The first thing that fails.
-    pub(crate) async fn prepare(&self, config: &Config) -> Result<Prepared, Error> {
+    /// Opens the files and binds the addresses that are new in `config`.
+    pub(crate) async fn prepare(&self, config: &Config) -> Result<PreparedChange, Error> {
         let running: Vec<_> = self.services.iter().map(|service| &service.config).collect();
-        let held: Vec<_> = self.sockets.iter().map(OpenSocket::as_held).collect();
-        let ReloadPlan { steps, removed, closed } =
-            difference(&running, &held, &config.services).map_err(Error::Inherited)?;
-        let closing: Vec<_> = closed.iter().filter_map(|index| self.sockets.get(*index)).collect();
-
-        let removed: Vec<_> =
-            removed.iter().filter_map(|index| self.services.get(*index)).cloned().collect();
-        let whose = |socket: &&OpenSocket| {
-            socket.held.service.clone().map(|service| (service, socket.endpoint.clone()))
-        };
-        let mut prepared = Prepared {
-            services: Vec::new(),
-            sockets: Vec::new(),
-            closed: closing.iter().filter_map(whose).collect(),
-            successions: Vec::new(),
-            summary: Summary { removed: removed.len(), ..Summary::default() },
-            removed,
-        };
-        for (config, step) in config.services.iter().zip(&steps) {
-            self.prepare_service(config, step.change, &mut prepared).await?;
+        let held: Vec<_> = self.sockets.iter().map(BoundSocket::as_held).collect();
+        let plan = ReloadPlan::new(&running, &held, &config.services);
+        let ReloadPlan { services: plans, removed, closed, summary } =
+            plan.map_err(Error::Activation)?;
+        let mut services = Vec::new();
+        for (config, plan) in config.services.iter().zip(&plans) {
+            services.push(self.prepare_service(config, plan.change).await?);
         }
-        // Last and without a pause, as a new socket can take an old one's clients from it.
-        let mut bound = Vec::new();
-        for (config, step) in config.services.iter().zip(steps) {
-            for origin in step.sockets {
-                match origin {
-                    SocketSource::Held(index) => {
-                        let held = self.sockets.get(index).cloned();
-                        prepared.sockets.extend(held.map(|socket| socket.of(&config.name)));
-                    }
-                    SocketSource::Bind(endpoint) => {
-                        let giving_way = GivingWay::to(&endpoint, &closing);
-                        let socket = sockets::bind(&endpoint, !giving_way.0.is_empty());
-                        let socket = socket.map_err(|source| {
-                            let service = Arc::clone(&config.name);
-                            Error::Bind { service, source }
-                        })?;
-                        bound.push((&config.name, endpoint, socket, giving_way));
-                    }
-                }
-            }
-        }
-        // One socket may give way to several.
-        let mut giving_way = Vec::new();
-        let mut loops = self.workers.loops().iter().cycle();
-        for (name, endpoint, socket, way) in bound {
-            giving_way.push(way);
-            let queues = self.workers.loops().len();
-            prepared.sockets.push(listen(name, &endpoint, socket, queues, &mut loops)?.of(name));
-        }
-        Ok(prepared)
+        // Last and without an await, as a new socket can take clients from the old one.
+        let sockets = self.prepare_sockets(&config.services, plans, &closed)?;
+        Ok(PreparedChange { services, sockets, removed, closed, summary })
     }
 
     async fn prepare_service(
         &self,
         config: &config::Service,
-        change: Change,
-        prepared: &mut Prepared,
-    ) -> Result<(), Error> {
-        let running = |index| self.services.get(index).ok_or(Error::Lost);
-        let summary = &mut prepared.summary;
-        let (before, work) = match change {
-            Change::Keep(index) => {
-                let running = running(index)?.clone();
-                let moved = running.config.listen != config.listen;
-                *(if moved { &mut summary.changed } else { &mut summary.kept }) += 1;
-                prepared.services.push(RunningService { config: config.clone(), ..running });
-                return Ok(());
+        change: ServiceChange,
+    ) -> Result<RunningService, Error> {
+        let running = |index| self.services.get(index).expect("the plan names running services");
+        let before = match change {
+            ServiceChange::Keep(index) => {
+                return Ok(RunningService { config: config.clone(), ..running(index).clone() });
             }
-            Change::Add => {
-                summary.added += 1;
-                // If it was gone and comes back, who is still connected counts.
-                (self.leaving.iter().find(|leaving| *leaving.name() == config.name), None)
+            ServiceChange::SetLimits(index) | ServiceChange::Replace(index) => {
+                Some(&running(index).instance)
             }
-            Change::Limit(index) => {
-                summary.changed += 1;
-                let RunningService { served, work, .. } = running(index)?;
-                (Some(served), work.clone())
-            }
-            Change::Replace(index) => {
-                summary.changed += 1;
-                (Some(&running(index)?.served), None)
-            }
+            // The connections that it had before it was removed still count.
+            ServiceChange::Add => self.draining.iter().find(|one| *one.name() == config.name),
         };
-        let service = match (change, before) {
-            (Change::Limit(_), Some(before)) => before.service.clone(),
-            _ => self.start(config).await?,
+        let (service, work) = match change {
+            ServiceChange::SetLimits(index) => {
+                let RunningService { instance, work, .. } = running(index);
+                (instance.service.clone(), work.clone())
+            }
+            _ => (self.start(config).await?, None),
         };
         let shutdown = match (change, before) {
-            (Change::Limit(_) | Change::Replace(_), Some(before)) => before.terms.shutdown.clone(),
-            _ => self.scopes.of(&service).shutdown.child(),
+            (ServiceChange::Add, _) | (_, None) => self.groups.of(&service).shutdown.child(),
+            (_, Some(before)) => before.terms.shutdown.clone(),
         };
         let limits = config.limits.clone();
-        let served = Arc::new(match before {
+        let instance = Arc::new(match before {
             Some(before) => before.successor(service, limits, shutdown),
             None => Served::new(Arc::clone(&config.name), service, limits, shutdown),
         });
-        let succession = before.map(|before| (Arc::clone(&served), Arc::clone(before)));
-        prepared.successions.extend(succession);
-        prepared.services.push(RunningService { config: config.clone(), served, work });
-        Ok(())
+        Ok(RunningService { config: config.clone(), instance, work })
     }
 
-    /// Becomes what was prepared. Connections to services that are gone may go on for `grace`.
-    pub(crate) fn change(&mut self, prepared: Prepared, grace: Duration) -> Summary {
-        let Prepared { services, sockets, removed, closed, successions, summary } = prepared;
-        for (now, before) in successions {
-            now.take_over(&before);
+    fn prepare_sockets(
+        &self,
+        services: &[config::Service],
+        plans: Vec<ServicePlan>,
+        closed: &[usize],
+    ) -> Result<Vec<BoundSocket>, Error> {
+        let held = |index: usize| self.sockets.get(index).expect("the plan names held sockets");
+        let closing: Vec<_> = closed.iter().map(|index| held(*index)).collect();
+        let (mut sockets, mut bound, mut guards) = (Vec::new(), Vec::new(), Vec::new());
+        for (service, plan) in services.iter().zip(plans) {
+            let name = &service.name;
+            for source in plan.sockets {
+                match source {
+                    SocketSource::Held(index) => {
+                        sockets.push(held(index).clone().assigned_to(name));
+                    }
+                    SocketSource::Bind(endpoint) => {
+                        let guard = ReusePortGuard::new(&endpoint, &closing);
+                        let socket = sockets::bind(&endpoint, guard.is_needed());
+                        let socket = socket.map_err(|source| bind_error(name, source))?;
+                        bound.push((name, endpoint, socket));
+                        // Several new sockets may replace one.
+                        guards.push(guard);
+                    }
+                }
+            }
         }
-        // What is not among the new ones ends by being dropped.
+        // Nobody connects to the new sockets until all are bound.
+        let mut loops = self.workers.loops().iter().cycle();
+        for (name, configured, socket) in bound {
+            let register = |source| Error::Register { endpoint: configured.clone(), source };
+            let endpoint = socket.endpoint(&configured).map_err(register)?;
+            let queues = sockets::listen(socket, &configured, self.workers.loops().len())
+                .map_err(|source| bind_error(name, source))?;
+            let held = HeldSocket {
+                endpoint: configured.clone(),
+                inherited: None,
+                service: None,
+                is_stale: false,
+            };
+            let socket = BoundSocket::new(queues, endpoint, held, &mut loops).map_err(register)?;
+            sockets.push(socket.assigned_to(name));
+        }
+        Ok(sockets)
+    }
+
+    /// Applies a prepared change. Connections of removed services may go on for `grace`.
+    pub(crate) fn apply(&mut self, change: PreparedChange, grace: Duration) -> Summary {
+        let PreparedChange { services, sockets, removed, closed, summary } = change;
+        for RunningService { instance, config, .. } in &services {
+            let mut known = self.instances().chain(&self.draining);
+            if let Some(before) = known.find(|before| before.name() == instance.name()) {
+                instance.take_over(before);
+            }
+            instance.service.refresh(&config.settings);
+        }
+        let removed: Vec<_> = self
+            .instances()
+            .enumerate()
+            .filter(|(index, _)| removed.contains(index))
+            .map(|(_, instance)| Arc::clone(instance))
+            .collect();
+        for index in closed {
+            let socket = self.sockets.get(index).expect("the plan names held sockets");
+            let (service, address) = (socket.held.service.as_deref(), &socket.endpoint);
+            let service = service.unwrap_or_default();
+            tracing::info!(service, %address, "{service}: no longer listening on {address}");
+        }
+        // Old services and sockets that are not among the new ones end when they are dropped.
         self.services = services;
-        for RunningService { config, served, .. } in &self.services {
-            served.service.refresh(&config.settings);
-        }
         self.sockets = sockets;
-        self.begin_work();
-        self.give_orders();
-        for (service, address) in closed {
-            let service = &*service;
-            let message = format_args!("{service}: no longer listening on {address}");
-            tracing::info!(service, %address, "{message}");
+        self.start_work();
+        self.assign_listeners();
+        for instance in removed {
+            tokio::spawn(drain(Arc::clone(&instance), grace));
+            self.draining.push(instance);
         }
-        for RunningService { served, .. } in removed {
-            tokio::spawn(drain(Arc::clone(&served), grace));
-            self.leaving.push(served);
-        }
-        self.forget_who_has_left();
+        self.forget_drained();
         summary
     }
 
-    /// Tells monitoring which services there are, with those that still have connections.
-    pub(crate) fn forget_who_has_left(&mut self) {
-        let names: Vec<_> = self.services().map(|served| Arc::clone(served.name())).collect();
-        // One that came back has its predecessor's counts.
-        self.leaving
-            .retain(|served| served.counts().active() > 0 && !names.contains(served.name()));
-        self.monitor.watch(self.services().chain(&self.leaving).cloned().collect());
+    /// Forgets removed services without connections, and updates the list of monitored services.
+    pub(crate) fn forget_drained(&mut self) {
+        let names: Vec<_> = self.instances().map(|instance| Arc::clone(instance.name())).collect();
+        // A service that is back has the counters of its predecessor.
+        self.draining.retain(|one| one.counts().active() > 0 && !names.contains(one.name()));
+        self.monitor.watch(self.instances().chain(&self.draining).cloned().collect());
     }
 
-    fn begin_work(&mut self) {
+    /// Starts the background work of new services.
+    fn start_work(&mut self) {
         for service in self.services.iter_mut().filter(|service| service.work.is_none()) {
-            let served = Arc::clone(&service.served);
-            let end = self.scopes.of(&served.service).shutdown.drain.child_token();
+            let instance = Arc::clone(&service.instance);
+            let end = self.groups.of(&instance.service).shutdown.drain.child_token();
             service.work = Some(Arc::new(end.clone().drop_guard()));
             self.tasks.spawn(async move {
-                end.run_until_cancelled(served.service.work()).await;
+                end.run_until_cancelled(instance.service.work()).await;
             });
         }
     }
 
-    /// Says to every socket what it is there for.
-    fn give_orders(&mut self) {
+    /// Assigns each socket the current instance of its service.
+    fn assign_listeners(&mut self) {
         let ports = self.sockets.iter().filter_map(|socket| match &socket.endpoint {
             Endpoint::Udp(address) => Some(address.port()),
             _ => None,
@@ -395,17 +308,17 @@ impl Running {
         for socket in &mut self.sockets {
             let name = socket.held.service.as_ref();
             let service = self.services.iter().find(|service| Some(&service.config.name) == name);
-            let Some(RunningService { served, .. }) = service else { continue };
-            let duty = Duty {
-                served: Arc::clone(served),
-                connections: self.scopes.of(&served.service).connections.clone(),
+            let instance = &service.expect("each socket has a service").instance;
+            let assignment = Duty {
+                served: Arc::clone(instance),
+                connections: self.groups.of(&instance.service).connections.clone(),
                 own_ports: Arc::clone(&own_ports),
             };
-            socket.order(duty, &mut self.tasks);
+            socket.assign(assignment, &mut self.tasks);
         }
     }
 
-    /// Waits until a task has failed, which none should; the others end when they are told to.
+    /// Waits for a task that panics. None should: tasks end when their services do.
     pub(crate) async fn failure(&mut self) -> JoinError {
         loop {
             match self.tasks.join_next().await {
@@ -416,44 +329,42 @@ impl Running {
         }
     }
 
-    /// The connections that are under way, but for those of monitoring.
-    pub(crate) fn under_way(&self) -> TaskTracker {
-        self.scopes.serving.connections.clone()
+    /// The connections, except those of monitoring.
+    pub(crate) fn connections(&self) -> TaskTracker {
+        self.groups.serving.connections.clone()
     }
 
-    /// Closes every listener, after those who are in its queue, and lets connections finish what
-    /// they have begun. Monitoring goes on.
+    /// Serves the clients in the accept queues, closes every listener, and lets connections finish.
+    /// Monitoring goes on.
     pub(crate) async fn drain(&mut self) {
         self.monitor.note_draining();
-        let Scope { shutdown, connections } = &self.scopes.serving;
-        connections.close();
-        shutdown.drain.cancel();
+        self.groups.serving.connections.close();
+        self.groups.serving.shutdown.drain.cancel();
         let closed = self.sockets.extract_if(.., |socket| !socket.is_for_monitoring());
-        let ending: Vec<_> =
-            closed.filter_map(|socket| socket.tasks).flat_map(|tasks| tasks.handles).collect();
+        let ending: Vec<_> = closed.flat_map(BoundSocket::close).collect();
         while ending.iter().any(|task| !task.is_finished()) {
             self.tasks.join_next().await;
         }
     }
 
-    /// Resets what is left, and ends monitoring, which may take so long.
-    pub(crate) async fn end(&mut self, time: Duration) {
-        let Scopes { serving, monitoring } = &self.scopes;
+    /// Resets the remaining connections and ends monitoring, within `time_limit`.
+    pub(crate) async fn abort(&mut self, time_limit: Duration) {
+        let DrainGroups { serving, monitoring } = &self.groups;
         serving.shutdown.abort.cancel();
         monitoring.shutdown.drain.cancel();
         self.sockets.clear();
         monitoring.connections.close();
-        // What does not go in time goes with the process.
-        let all = async { (serving.connections.wait().await, monitoring.connections.wait().await) };
-        let _ = timeout(time, all).await;
+        // The end of the process ends the rest.
+        let all = async { tokio::join!(serving.connections.wait(), monitoring.connections.wait()) };
+        let _ = timeout(time_limit, all).await;
     }
 
-    /// Starts what is to be served. Files are read, which can take its time.
+    /// Starts a service, which may read its files.
     async fn start(&self, config: &config::Service) -> Result<Service, Error> {
         let (name, settings) = (Arc::clone(&config.name), config.settings.clone());
         let monitor = Arc::clone(&self.monitor);
-        let start = || Service::start(name, settings, monitor);
-        let started = match timeout(PATIENCE, self.readers.run(&config.name, start)).await {
+        let start = move || Service::start(name, settings, monitor);
+        let started = match timeout(READ_TIMEOUT, self.pool.run(&config.name, start)).await {
             Ok(started) => started.flatten(),
             Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, UNANSWERED)),
         };
@@ -461,153 +372,155 @@ impl Running {
     }
 }
 
-/// Lets the connections of a service that is gone finish what they have begun.
-async fn drain(served: Arc<Served>, grace: Duration) {
-    served.sum_up();
-    let Shutdown { drain, abort } = &served.terms.shutdown;
+fn bind_error(service: &Arc<str>, source: BindError) -> Error {
+    Error::Bind { service: Arc::clone(service), source }
+}
+
+/// Lets the connections of a removed service finish.
+async fn drain(instance: Arc<Served>, grace: Duration) {
+    instance.sum_up();
+    let Shutdown { drain, abort } = &instance.terms.shutdown;
     drain.cancel();
-    let gone = async {
-        while served.counts().active() > 0 {
-            tokio::time::sleep(LOOK_EVERY).await;
+    let all_closed = async {
+        while instance.counts().active() > 0 {
+            sleep(DRAIN_CHECK_INTERVAL).await;
         }
     };
-    if timeout(grace, gone).await.is_err() {
+    if timeout(grace, all_closed).await.is_err() {
         abort.cancel();
     }
-    served.sum_up();
+    instance.sum_up();
 }
 
-/// Sockets that are about to be closed and let new ones be bound in their place, until this is
-/// dropped.
-struct GivingWay<'a>(Vec<&'a OpenSocket>);
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::net::SocketAddr;
 
-impl<'a> GivingWay<'a> {
-    /// Those of `closing` that are in the way of a socket on `endpoint`.
-    fn to(endpoint: &Endpoint, closing: &[&'a OpenSocket]) -> Self {
-        let in_the_way = closing.iter().filter(|socket| socket.endpoint.conflicts_with(endpoint));
-        let giving_way = Self(in_the_way.copied().collect());
-        giving_way.share(|_| true);
-        giving_way
+    use tempfile::TempDir;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+
+    use super::*;
+    use crate::config::Sources;
+
+    const CLOCK: &str = "[time.clock]\nlisten = [\"127.0.0.1:0\"]\n";
+    const FILES: &str = "[file.files]\nlisten = [\"127.0.0.1:0\"]\npath = \".\"\n";
+
+    struct Fixture {
+        manager: ServiceManager,
+        dir: TempDir,
     }
 
-    fn share(&self, shared: impl Fn(&OpenSocket) -> bool) {
-        for open in &self.0 {
-            for (_, socket) in &open.sockets {
-                // If that fails, so does the binding.
-                let _ = match socket {
-                    Registered::Listener(one) => sockets::share_port(&**one, shared(open)),
-                    Registered::Datagrams(one) => sockets::share_port(&**one, shared(open)),
-                };
+    impl Fixture {
+        async fn start(text: &str) -> Self {
+            let manager = ServiceManager::new(Workers::start().unwrap(), Vec::new()).unwrap();
+            let mut fixture = Self { manager, dir: tempfile::tempdir().unwrap() };
+            fixture.reload(text).await.unwrap();
+            fixture
+        }
+
+        async fn reload(&mut self, text: &str) -> Result<Summary, Error> {
+            let path = self.dir.path().join("handout.toml");
+            fs::write(&path, text).unwrap();
+            let config = Config::load(&Sources { file: Some(path), ..Sources::default() });
+            let prepared = self.manager.prepare(&config.unwrap()).await?;
+            Ok(self.manager.apply(prepared, Duration::from_secs(5)))
+        }
+
+        fn address(&self, service: &str) -> SocketAddr {
+            let is_of = |socket: &&BoundSocket| socket.held.service.as_deref() == Some(service);
+            match &self.manager.sockets.iter().find(is_of).expect("a socket of it").endpoint {
+                Endpoint::Tcp(address) => *address,
+                other => panic!("{other}"),
             }
         }
     }
-}
 
-impl Drop for GivingWay<'_> {
-    fn drop(&mut self) {
-        // If they stay after all, several queues of one address go on sharing it.
-        self.share(|open| open.sockets.len() > 1);
+    async fn read_time(address: SocketAddr) -> Option<String> {
+        let mut reply = String::new();
+        let mut stream = TcpStream::connect(address).await.ok()?;
+        stream.read_to_string(&mut reply).await.ok().map(|_| reply)
     }
-}
 
-/// Begins to listen on a socket that was bound to `endpoint`.
-fn listen<'a>(
-    service: &Arc<str>,
-    endpoint: &Endpoint,
-    socket: Socket,
-    queues: usize,
-    loops: &mut impl Iterator<Item = &'a Handle>,
-) -> Result<OpenSocket, Error> {
-    let register = |source| Error::Register { endpoint: endpoint.clone(), source };
-    let bound = socket.endpoint(endpoint).map_err(register)?;
-    let sockets = sockets::listen(socket, endpoint, queues)
-        .map_err(|source| Error::Bind { service: Arc::clone(service), source })?;
-    let held =
-        HeldSocket { endpoint: endpoint.clone(), inherited: None, service: None, stale: false };
-    OpenSocket::new(sockets, bound, held, loops)
-}
+    fn summary(added: usize, changed: usize, removed: usize, unchanged: usize) -> Summary {
+        Summary { added, changed, removed, unchanged }
+    }
 
-impl Registered {
-    /// Registers a socket with the event loop that is entered.
-    fn new(socket: Socket, inherited: bool) -> io::Result<Self> {
-        let listener =
-            |socket, family| Listener::new(socket, family).map(|one| Self::Listener(Arc::new(one)));
-        match socket {
-            Socket::Tcp(socket) => listener(socket, Family::Tcp { inherited }),
-            Socket::Unix(socket, file) => listener(socket, Family::Unix(file)),
-            Socket::Udp(socket) => {
-                DatagramSocket::new(socket).map(|one| Self::Datagrams(Arc::new(one)))
-            }
+    #[tokio::test]
+    async fn keeps_the_sockets_and_instances_of_unchanged_services() {
+        let mut fixture = Fixture::start(CLOCK).await;
+        let clock = fixture.address("time.clock");
+        let instance = Arc::clone(fixture.manager.instances().next().unwrap());
+        let both = format!("{FILES}{CLOCK}");
+        assert_eq!(fixture.reload(&both).await.unwrap(), summary(1, 0, 0, 1));
+        assert_eq!(fixture.address("time.clock"), clock);
+        assert!(fixture.manager.instances().any(|one| Arc::ptr_eq(one, &instance)));
+        assert_eq!(fixture.reload(&both).await.unwrap(), summary(0, 0, 0, 2));
+    }
+
+    #[tokio::test]
+    async fn replaces_a_service_on_its_socket() {
+        let mut fixture = Fixture::start(CLOCK).await;
+        let clock = fixture.address("time.clock");
+        let text = format!("{CLOCK}format = \"unix\"\nnewline = false\n");
+        assert_eq!(fixture.reload(&text).await.unwrap(), summary(0, 1, 0, 0));
+        assert_eq!(fixture.address("time.clock"), clock);
+        assert!(read_time(clock).await.unwrap().parse::<f64>().is_ok());
+    }
+
+    #[tokio::test]
+    async fn changes_nothing_if_any_address_cannot_be_bound() {
+        let mut fixture = Fixture::start(CLOCK).await;
+        let clock = fixture.address("time.clock");
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let taken = taken.local_addr().unwrap();
+        let text = format!("{FILES}[time.other]\nlisten = [\"127.0.0.1:0\", \"{taken}\"]\n");
+        let error = fixture.reload(&text).await.unwrap_err();
+        assert!(matches!(&error, Error::Bind { service, .. } if **service == *"time.other"));
+        assert_eq!((fixture.manager.address_count(), fixture.address("time.clock")), (1, clock));
+        assert!(read_time(clock).await.is_some());
+    }
+
+    #[tokio::test]
+    async fn replaces_an_address_by_a_wildcard_on_its_port() {
+        let mut fixture = Fixture::start(CLOCK).await;
+        let port = fixture.address("time.clock").port();
+        for host in ["0.0.0.0", "127.0.0.1", "0.0.0.0"] {
+            let text = format!("[time.clock]\nlisten = [\"{host}:{port}\"]\n");
+            assert_eq!(fixture.reload(&text).await.unwrap(), summary(0, 1, 0, 0));
+            assert!(read_time(([127, 0, 0, 1], port).into()).await.is_some(), "{host}");
         }
     }
-}
 
-impl OpenSocket {
-    /// Registers each socket with another loop.
-    fn new<'a>(
-        sockets: Vec<Socket>,
-        endpoint: Endpoint,
-        held: HeldSocket,
-        loops: &mut impl Iterator<Item = &'a Handle>,
-    ) -> Result<Self, Error> {
-        let register = |(socket, handle): (Socket, &Handle)| {
-            let _entered = handle.enter();
-            Ok((handle.clone(), Registered::new(socket, held.inherited.is_some())?))
-        };
-        match sockets.into_iter().zip(loops).map(register).collect() {
-            Ok(sockets) => Ok(Self { held, endpoint, sockets, tasks: None }),
-            Err(source) => Err(Error::Register { endpoint, source }),
+    #[tokio::test]
+    async fn drains_the_connections_of_removed_services() {
+        let mut fixture = Fixture::start(&format!("{CLOCK}{FILES}")).await;
+        let files = fixture.address("file.files");
+        let mut client = TcpStream::connect(files).await.unwrap();
+        client.write_all(b"handout.toml\n").await.unwrap();
+        client.read_u8().await.unwrap();
+        assert_eq!(fixture.reload(CLOCK).await.unwrap(), summary(0, 0, 1, 1));
+        assert_eq!(fixture.manager.draining.len(), 1);
+        let mut rest = Vec::new();
+        client.read_to_end(&mut rest).await.unwrap();
+        drop(client);
+        while !fixture.manager.draining.is_empty() {
+            sleep(Duration::from_millis(10)).await;
+            fixture.manager.forget_drained();
         }
+        assert!(TcpStream::connect(files).await.is_err());
     }
 
-    /// What it is now.
-    fn as_held(&self) -> HeldSocket {
-        let stale = self.sockets.iter().any(|(_, socket)| match socket {
-            Registered::Listener(listener) => listener.is_out_of_reach(),
-            Registered::Datagrams(_) => false,
-        });
-        HeldSocket { stale, ..self.held.clone() }
-    }
-
-    /// The same for this service.
-    fn of(mut self, service: &Arc<str>) -> Self {
-        self.held.service = Some(Arc::clone(service));
-        self
-    }
-
-    /// Says what it is there for, and begins to serve if that has not begun.
-    fn order(&mut self, duty: Duty, tasks: &mut JoinSet<()>) {
-        if let Some(tasks) = &self.tasks {
-            // Who has the same to do is not disturbed.
-            tasks.orders.send_if_modified(|before| {
-                let changed = !before.is(&duty);
-                *before = duty;
-                changed
-            });
-            return;
-        }
-        self.say_where();
-        let (orders, receiver) = watch::channel(duty);
-        let begin = |(event_loop, socket): &(Handle, Registered)| {
-            let orders = receiver.clone();
-            match socket.clone() {
-                Registered::Listener(one) => tasks.spawn_on(one.accept(orders), event_loop),
-                Registered::Datagrams(one) => tasks.spawn_on(one.answer(orders), event_loop),
-            }
-        };
-        let handles = self.sockets.iter().map(begin).collect();
-        self.tasks = Some(ListenerTasks { orders, handles });
-    }
-
-    fn is_for_monitoring(&self) -> bool {
-        let duty = self.tasks.as_ref().map(|tasks| tasks.orders.borrow());
-        duty.is_some_and(|duty| duty.served.service.is_for_monitoring())
-    }
-
-    fn say_where(&self) {
-        let service = self.held.service.as_deref().unwrap_or_default();
-        let address = &self.endpoint;
-        let origin = if self.held.inherited.is_some() { " (from systemd)" } else { "" };
-        tracing::info!(service, %address, "{service}: listening on {address}{origin}");
+    #[tokio::test]
+    async fn serves_monitoring_until_the_end_of_the_drain() {
+        let text = format!("{CLOCK}[metrics]\nlisten = [\"127.0.0.1:0\"]\n");
+        let mut fixture = Fixture::start(&text).await;
+        let (clock, metrics) = (fixture.address("time.clock"), fixture.address("metrics"));
+        fixture.manager.drain().await;
+        assert!(TcpStream::connect(clock).await.is_err());
+        assert!(TcpStream::connect(metrics).await.is_ok());
+        fixture.manager.abort(Duration::from_secs(5)).await;
+        assert_eq!(fixture.manager.address_count(), 0);
     }
 }

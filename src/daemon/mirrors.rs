@@ -1,17 +1,10 @@
-//! The mirrors as the rest of the daemon knows them: in builds with the feature `mirror` and in
-//! those without it.
+//! Counters and results of mirrors.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use crate::telemetry::counters::{Counter, Label};
-
-#[cfg(feature = "gateway")]
-pub(crate) use crate::mirror::config::Mirrors;
-
-#[cfg(not(feature = "gateway"))]
-pub(crate) use absent::Mirrors;
 
 /// What became of a file of a mirror.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -145,46 +138,4 @@ pub(crate) struct Summary {
     pub ended: usize,
     /// Those that stay as they are.
     pub kept: usize,
-}
-
-/// What stands for mirrors in a build that has none.
-#[cfg(not(feature = "gateway"))]
-#[expect(clippy::unused_async, reason = "as those that do something")]
-mod absent {
-    use std::io;
-    use std::sync::Arc;
-
-    use super::{Counts, Summary};
-    use crate::config::MirrorSettings as Settings;
-    use crate::daemon::health::Reporter;
-
-    /// All mirrors that run: none.
-    #[derive(Debug, Default)]
-    pub(crate) struct Mirrors {}
-
-    impl Mirrors {
-        /// Prepares nothing.
-        ///
-        /// # Errors
-        /// None.
-        pub(crate) fn prepare(&mut self, _: &[Settings]) -> io::Result<()> {
-            Ok(())
-        }
-
-        /// Changes nothing.
-        pub(crate) fn change(&mut self, _: &[Settings], _: &Reporter) -> Summary {
-            Summary::default()
-        }
-
-        /// What the mirrors count.
-        pub(crate) fn counts(&self) -> Vec<Arc<Counts>> {
-            Vec::new()
-        }
-
-        /// Ends nothing.
-        pub(crate) fn stop(&self) {}
-
-        /// Waits for nothing.
-        pub(crate) async fn ended(&mut self) {}
-    }
 }

@@ -1,8 +1,8 @@
-//! The difference between what runs and what is configured: which services stay as they are, and
-//! where each socket comes from.
+//! The pure difference between the running services and a configuration: the change of each service
+//! and the source of each socket.
 //!
-//! Everything here is arithmetic on names and addresses; [`crate::daemon::manager`] carries it out. A start
-//! is a reload of a daemon that has nothing but the sockets that it inherited.
+//! Compares names, settings and addresses only; [`crate::daemon::manager`] carries the plan out. A
+//! start is a reload of a daemon that has nothing but its inherited sockets.
 
 use std::sync::Arc;
 
@@ -12,217 +12,213 @@ use crate::net::endpoint::Endpoint;
 /// A socket that the daemon has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct HeldSocket {
-    /// Where it listens, as it was configured or inherited.
+    /// As configured or inherited.
     pub endpoint: Endpoint,
-    /// Its name, if the service manager has passed it.
+    /// Its name, if the service manager passed it.
     pub inherited: Option<String>,
-    /// The service that it is for; none yet if it has just been inherited.
+    /// `None` for an inherited socket before the first plan.
     pub service: Option<Arc<str>>,
-    /// It serves no longer, as the file of a Unix socket that somebody has removed.
-    pub stale: bool,
+    /// Whether clients cannot reach it any more, because the file of a Unix socket was removed.
+    pub is_stale: bool,
 }
 
-/// What becomes of a service.
+/// The change of a service. Indices refer to the running services.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Change {
-    /// It is new.
+pub(crate) enum ServiceChange {
     Add,
-    /// It stays as it is: this one of those that run.
     Keep(usize),
-    /// What it serves stays, what it may take changes.
-    Limit(usize),
-    /// Another takes its place.
+    /// Same settings, other limits.
+    SetLimits(usize),
     Replace(usize),
 }
 
-/// Where a socket comes from.
+/// The source of a socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum SocketSource {
-    /// It is there: this one of those that are held.
+    /// An index of the held sockets.
     Held(usize),
-    /// It has to be bound.
     Bind(Endpoint),
 }
 
-/// A service of the new configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Step {
-    /// What it is to those that run.
-    pub change: Change,
-    /// Its sockets.
+pub(crate) struct ServicePlan {
+    pub change: ServiceChange,
     pub sockets: Vec<SocketSource>,
 }
 
-/// What leads from what runs to what is configured.
+/// The steps from the running services to those of a configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ReloadPlan {
-    /// One for each service of the new configuration, in its order.
-    pub steps: Vec<Step>,
-    /// The running services that go.
+    /// One for each service of the configuration, in its order.
+    pub services: Vec<ServicePlan>,
+    /// Indices of the running services to remove.
     pub removed: Vec<usize>,
-    /// The held sockets that go.
+    /// Indices of the held sockets to close.
     pub closed: Vec<usize>,
+    pub summary: Summary,
 }
 
-/// A configuration that does not fit the inherited sockets.
+/// Numbers of services by their change.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Summary {
+    pub added: usize,
+    /// With other settings, limits or addresses.
+    pub changed: usize,
+    pub removed: usize,
+    pub unchanged: usize,
+}
+
+/// A contradiction between the configuration and the inherited sockets.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum ActivationError {
-    /// Clients of this socket would wait for ever.
+    /// The clients of this socket would wait for ever.
     #[error(
         "no service listens on {endpoint}, which was inherited from systemd under the name \
          {name:?}: say so in a `listen`, by its address or as \"systemd:{name}\", or take it out of \
          the socket unit and restart that"
     )]
-    Unnamed {
-        /// The socket's address.
-        endpoint: Endpoint,
-        /// Its `FileDescriptorName=`.
-        name: String,
-    },
-    /// Nothing was inherited under this name.
+    Unused { endpoint: Endpoint, name: String },
     #[error(
         "{service}: systemd passed no socket of the name {name:?} that no address names: expected \
          a socket unit with FileDescriptorName={name}"
     )]
-    Missing {
-        /// The service that wanted it.
-        service: Arc<str>,
-        /// The name that it asked for.
-        name: String,
-    },
-    /// The socket receives datagrams, which the service does not answer.
+    Missing { service: Arc<str>, name: String },
     #[error(
         "{service}: answers no datagrams, but systemd passed {endpoint} under the name {name:?}"
     )]
-    Datagrams {
-        /// The service that wanted it.
-        service: Arc<str>,
-        /// The socket's address.
-        endpoint: Endpoint,
-        /// Its `FileDescriptorName=`.
-        name: String,
-    },
+    Datagrams { service: Arc<str>, endpoint: Endpoint, name: String },
 }
 
-/// What leads from the services in `running` and the sockets in `held` to the services in `wanted`.
-///
-/// # Errors
-/// Every inherited socket that does not fit.
-pub(crate) fn difference(
+impl ReloadPlan {
+    /// Compares the services in `running` and the sockets in `held` with the services in `wanted`.
+    pub(crate) fn new(
+        running: &[&Service],
+        held: &[HeldSocket],
+        wanted: &[Service],
+    ) -> Result<Self, Vec<ActivationError>> {
+        let mut matcher = SocketMatcher { held, taken: vec![false; held.len()] };
+        let mut errors = Vec::new();
+        let sockets = matcher.match_all(wanted, &mut errors);
+        errors.extend(find_unanswered_datagrams(held, wanted, &sockets));
+        let mut closed = Vec::new();
+        for (index, (held, taken)) in held.iter().zip(matcher.taken).enumerate() {
+            match &held.inherited {
+                _ if taken => {}
+                None => closed.push(index),
+                Some(name) => {
+                    let (endpoint, name) = (held.endpoint.clone(), name.clone());
+                    errors.push(ActivationError::Unused { endpoint, name });
+                }
+            }
+        }
+        if !errors.is_empty() {
+            return Err(errors);
+        }
+        let is_removed = |service: &Service| wanted.iter().all(|other| other.name != service.name);
+        let removed = running.iter().enumerate().filter(|(_, service)| is_removed(service));
+        let removed: Vec<_> = removed.map(|(index, _)| index).collect();
+        let mut summary = Summary { removed: removed.len(), ..Summary::default() };
+        let plan = |(wanted, sockets)| {
+            let (change, count) = compare(running, wanted, &mut summary);
+            *count += 1;
+            ServicePlan { change, sockets }
+        };
+        let services = wanted.iter().zip(sockets).map(plan).collect();
+        Ok(Self { services, removed, closed, summary })
+    }
+}
+
+/// Returns the change of a service, and the number that counts it.
+fn compare<'a>(
     running: &[&Service],
-    held: &[HeldSocket],
-    wanted: &[Service],
-) -> Result<ReloadPlan, Vec<ActivationError>> {
-    let changes = wanted.iter().map(|wanted| change(running, wanted));
-    let stays = |running: &Service| wanted.iter().any(|wanted| wanted.name == running.name);
-    let gone = running.iter().enumerate().filter(|(_, running)| !stays(running));
-    let removed = gone.map(|(index, _)| index).collect();
-
-    let mut assignment = SocketMatcher { held, taken: vec![false; held.len()] };
-    let mut sockets: Vec<Vec<SocketSource>> = wanted.iter().map(|_| Vec::new()).collect();
-    let mut mismatches = Vec::new();
-    // Addresses before names, and a service's own sockets before others', so that what can stay
-    // stays, whatever the order of the services.
-    let owned = wanted.iter().map(|service| assignment.own(service)).collect::<Vec<_>>();
-    for (owned, sockets) in owned.into_iter().zip(&mut sockets) {
-        sockets.extend(assignment.at_addresses(owned));
-    }
-    for (service, sockets) in wanted.iter().zip(&mut sockets) {
-        for name in service.listen.iter().filter_map(|listen| listen.inherited()) {
-            let found = assignment.named(name);
-            if found.is_empty() {
-                let (service, name) = (Arc::clone(&service.name), name.to_owned());
-                mismatches.push(ActivationError::Missing { service, name });
-            }
-            sockets.extend(found.into_iter().map(SocketSource::Held));
-        }
-    }
-    mismatches.extend(datagrams_unanswered(held, wanted, &sockets));
-
-    let mut closed = Vec::new();
-    for (index, (held, taken)) in held.iter().zip(assignment.taken).enumerate() {
-        match &held.inherited {
-            _ if taken => {}
-            None => closed.push(index),
-            Some(name) => {
-                let (endpoint, name) = (held.endpoint.clone(), name.clone());
-                mismatches.push(ActivationError::Unnamed { endpoint, name });
-            }
-        }
-    }
-    if !mismatches.is_empty() {
-        return Err(mismatches);
-    }
-    let steps = changes.zip(sockets).map(|(change, sockets)| Step { change, sockets }).collect();
-    Ok(ReloadPlan { steps, removed, closed })
-}
-
-fn change(running: &[&Service], wanted: &Service) -> Change {
+    wanted: &Service,
+    summary: &'a mut Summary,
+) -> (ServiceChange, &'a mut usize) {
     let before = running.iter().enumerate().find(|(_, running)| running.name == wanted.name);
-    match before {
-        None => Change::Add,
-        Some((index, before)) if before.settings != wanted.settings => Change::Replace(index),
-        Some((index, before)) if before.limits != wanted.limits => Change::Limit(index),
-        Some((index, _)) => Change::Keep(index),
+    let Some((index, before)) = before else {
+        return (ServiceChange::Add, &mut summary.added);
+    };
+    if before.settings != wanted.settings {
+        (ServiceChange::Replace(index), &mut summary.changed)
+    } else if before.limits != wanted.limits {
+        (ServiceChange::SetLimits(index), &mut summary.changed)
+    } else if before.listen != wanted.listen {
+        (ServiceChange::Keep(index), &mut summary.changed)
+    } else {
+        (ServiceChange::Keep(index), &mut summary.unchanged)
     }
 }
 
-/// Which of the held sockets have found their service.
+/// Assigns the held sockets to services.
 struct SocketMatcher<'a> {
     held: &'a [HeldSocket],
     taken: Vec<bool>,
 }
 
 impl SocketMatcher<'_> {
-    fn take(&mut self, fits: impl Fn(&HeldSocket) -> bool) -> Option<usize> {
-        let free = self.held.iter().zip(&mut self.taken).enumerate();
-        let (index, (_, taken)) =
-            free.into_iter().find(|(_, (held, taken))| !(**taken || held.stale) && fits(held))?;
-        *taken = true;
-        Some(index)
+    /// Returns the sockets of each service. A service's own sockets are assigned before those of
+    /// others, and addresses before names, so that sockets stay where they are, whatever the order
+    /// of the services.
+    fn match_all(
+        &mut self,
+        wanted: &[Service],
+        errors: &mut Vec<ActivationError>,
+    ) -> Vec<Vec<SocketSource>> {
+        let own: Vec<_> = wanted.iter().map(|service| self.take_own(service)).collect();
+        let mut sockets = Vec::new();
+        for own in own {
+            let mut sources = Vec::new();
+            for (endpoint, own) in own {
+                let held = own.or_else(|| self.take(|held| held.endpoint == endpoint));
+                sources.push(held.map_or(SocketSource::Bind(endpoint), SocketSource::Held));
+            }
+            sockets.push(sources);
+        }
+        for (service, sockets) in wanted.iter().zip(&mut sockets) {
+            for name in service.listen.iter().filter_map(|listen| listen.inherited()) {
+                let is_named = |held: &HeldSocket| held.inherited.as_deref() == Some(name);
+                let named: Vec<_> = std::iter::from_fn(|| self.take(is_named)).collect();
+                if named.is_empty() {
+                    let (service, name) = (Arc::clone(&service.name), name.to_owned());
+                    errors.push(ActivationError::Missing { service, name });
+                }
+                sockets.extend(named.into_iter().map(SocketSource::Held));
+            }
+        }
+        sockets
     }
 
-    /// For each address of `service`, the socket that it has there already.
-    fn own(&mut self, service: &Service) -> Vec<(Endpoint, Option<usize>)> {
-        let addresses = service.listen.iter().filter_map(|listen| listen.endpoint());
-        let own = |held: &HeldSocket| held.service.as_ref() == Some(&service.name);
-        addresses
-            .map(|at| (at.clone(), self.take(|held| own(held) && held.endpoint == *at)))
+    /// Returns the addresses of `service`, each with the socket that the service has there.
+    fn take_own(&mut self, service: &Service) -> Vec<(Endpoint, Option<usize>)> {
+        let endpoints = service.listen.iter().filter_map(|listen| listen.endpoint());
+        let is_own = |held: &HeldSocket| held.service.as_ref() == Some(&service.name);
+        endpoints
+            .map(|at| (at.clone(), self.take(|held| is_own(held) && held.endpoint == *at)))
             .collect()
     }
 
-    /// A socket for each address: its own, another's, or a new one.
-    fn at_addresses(&mut self, owned: Vec<(Endpoint, Option<usize>)>) -> Vec<SocketSource> {
-        let find = |(at, own): (Endpoint, Option<usize>)| {
-            let held = own.or_else(|| self.take(|held| held.endpoint == at));
-            held.map_or(SocketSource::Bind(at), SocketSource::Held)
-        };
-        owned.into_iter().map(find).collect()
-    }
-
-    /// Every inherited socket of that name that is left.
-    fn named(&mut self, name: &str) -> Vec<usize> {
-        std::iter::from_fn(|| self.take(|held| held.inherited.as_deref() == Some(name))).collect()
+    fn take(&mut self, matches: impl Fn(&HeldSocket) -> bool) -> Option<usize> {
+        let mut free = self.held.iter().zip(&mut self.taken).enumerate();
+        let (index, (_, taken)) =
+            free.find(|(_, (held, taken))| !**taken && !held.is_stale && matches(held))?;
+        *taken = true;
+        Some(index)
     }
 }
 
-fn datagrams_unanswered<'a>(
+fn find_unanswered_datagrams<'a>(
     held: &'a [HeldSocket],
     wanted: &'a [Service],
     sockets: &'a [Vec<SocketSource>],
 ) -> impl Iterator<Item = ActivationError> + 'a {
-    let silent = wanted.iter().zip(sockets).filter(|(service, _)| !service.settings.datagrams());
-    silent.flat_map(move |(service, sockets)| {
-        sockets.iter().filter_map(move |origin| {
-            let SocketSource::Held(index) = origin else { return None };
-            let HeldSocket { endpoint, inherited, .. } = held.get(*index)?;
-            let (Endpoint::Udp(_), Some(name)) = (endpoint, inherited) else { return None };
-            Some(ActivationError::Datagrams {
-                service: Arc::clone(&service.name),
-                endpoint: endpoint.clone(),
-                name: name.clone(),
-            })
-        })
+    let streams = wanted.iter().zip(sockets).filter(|(service, _)| !service.settings.datagrams());
+    let sources = streams.flat_map(|(service, sources)| sources.iter().map(move |s| (service, s)));
+    sources.filter_map(|(service, source)| {
+        let SocketSource::Held(index) = source else { return None };
+        let HeldSocket { endpoint, inherited, .. } = held.get(*index)?;
+        let (Endpoint::Udp(_), Some(name)) = (endpoint, inherited) else { return None };
+        let (service, endpoint) = (Arc::clone(&service.name), endpoint.clone());
+        Some(ActivationError::Datagrams { service, endpoint, name: name.clone() })
     })
 }
 
@@ -274,25 +270,21 @@ mod tests {
             endpoint: tcp(port),
             inherited: Some(name.to_owned()),
             service: None,
-            stale: false,
+            is_stale: false,
         }
     }
 
-    /// What is held after a difference was carried out, and by whom.
-    fn carried_out(
-        held: &[HeldSocket],
-        wanted: &[Service],
-        difference: &ReloadPlan,
-    ) -> Vec<HeldSocket> {
-        let sockets = wanted.iter().zip(&difference.steps).flat_map(|(service, step)| {
-            step.sockets.iter().map(|origin| {
-                let socket = match origin {
+    /// The held sockets after a plan was carried out.
+    fn carry_out(held: &[HeldSocket], wanted: &[Service], plan: &ReloadPlan) -> Vec<HeldSocket> {
+        let sockets = wanted.iter().zip(&plan.services).flat_map(|(service, step)| {
+            step.sockets.iter().map(|source| {
+                let socket = match source {
                     SocketSource::Held(index) => held[*index].clone(),
                     SocketSource::Bind(endpoint) => HeldSocket {
                         endpoint: endpoint.clone(),
                         inherited: None,
                         service: None,
-                        stale: false,
+                        is_stale: false,
                     },
                 };
                 HeldSocket { service: Some(Arc::clone(&service.name)), ..socket }
@@ -302,39 +294,39 @@ mod tests {
     }
 
     fn started(held: &[HeldSocket], wanted: &[Service]) -> Vec<HeldSocket> {
-        carried_out(held, wanted, &difference(&[], held, wanted).unwrap())
+        carry_out(held, wanted, &ReloadPlan::new(&[], held, wanted).unwrap())
     }
 
     #[test]
-    fn a_start_binds_what_was_not_inherited() {
+    fn binds_at_the_start_the_sockets_that_were_not_inherited() {
         let wanted = [service("time.a", &[at(1), at(2)], true, 1)];
-        let difference = difference(&[], &[inherited(2, "x.socket")], &wanted).unwrap();
+        let plan = ReloadPlan::new(&[], &[inherited(2, "x.socket")], &wanted).unwrap();
         let sockets = vec![SocketSource::Bind(tcp(1)), SocketSource::Held(0)];
-        assert_eq!(difference.steps, [Step { change: Change::Add, sockets }]);
+        assert_eq!(plan.services, [ServicePlan { change: ServiceChange::Add, sockets }]);
     }
 
     #[test]
-    fn a_name_stands_for_every_inherited_socket_that_no_address_names() {
+    fn assigns_a_name_every_inherited_socket_that_no_address_names() {
         let named = Listen::Inherited("x".to_owned());
         let wanted = [service("time.a", &[named], true, 1), service("time.b", &[at(2)], true, 1)];
         let held = [inherited(1, "x"), inherited(2, "x"), inherited(3, "x")];
-        let difference = difference(&[], &held, &wanted).unwrap();
-        assert_eq!(difference.steps[0].sockets, [SocketSource::Held(0), SocketSource::Held(2)]);
-        assert_eq!(difference.steps[1].sockets, [SocketSource::Held(1)]);
+        let plan = ReloadPlan::new(&[], &held, &wanted).unwrap();
+        assert_eq!(plan.services[0].sockets, [SocketSource::Held(0), SocketSource::Held(2)]);
+        assert_eq!(plan.services[1].sockets, [SocketSource::Held(1)]);
     }
 
     #[test]
-    fn an_inherited_socket_that_nothing_names_is_a_mismatch_and_so_is_a_name_without_one() {
+    fn refuses_unused_inherited_sockets_and_names_without_a_socket() {
         let wanted = [service("time.a", &[Listen::Inherited("y".to_owned())], true, 1)];
-        let mismatches = difference(&[], &[inherited(1, "x")], &wanted).unwrap_err();
-        let said: Vec<_> = mismatches.iter().map(ToString::to_string).collect();
-        assert!(said[0].starts_with("time.a: systemd passed no socket of the name \"y\""));
-        assert!(said[1].starts_with("no service listens on 127.0.0.1:1"), "{said:?}");
-        assert_eq!(said.len(), 2);
+        let errors = ReloadPlan::new(&[], &[inherited(1, "x")], &wanted).unwrap_err();
+        let messages: Vec<_> = errors.iter().map(ToString::to_string).collect();
+        assert!(messages[0].starts_with("time.a: systemd passed no socket of the name \"y\""));
+        assert!(messages[1].starts_with("no service listens on 127.0.0.1:1"), "{messages:?}");
+        assert_eq!(messages.len(), 2);
     }
 
     #[test]
-    fn a_service_that_answers_no_datagrams_is_given_none() {
+    fn refuses_datagram_sockets_for_stream_services() {
         let mut file = service("file.a", &[Listen::Inherited("x".to_owned())], true, 1);
         let folder = std::env::temp_dir();
         file.settings = Settings::Folder(crate::services::folder::Settings {
@@ -344,41 +336,41 @@ mod tests {
         });
         let udp = Endpoint::Udp(([127, 0, 0, 1], 1).into());
         let held = [HeldSocket { endpoint: udp, ..inherited(1, "x") }];
-        let mismatches = difference(&[], &held, &[file]).unwrap_err();
-        assert!(mismatches[0].to_string().contains("answers no datagrams"), "{mismatches:?}");
+        let errors = ReloadPlan::new(&[], &held, &[file]).unwrap_err();
+        assert!(errors[0].to_string().contains("answers no datagrams"), "{errors:?}");
     }
 
     #[test]
-    fn a_socket_that_serves_no_longer_is_closed_and_bound_anew() {
+    fn closes_stale_sockets_and_binds_them_again() {
         let wanted = [service("time.a", &[at(1)], true, 1)];
         let mut held = started(&[], &wanted);
-        held[0].stale = true;
-        let difference = difference(&[&wanted[0]], &held, &wanted).unwrap();
-        assert_eq!(difference.steps[0].sockets, [SocketSource::Bind(tcp(1))]);
-        assert_eq!(difference.closed, [0]);
+        held[0].is_stale = true;
+        let plan = ReloadPlan::new(&[&wanted[0]], &held, &wanted).unwrap();
+        assert_eq!(plan.services[0].sockets, [SocketSource::Bind(tcp(1))]);
+        assert_eq!(plan.closed, [0]);
     }
 
     #[test]
-    fn what_changed_is_told_from_what_it_may_take() {
+    fn distinguishes_settings_from_limits() {
         let before = service("time.a", &[at(1)], true, 1);
-        let change = |after: &Service| change(&[&before], after);
-        assert_eq!(change(&before), Change::Keep(0));
-        assert_eq!(change(&service("time.a", &[at(2)], true, 1)), Change::Keep(0));
-        assert_eq!(change(&service("time.a", &[at(1)], true, 2)), Change::Limit(0));
-        assert_eq!(change(&service("time.a", &[at(1)], false, 2)), Change::Replace(0));
-        assert_eq!(change(&service("time.b", &[at(1)], true, 1)), Change::Add);
+        let change = |after: &Service| compare(&[&before], after, &mut Summary::default()).0;
+        assert_eq!(change(&before), ServiceChange::Keep(0));
+        assert_eq!(change(&service("time.a", &[at(2)], true, 1)), ServiceChange::Keep(0));
+        assert_eq!(change(&service("time.a", &[at(1)], true, 2)), ServiceChange::SetLimits(0));
+        assert_eq!(change(&service("time.a", &[at(1)], false, 2)), ServiceChange::Replace(0));
+        assert_eq!(change(&service("time.b", &[at(1)], true, 1)), ServiceChange::Add);
     }
 
     #[test]
-    fn a_socket_goes_with_its_address_to_another_service() {
+    fn moves_sockets_with_their_address_to_another_service() {
         let before = [service("time.a", &[at(1), at(2)], true, 1)];
         let held = started(&[], &before);
         let after = [service("time.b", &[at(2)], true, 1), service("time.a", &[at(3)], true, 1)];
-        let difference = difference(&[&before[0]], &held, &after).unwrap();
-        assert_eq!(difference.steps[0].sockets, [SocketSource::Held(1)]);
-        assert_eq!(difference.steps[1].sockets, [SocketSource::Bind(tcp(3))]);
-        assert_eq!(difference.closed, [0]);
-        assert!(difference.removed.is_empty());
+        let plan = ReloadPlan::new(&[&before[0]], &held, &after).unwrap();
+        assert_eq!(plan.services[0].sockets, [SocketSource::Held(1)]);
+        assert_eq!(plan.services[1].sockets, [SocketSource::Bind(tcp(3))]);
+        assert_eq!(plan.closed, [0]);
+        assert!(plan.removed.is_empty());
     }
 
     /// Addresses of every kind.
@@ -390,7 +382,7 @@ mod tests {
         }
     }
 
-    /// Up to four services on addresses of their own.
+    /// Up to four services on different addresses.
     fn services() -> impl Strategy<Value = Vec<Service>> {
         let numbers = Just((1..=8).collect::<Vec<u16>>()).prop_shuffle();
         let names = prop::sample::subsequence(vec!["time.a", "time.b", "time.c", "time.d"], 0..=4);
@@ -406,8 +398,7 @@ mod tests {
         })
     }
 
-    /// Two configurations that may have nothing in common, say the same in another order, or differ
-    /// in one service.
+    /// Two configurations: unrelated, equal in another order, or different in one service.
     fn before_and_after() -> impl Strategy<Value = (Vec<Service>, Vec<Service>)> {
         let one_changes = (services(), any::<prop::sample::Index>(), any::<bool>(), 1u32..3);
         prop_oneof![
@@ -432,7 +423,7 @@ mod tests {
             .any(|service| service.listen.iter().any(|listen| listen.endpoint() == Some(at)))
     }
 
-    /// What a configuration says, whatever its order.
+    /// The services in a canonical order.
     fn meaning(services: &[Service]) -> Vec<Service> {
         let mut services = services.to_vec();
         services.sort_by(|one, other| one.name.cmp(&other.name));
@@ -442,33 +433,33 @@ mod tests {
         services
     }
 
-    /// Who listens where.
+    /// The services with their addresses.
     fn listeners(held: &[HeldSocket]) -> BTreeSet<(Arc<str>, Endpoint)> {
         held.iter().map(|held| (held.service.clone().unwrap(), held.endpoint.clone())).collect()
     }
 
-    /// Whether there is nothing to be done.
-    fn is_empty(difference: &ReloadPlan, held: &[HeldSocket], wanted: &[Service]) -> bool {
-        let stays = |step: &Step| {
-            let are_held = |origin: &SocketSource| matches!(origin, SocketSource::Held(_));
-            matches!(step.change, Change::Keep(_)) && step.sockets.iter().all(are_held)
+    /// Whether the plan changes nothing.
+    fn is_empty(plan: &ReloadPlan, held: &[HeldSocket], wanted: &[Service]) -> bool {
+        let is_kept = |step: &ServicePlan| {
+            let are_held = |source: &SocketSource| matches!(source, SocketSource::Held(_));
+            matches!(step.change, ServiceChange::Keep(_)) && step.sockets.iter().all(are_held)
         };
-        difference.steps.iter().all(stays)
-            && difference.removed.is_empty()
-            && difference.closed.is_empty()
-            && listeners(&carried_out(held, wanted, difference)) == listeners(held)
+        plan.services.iter().all(is_kept)
+            && plan.removed.is_empty()
+            && plan.closed.is_empty()
+            && listeners(&carry_out(held, wanted, plan)) == listeners(held)
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(1_000))]
 
         #[test]
-        fn carried_out_it_leads_to_what_is_wanted(
+        fn leads_to_the_wanted_configuration(
             (before, after) in before_and_after(),
             passed in any::<[bool; 8]>(),
             stale in any::<[bool; 8]>(),
         ) {
-            // Some sockets were inherited, which both configurations name; some serve no longer.
+            // Some sockets are inherited, and named by both configurations; some are stale.
             let passed = (1..=8).zip(passed).filter(|(_, passed)| *passed).map(|(number, _)| {
                 HeldSocket { endpoint: address(number), ..inherited(number, "x") }
             });
@@ -477,24 +468,24 @@ mod tests {
                 .collect();
             let mut held = started(&passed, &before);
             for (held, stale) in held.iter_mut().zip(stale) {
-                held.stale = stale && held.inherited.is_none();
+                held.is_stale = stale && held.inherited.is_none();
             }
             let running: Vec<_> = before.iter().collect();
-            let difference = difference(&running, &held, &after).unwrap();
+            let plan = ReloadPlan::new(&running, &held, &after).unwrap();
 
-            // The services: what is kept and what is new are together what is wanted, nothing is
-            // changed that is the same, and whatever ran goes on, is succeeded or is removed.
-            let mut ran = difference.removed.clone();
-            prop_assert_eq!(difference.steps.len(), after.len());
-            for (wanted, step) in after.iter().zip(&difference.steps) {
+            // Kept and new services together are those wanted, equal ones do not change, and each
+            // running one is kept, replaced or removed.
+            let mut ran = plan.removed.clone();
+            prop_assert_eq!(plan.services.len(), after.len());
+            for (wanted, step) in after.iter().zip(&plan.services) {
                 let (is_of, settings, limits) = match step.change {
-                    Change::Add => (None, &wanted.settings, &wanted.limits),
-                    Change::Keep(was) => (Some(was), &before[was].settings, &before[was].limits),
-                    Change::Limit(was) => {
+                    ServiceChange::Add => (None, &wanted.settings, &wanted.limits),
+                    ServiceChange::Keep(was) => (Some(was), &before[was].settings, &before[was].limits),
+                    ServiceChange::SetLimits(was) => {
                         prop_assert_ne!(&before[was].limits, &wanted.limits);
                         (Some(was), &before[was].settings, &wanted.limits)
                     }
-                    Change::Replace(was) => {
+                    ServiceChange::Replace(was) => {
                         prop_assert_ne!(&before[was].settings, &wanted.settings);
                         (Some(was), &wanted.settings, &wanted.limits)
                     }
@@ -506,8 +497,8 @@ mod tests {
             ran.sort_unstable();
             prop_assert_eq!(ran, (0..before.len()).collect::<Vec<_>>());
 
-            // The sockets: exactly those that are wanted, for those who want them, and all of use.
-            let now = carried_out(&held, &after, &difference);
+            // Each service has its sockets, and no socket is stale.
+            let now = carry_out(&held, &after, &plan);
             let wanted: BTreeSet<_> = after
                 .iter()
                 .flat_map(|service| {
@@ -517,15 +508,15 @@ mod tests {
                 .collect();
             prop_assert_eq!(now.len(), wanted.len());
             prop_assert_eq!(listeners(&now), wanted);
-            prop_assert!(now.iter().all(|held| !held.stale));
+            prop_assert!(now.iter().all(|held| !held.is_stale));
 
-            // No socket that is still of use is closed or bound anew, and none is used twice.
-            let of_use = |at: &Endpoint| held.iter().any(|held| held.endpoint == *at && !held.stale);
-            let mut used = difference.closed.clone();
-            for origin in difference.steps.iter().flat_map(|step| &step.sockets) {
-                match origin {
+            // No usable socket is closed or bound again, and none is used twice.
+            let is_usable = |at: &Endpoint| held.iter().any(|held| held.endpoint == *at && !held.is_stale);
+            let mut used = plan.closed.clone();
+            for source in plan.services.iter().flat_map(|step| &step.sockets) {
+                match source {
                     SocketSource::Held(index) => used.push(*index),
-                    SocketSource::Bind(at) => prop_assert!(!of_use(at)),
+                    SocketSource::Bind(at) => prop_assert!(!is_usable(at)),
                 }
             }
             used.sort_unstable();
@@ -533,16 +524,16 @@ mod tests {
         }
 
         #[test]
-        fn it_is_empty_if_both_say_the_same_and_only_then((before, after) in before_and_after()) {
+        fn is_empty_if_and_only_if_nothing_changed((before, after) in before_and_after()) {
             let held = started(&[], &before);
             let running: Vec<_> = before.iter().collect();
-            let difference = difference(&running, &held, &after).unwrap();
+            let plan = ReloadPlan::new(&running, &held, &after).unwrap();
             let same = meaning(&before) == meaning(&after);
-            prop_assert_eq!(is_empty(&difference, &held, &after), same);
+            prop_assert_eq!(is_empty(&plan, &held, &after), same);
         }
 
         #[test]
-        fn an_inherited_socket_is_never_closed(
+        fn never_closes_inherited_sockets(
             before in services(),
             after in services(),
             passed in prop::sample::subsequence((1..=8u16).collect::<Vec<_>>(), 0..=8),
@@ -551,17 +542,17 @@ mod tests {
                 .into_iter()
                 .map(|number| HeldSocket { endpoint: address(number), ..inherited(number, "x") })
                 .collect();
-            let Ok(start) = difference(&[], &passed, &before) else { return Ok(()) };
-            let held = carried_out(&passed, &before, &start);
+            let Ok(start) = ReloadPlan::new(&[], &passed, &before) else { return Ok(()) };
+            let held = carry_out(&passed, &before, &start);
             let running: Vec<_> = before.iter().collect();
-            match difference(&running, &held, &after) {
-                Ok(difference) => {
-                    prop_assert!(difference.closed.iter().all(|at| held[*at].inherited.is_none()));
+            match ReloadPlan::new(&running, &held, &after) {
+                Ok(plan) => {
+                    prop_assert!(plan.closed.iter().all(|at| held[*at].inherited.is_none()));
                 }
-                Err(mismatches) => {
+                Err(errors) => {
                     let inherited = held.iter().filter(|held| held.inherited.is_some());
                     let unnamed = inherited.filter(|held| !listens(&after, &held.endpoint));
-                    prop_assert_eq!(mismatches.len(), unnamed.count());
+                    prop_assert_eq!(errors.len(), unnamed.count());
                 }
             }
         }

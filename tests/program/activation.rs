@@ -126,7 +126,7 @@ fn inherited_and_bound_sockets_go_together_and_a_reload_keeps_both() {
     let daemon = start(&config, sockets.passed());
     sockets.all_answer();
     let line = daemon.reload(&config.replace("time.clock", "time.other"));
-    assert_eq!((&line["added"], &line["kept"]), (&1.into(), &1.into()), "{line}");
+    assert_eq!((&line["added"], &line["unchanged"]), (&1.into(), &1.into()), "{line}");
     sockets.all_answer();
     assert!(!read_all(daemon.tcp("file.picture")).is_empty());
     // Clients of a socket that nobody serves would wait for ever.

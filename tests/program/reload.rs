@@ -36,7 +36,7 @@ fn is_refused(address: SocketAddr) -> bool {
 }
 
 fn counts(line: &Value) -> [u64; 4] {
-    ["added", "changed", "removed", "kept"]
+    ["added", "changed", "removed", "unchanged"]
         .map(|name| line[name].as_u64().unwrap_or_else(|| panic!("{line}")))
 }
 

@@ -1,0 +1,66 @@
+//! The parts of the feature `gateway` that the daemon runs, and their stubs in a build without it.
+
+#[cfg(feature = "gateway")]
+pub(crate) use crate::alert::dispatcher::Alerts;
+#[cfg(feature = "gateway")]
+pub(crate) use crate::mirror::config::Mirrors;
+
+#[cfg(not(feature = "gateway"))]
+pub(crate) use missing::{Alerts, Mirrors};
+
+#[cfg(not(feature = "gateway"))]
+#[expect(clippy::unused_async, reason = "the signatures of the feature")]
+mod missing {
+    use std::io;
+    use std::sync::Arc;
+
+    use crate::config::{AlertSettings, MirrorSettings};
+    use crate::daemon::health::{self, Reporter};
+    use crate::daemon::mirrors::{self, Summary};
+
+    /// Mirrors, which this build has none of.
+    #[derive(Debug, Default)]
+    pub(crate) struct Mirrors {}
+
+    impl Mirrors {
+        pub(crate) fn prepare(&mut self, _: &[MirrorSettings]) -> io::Result<()> {
+            Ok(())
+        }
+
+        pub(crate) fn change(&mut self, _: &[MirrorSettings], _: &Reporter) -> Summary {
+            Summary::default()
+        }
+
+        pub(crate) fn counts(&self) -> Vec<Arc<mirrors::Counts>> {
+            Vec::new()
+        }
+
+        pub(crate) fn stop(&self) {}
+
+        pub(crate) async fn ended(&mut self) {}
+    }
+
+    /// Alerts, which this build has none of.
+    #[derive(Debug, Default)]
+    pub(crate) struct Alerts {}
+
+    impl Alerts {
+        pub(crate) fn prepare(&mut self, _: &AlertSettings) -> io::Result<()> {
+            Ok(())
+        }
+
+        pub(crate) fn change(&mut self, _: &AlertSettings) {}
+
+        pub(crate) fn reporter(&self) -> Reporter {
+            Reporter::default()
+        }
+
+        pub(crate) fn counts(&self) -> Vec<Arc<health::Counts>> {
+            Vec::new()
+        }
+
+        pub(crate) fn stop(&self) {}
+
+        pub(crate) async fn ended(&mut self) {}
+    }
+}
