@@ -28,7 +28,7 @@
 #![warn(unreachable_pub)]
 #![warn(clippy::pedantic, clippy::unwrap_used, clippy::indexing_slicing)]
 #![allow(clippy::missing_errors_doc, clippy::missing_panics_doc, clippy::must_use_candidate)]
-#![allow(clippy::struct_excessive_bools)]
+#![allow(clippy::format_push_string, clippy::struct_excessive_bools)]
 // Shared code that only the gateway calls is checked in the full build.
 #![cfg_attr(
     not(feature = "gateway"),

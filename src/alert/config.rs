@@ -1,4 +1,4 @@
-//! The channels of a configuration, and `[alert]`: their tables.
+//! The tables `[mail.NAME]`, `[sms.NAME]` and `[alert]`.
 
 use std::collections::BTreeSet;
 use std::env;
@@ -6,40 +6,34 @@ use std::path::PathBuf;
 
 use crate::alert::grouping::Policy;
 use crate::config_reader::{Reported, Table, values};
-use crate::daemon::health::Kind;
+
 use crate::notify::channel::Channel;
 use crate::notify::{mail, sms};
 use crate::telemetry::counters::Label;
+use crate::telemetry::event::Kind;
 
-/// How the operator is told.
+/// The settings of channels and alerts.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Settings {
-    /// Every channel, with a name of its own.
     pub channels: Vec<Channel>,
-    /// What is told by itself, if anything.
     pub(super) alert: Option<Alert>,
 }
 
 /// The checked settings of `[alert]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Alert {
-    /// The channels.
     pub to: Vec<String>,
-    /// What is told, and when.
     pub policy: Policy,
-    /// How many messages one channel has.
+    /// Limit of each channel.
     pub max_per_hour: usize,
-    /// Whether new files of mirrors go with mails.
+    /// Whether mails have new files of mirrors attached.
     pub attach: bool,
-    /// Where the queue is kept, if the configuration says so.
+    /// Configured folder of the outbox.
     pub state: Option<PathBuf>,
 }
 
 impl Settings {
-    /// Reads every `[mail.NAME]` and `[sms.NAME]`, and `[alert]`; reports what is wrong to the tables.
-    ///
-    /// # Errors
-    /// If something is.
+    /// Reads every `[mail.NAME]` and `[sms.NAME]`, and `[alert]`.
     pub(crate) fn read(root: &mut Table<'_>) -> Result<Self, Reported> {
         let mut channels = Vec::new();
         let mut names = Vec::new();
@@ -54,29 +48,21 @@ impl Settings {
         Ok(Self { channels: channels?, alert: alert.transpose()? })
     }
 
-    /// How many channels there are.
     pub(crate) fn channel_count(&self) -> usize {
         self.channels.len()
     }
 
-    /// Every channel, and whose server it asks, in a line.
+    /// Returns a line per channel with its server.
     pub(crate) fn lines(&self) -> impl Iterator<Item = String> {
         self.channels.iter().map(|channel| format!("{} over {}", channel.name(), channel.server()))
     }
 
-    /// Whether anybody is told.
     pub(crate) fn is_on(&self) -> bool {
         self.alert.is_some()
     }
 
-    /// What anybody is told of.
     pub(crate) fn told(&self) -> BTreeSet<Kind> {
         self.alert.as_ref().map(|alert| alert.policy.on.clone()).unwrap_or_default()
-    }
-
-    /// Whether a channel is told.
-    pub(super) fn is_told(&self, channel: &str) -> bool {
-        self.alert.as_ref().is_some_and(|alert| alert.to.iter().any(|to| to == channel))
     }
 }
 
@@ -118,14 +104,13 @@ impl Alert {
         })
     }
 
-    /// Where the queue is kept: where the configuration says, or the service manager.
+    /// Returns the folder of the outbox: `state`, or the state directory of the service manager.
     pub(crate) fn folder(&self) -> Option<PathBuf> {
         let manager = || {
             let folders = env::var_os("STATE_DIRECTORY")?;
             env::split_paths(&folders).find(|folder| folder.is_absolute())
         };
         let folder = self.state.clone().or_else(manager)?;
-        // By whatever name, it is one folder.
         Some(folder.canonicalize().unwrap_or(folder))
     }
 }
@@ -147,10 +132,7 @@ fn read_channel(kind: &str, name: &str, table: Table<'_>) -> Result<Channel, Rep
     named.and(channel)
 }
 
-/// Reads one channel alone, as it is named on the command line.
-///
-/// # Errors
-/// If something is wrong with it, or there is none.
+/// Reads the channel that the command line names.
 pub(crate) fn channel(
     root: &mut Table<'_>,
     kind: &'static str,
@@ -181,7 +163,7 @@ pub(super) mod tests {
     pub(crate) const MAIL: &str = "[mail.a]\nserver = \"127.0.0.1:1\"\nsecurity = \"none\"\n\
                         from = \"a@example.org\"\nto = [\"b@example.org\"]\n";
 
-    /// What a configuration says, or its faults.
+    /// Returns the settings of a configuration, or its faults.
     pub(crate) fn load(text: &str) -> Result<Settings, String> {
         load_in(&tempfile::tempdir().unwrap(), text)
     }

@@ -1,498 +1,440 @@
-//! The job of the daemon that tells the operator what happens.
+//! The alert dispatcher: turns events into messages and sends them.
 //!
-//! It runs on a thread and an event loop of its own: neither a dead mail server nor the disk delays a
-//! service. What a channel itself fails with is logged, counted, and told over the other channels.
+//! Runs on its own thread and event loop, so neither a dead mail server nor a slow disk delays a
+//! service. A failing channel is logged, counted and reported over the other channels.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::fmt::Write as _;
-use std::io::{self, Read};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::alert::config::{Alert, Settings};
-use crate::alert::grouping::{Hour, Incidents, Report, Withheld};
-use crate::alert::outbox::{MAX_WAITING, Message, OpenError, Queue};
-use crate::daemon::health::{Change, Counts, Event, Events, Kind, Outcome, Reporter};
-use crate::fs::file::OpenFile;
+use crate::alert::delivery::deliver;
+use crate::alert::grouping::{AlertGrouper, HourlyLimit, Notification};
+use crate::alert::outbox::{MAX_QUEUED, Message, OpenError, Outbox};
 use crate::fs::filename::escape;
 use crate::http::retry;
 use crate::notify::channel::{Channel, Failure, Lasting, Sent};
 use crate::notify::mime;
-use crate::notify::mime::{Attachment, Letter};
-use crate::notify::{mail, sms};
 use crate::runtime::EventLoop;
+use crate::telemetry::event::{AlertOutcome, Change, ChannelCounters, Event, EventSender, Kind};
 use crate::text::counted;
 
-/// How long is waited after the first failure of a channel, and at most after the next.
-const PAUSE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_mins(15));
+/// First and maximum backoff after a failed attempt.
+const BACKOFF: (Duration, Duration) = (Duration::from_secs(5), Duration::from_mins(15));
 
-/// How often a message is tried that is refused, or may have been taken, for each recipient: an SMS is
-/// paid for each time. With the pauses it takes three quarters of an hour.
-const MAX_TRIES: u32 = 10;
+/// Maximum number of attempts that the server rejects or leaves unconfirmed: each SMS is paid for.
+/// With the backoff they take three quarters of an hour.
+const MAX_REJECTIONS: u32 = 10;
 
-/// What could not be sent for so long is not sent.
-const EXPIRES: Duration = Duration::from_hours(72);
+/// Age at which a message is given up.
+const MAX_AGE: Duration = Duration::from_hours(72);
 
-/// A channel that has sent nothing for so long has failed. Shorter is what servers do to strangers,
-/// who have to come again (greylisting).
-const PATIENCE: Duration = Duration::from_mins(10);
+/// Time without success after which a channel has failed; greylisting takes less.
+const FAILED_AFTER: Duration = Duration::from_mins(10);
 
-/// How often it is looked at what has expired.
-const TIDY_EVERY: Duration = Duration::from_mins(1);
+/// Interval at which old messages are given up.
+const EXPIRE_INTERVAL: Duration = Duration::from_mins(1);
 
-/// Who tells the operator.
+/// The handle of the daemon to the dispatcher.
 #[derive(Debug, Default)]
-pub(crate) struct Alerts {
-    reporter: Reporter,
-    /// None before there was anything to do.
+pub(crate) struct AlertDispatcher {
+    events: EventSender,
+    /// Created when `[alert]` is first configured.
     event_loop: Option<EventLoop>,
-    job: Option<Handle>,
-    counts: Vec<Arc<Counts>>,
+    task: Option<TaskHandle>,
+    counters: Vec<Arc<ChannelCounters>>,
 }
 
-/// What is said to the job.
 #[derive(Debug)]
-struct Handle {
-    wanted: watch::Sender<Wanted>,
+struct TaskHandle {
+    config: watch::Sender<DispatcherConfig>,
     stop: CancellationToken,
     task: JoinHandle<()>,
+    /// Folder of the outbox, which cannot change.
+    folder: Option<PathBuf>,
 }
 
-/// What the job is to do.
 #[derive(Debug, Clone)]
-struct Wanted {
+struct DispatcherConfig {
     settings: Settings,
-    /// One for each channel.
-    counts: Vec<Arc<Counts>>,
+    /// In the order of the channels.
+    counters: Vec<Arc<ChannelCounters>>,
 }
 
-impl Alerts {
-    /// Starts the thread if it is the first time that there is something to do for it.
-    ///
-    /// # Errors
-    /// If it cannot be had.
+impl AlertDispatcher {
+    /// Checks that settings can be applied, and starts the thread if it is needed for the first
+    /// time.
     pub(crate) fn prepare(&mut self, settings: &Settings) -> io::Result<()> {
+        if let (Some(task), Some(alert)) = (&self.task, &settings.alert)
+            && task.folder != alert.folder()
+        {
+            return Err(io::Error::other(
+                "alert.state cannot change in a running daemon: restart it, and move \
+                 .handout-alerts.json to the new folder before",
+            ));
+        }
         if settings.is_on() && self.event_loop.is_none() {
             self.event_loop = Some(EventLoop::start("alerts")?);
         }
         Ok(())
     }
 
-    /// Tells what is wanted from now on, as is wanted. What waits to be sent goes on waiting.
+    /// Applies settings; queued messages are kept.
     pub(crate) fn change(&mut self, settings: &Settings) {
-        let counts = settings.channels.iter().map(|channel| {
-            let before = self.counts.iter().find(|counts| counts.channel == *channel.name());
-            before.map_or_else(|| Arc::new(Counts::new(Arc::clone(channel.name()))), Arc::clone)
+        let counters = settings.channels.iter().map(|channel| {
+            let before = self.counters.iter().find(|counters| counters.channel == *channel.name());
+            before
+                .cloned()
+                .unwrap_or_else(|| Arc::new(ChannelCounters::new(channel.name().clone())))
         });
-        self.counts = counts.collect();
-        let wanted = Wanted { settings: settings.clone(), counts: self.counts.clone() };
-        if let Some(job) = &self.job {
-            job.wanted.send_replace(wanted);
+        self.counters = counters.collect();
+        let config =
+            DispatcherConfig { settings: settings.clone(), counters: self.counters.clone() };
+        if let Some(task) = &self.task {
+            task.config.send_replace(config);
         } else if let (Some(event_loop), Some(alert)) = (&self.event_loop, &settings.alert)
-            && let Some(events) = self.reporter.connect()
+            && let Some(events) = self.events.connect()
         {
-            let (sender, receiver) = watch::channel(wanted);
-            let stop = CancellationToken::new();
-            let job = Job::new(alert.clone(), self.reporter.clone(), stop.clone());
-            let task = event_loop.handle.spawn(job.run(events, receiver));
-            self.job = Some(Handle { wanted: sender, stop, task });
+            let (config, receiver) = watch::channel(config);
+            let (stop, folder) = (CancellationToken::new(), alert.folder());
+            let task = DispatchTask::new(alert.clone(), self.events.clone(), stop.clone());
+            let task = event_loop.handle.spawn(task.run(folder.clone(), events, receiver));
+            self.task = Some(TaskHandle { config, stop, task, folder });
         }
     }
 
-    /// Where events are handed over.
-    pub(crate) fn reporter(&self) -> Reporter {
-        self.reporter.clone()
+    pub(crate) fn events(&self) -> EventSender {
+        self.events.clone()
     }
 
-    /// What the channels count that are told, or have something to send.
-    pub(crate) fn counts(&self) -> Vec<Arc<Counts>> {
-        if self.job.is_some() { self.counts.clone() } else { Vec::new() }
+    pub(crate) fn counters(&self) -> Vec<Arc<ChannelCounters>> {
+        if self.task.is_some() { self.counters.clone() } else { Vec::new() }
     }
 
-    /// Tells at once what there is to be told, and then ends.
+    /// Reports pending events at once and stops.
     pub(crate) fn stop(&self) {
-        if let Some(job) = &self.job {
-            job.stop.cancel();
+        if let Some(task) = &self.task {
+            task.stop.cancel();
         }
     }
 
-    /// Waits until that is done. What could not be sent stays in the queue.
+    /// Waits for the end. Messages that could not be sent remain in the outbox.
     pub(crate) async fn ended(&mut self) {
-        if let Some(job) = self.job.take() {
-            // A panic of it has been logged.
-            let _ = job.task.await;
+        if let Some(task) = self.task.take() {
+            // The panic hook has logged a panic.
+            let _ = task.task.await;
         }
     }
 }
 
-/// A channel as the job has it.
 #[derive(Debug)]
-struct Outlet {
+struct ChannelState {
     channel: Channel,
-    counts: Arc<Counts>,
-    hour: Hour,
-    /// One after the other, without a success in between.
+    counters: Arc<ChannelCounters>,
+    limit: HourlyLimit,
+    /// Number of consecutive failures.
     failures: u32,
-    /// Since when.
-    failing: Option<Duration>,
-    /// When it is tried again.
-    next: Duration,
+    failing_since: Option<Duration>,
+    retry_at: Duration,
 }
 
-impl Outlet {
-    fn try_at_once(&mut self) {
-        (self.failures, self.next) = (0, Duration::ZERO);
+impl ChannelState {
+    fn reset_backoff(&mut self) {
+        (self.failures, self.retry_at) = (0, Duration::ZERO);
     }
 }
 
-/// A message that is on its way over a channel.
+/// A message that is being sent.
 #[derive(Debug)]
 struct Attempt {
     channel: Arc<str>,
     id: String,
-    /// The message's subject, escaped for the log.
+    /// Escaped for the log.
     subject: String,
-    tries: u32,
+    rejections: u32,
 }
 
-/// What became of an attempt.
-#[derive(Debug)]
-struct Delivery {
-    sent: Result<Sent, Failure>,
-    /// Who is to be tried next, if not everybody once more.
-    rest: Option<Vec<String>>,
-}
-
-impl From<Failure> for Delivery {
-    fn from(failure: Failure) -> Self {
-        Self { sent: Err(failure), rest: None }
-    }
-}
-
-struct Job {
+struct DispatchTask {
     alert: Alert,
-    /// Whether anything is told by itself; if not, only what waits is sent.
-    on: bool,
-    reporter: Reporter,
-    lost: u64,
+    /// Whether events are reported; otherwise only queued messages are sent.
+    is_on: bool,
+    events: EventSender,
+    lost_events: u64,
     stop: CancellationToken,
-    /// When it began, by both clocks.
-    begun: (Instant, SystemTime),
+    /// By the monotonic and the system clock.
+    started: (Instant, SystemTime),
     host: String,
-    incidents: Incidents,
-    queue: Queue,
-    /// Where the queue is kept, if anywhere.
-    folder: Option<PathBuf>,
-    /// Whether the queue could be written the last time.
-    saved: bool,
-    tidied: Duration,
-    outlets: BTreeMap<Arc<str>, Outlet>,
-    /// One message at a time for each channel, also for one that has gone and come back meanwhile.
-    under_way: BTreeSet<Arc<str>>,
-    sending: JoinSet<(Attempt, Delivery)>,
+    grouper: AlertGrouper,
+    outbox: Outbox,
+    /// Whether the last write of the outbox succeeded.
+    is_saved: bool,
+    expired_at: Duration,
+    channels: BTreeMap<Arc<str>, ChannelState>,
+    /// Channels with an attempt in flight; some may have been removed.
+    in_flight: BTreeSet<Arc<str>>,
+    attempts: JoinSet<(Attempt, Result<Sent, Failure>)>,
 }
 
-impl Job {
-    fn new(alert: Alert, reporter: Reporter, stop: CancellationToken) -> Self {
+impl DispatchTask {
+    fn new(alert: Alert, events: EventSender, stop: CancellationToken) -> Self {
         let uname = rustix::system::uname();
         Self {
-            incidents: Incidents::new(alert.policy.clone()),
+            grouper: AlertGrouper::new(alert.policy.clone()),
             alert,
-            on: true,
-            reporter,
-            lost: 0,
+            is_on: true,
+            events,
+            lost_events: 0,
             stop,
-            begun: (Instant::now(), SystemTime::now()),
+            started: (Instant::now(), SystemTime::now()),
             host: escape(&uname.nodename().to_string_lossy()),
-            queue: Queue::default(),
-            folder: None,
-            saved: true,
-            tidied: Duration::ZERO,
-            outlets: BTreeMap::new(),
-            under_way: BTreeSet::new(),
-            sending: JoinSet::new(),
+            outbox: Outbox::default(),
+            is_saved: true,
+            expired_at: Duration::ZERO,
+            channels: BTreeMap::new(),
+            in_flight: BTreeSet::new(),
+            attempts: JoinSet::new(),
         }
     }
 
-    /// How long it has run.
     fn now(&self) -> Duration {
-        self.begun.0.elapsed()
+        self.started.0.elapsed()
     }
 
-    /// The time of day in seconds, by a clock that nobody sets.
-    fn second(&self) -> i64 {
-        unix(self.begun.1 + self.now())
+    /// Returns the time in seconds since 1970 by a clock that is never set.
+    fn unix_now(&self) -> i64 {
+        unix_seconds(self.started.1 + self.now())
     }
 
-    async fn run(mut self, mut events: Events, mut wanted: watch::Receiver<Wanted>) {
-        self.folder = self.alert.folder();
-        // In memory at least.
-        self.queue = Self::open(self.folder.as_deref()).unwrap_or_default();
-        let (now, second) = (self.now(), self.second());
-        self.incidents.take_up(self.queue.incidents().clone(), now, second);
-        // Whether a channel works is not seen by whoever looks at the rest.
-        let seen = self.incidents.lasting().filter(|(kind, _)| *kind != Kind::ChannelFailed);
-        self.reporter.resume(seen);
-        let first = wanted.borrow_and_update().clone();
-        self.adopt(first);
+    async fn run(
+        mut self,
+        folder: Option<PathBuf>,
+        mut events: mpsc::Receiver<Event>,
+        mut config: watch::Receiver<DispatcherConfig>,
+    ) {
+        self.outbox = open_outbox(folder.as_deref());
+        let first = config.borrow_and_update().clone();
+        self.apply_config(first);
         let stop = self.stop.clone();
         loop {
-            self.act(false);
-            let next = self.begun.0 + self.next();
+            self.dispatch(false);
+            let wakeup = self.started.0 + self.next_wakeup();
             tokio::select! {
-                // Events that come after an order are told as it says.
+                // Events after a change of the configuration are reported as it says.
                 biased;
-                changed = wanted.changed() => {
+                changed = config.changed() => {
                     if changed.is_err() {
                         break;
                     }
-                    let wanted = wanted.borrow_and_update().clone();
-                    self.adopt(wanted);
+                    let config = config.borrow_and_update().clone();
+                    self.apply_config(config);
                 }
                 () = stop.cancelled() => break,
-                Some(Ok((attempt, delivery))) = self.sending.join_next() => {
-                    self.conclude(&attempt, delivery);
+                Some(Ok((attempt, result))) = self.attempts.join_next() => {
+                    self.finish_attempt(&attempt, result);
                 }
-                Some(event) = events.recv() => self.take(event),
-                () = sleep_until(next) => {}
+                Some(event) = events.recv() => self.add(event),
+                () = sleep_until(wakeup) => {}
             }
         }
-        // What has been said before the order is told, too.
         while let Ok(event) = events.try_recv() {
-            self.take(event);
+            self.add(event);
         }
-        self.act(true);
-        while let Some(Ok((attempt, delivery))) = self.sending.join_next().await {
-            self.conclude(&attempt, delivery);
-            self.act(true);
+        self.dispatch(true);
+        while let Some(Ok((attempt, result))) = self.attempts.join_next().await {
+            self.finish_attempt(&attempt, result);
+            self.dispatch(true);
         }
-        let waiting = self.waiting();
+        let waiting = self.queued();
         if waiting > 0 {
             tracing::info!(waiting, "{} left in the queue", counted(waiting, "alert"));
         }
     }
 
-    /// Takes up the queue of a folder; without one, it is in memory.
-    ///
-    /// # Errors
-    /// Has been said.
-    fn open(folder: Option<&Path>) -> Result<Queue, OpenError> {
-        let Some(folder) = folder else {
-            tracing::warn!(
-                "alerts that wait to be sent are lost at a restart: there is no folder for them \
-                 (StateDirectory= of the unit, or `state` of [alert])"
-            );
-            return Ok(Queue::default());
-        };
-        let path = escape(&folder.to_string_lossy());
-        let complain = |error: &OpenError| {
-            let cause = error.to_string();
-            tracing::error!(path, cause, "the queue of alerts in {path}: {cause}");
-        };
-        Queue::open(folder).inspect_err(complain).or_else(|error| match error {
-            OpenError::Unreadable(_) => Queue::begin_anew(folder).inspect_err(complain),
-            OpenError::Taken => Err(error),
-        })
+    fn apply_config(&mut self, config: DispatcherConfig) {
+        let DispatcherConfig { settings, counters } = config;
+        self.is_on = settings.is_on();
+        if let Some(alert) = &settings.alert {
+            self.grouper.set_policy(alert.policy.clone());
+            self.alert = alert.clone();
+        } else {
+            self.grouper = AlertGrouper::new(self.alert.policy.clone());
+        }
+        let mut before = std::mem::take(&mut self.channels);
+        for (channel, counters) in settings.channels.into_iter().zip(counters) {
+            let name = Arc::clone(channel.name());
+            self.outbox.readdress(&name, &recipients(&channel));
+            let state = self.channel_state(before.remove(&name), channel, counters);
+            self.channels.insert(name, state);
+        }
+        // Without alerts over a channel, its recovery would not be noticed.
+        let open: Vec<_> = self.grouper.open().cloned().collect();
+        for (kind, channel) in open {
+            let is_used = self.channels.contains_key(&channel)
+                && self.alert.to.iter().any(|to| **to == *channel);
+            if kind == Kind::ChannelFailed && !(is_used && self.is_on) {
+                self.add(channel_failed(channel, Change::Ended));
+            }
+        }
+        self.log_config();
     }
 
-    /// Does what is wanted from now on.
-    fn adopt(&mut self, wanted: Wanted) {
-        let Wanted { settings, counts } = wanted;
-        self.on = settings.is_on();
-        if let Some(alert) = &settings.alert {
-            self.incidents.set_policy(alert.policy.clone());
-            self.alert = alert.clone();
-            let folder = alert.folder();
-            // One that cannot be had is no reason to give up the one that is.
-            if folder != self.folder
-                && let Ok(queue) = Self::open(folder.as_deref())
-            {
-                self.folder = folder;
-                let before = std::mem::replace(&mut self.queue, queue);
-                if let Err(error) = self.queue.take_over(before) {
-                    let cause = error.to_string();
-                    tracing::error!(cause, "alerts that wait cannot be taken along: {cause}");
-                }
+    fn channel_state(
+        &self,
+        before: Option<ChannelState>,
+        channel: Channel,
+        counters: Arc<ChannelCounters>,
+    ) -> ChannelState {
+        if let Some(before) = before {
+            let is_changed = before.channel != channel;
+            let mut state = ChannelState { channel, counters, ..before };
+            if is_changed {
+                state.reset_backoff();
             }
-        } else {
-            self.incidents = Incidents::new(self.alert.policy.clone());
+            return state;
         }
-        let mut before = std::mem::take(&mut self.outlets);
-        let now = self.second();
-        for (channel, counts) in settings.channels.iter().zip(counts) {
-            let name = Arc::clone(channel.name());
-            let outlet = match before.remove(&name) {
-                Some(before) => {
-                    // Somebody may have mended it.
-                    let mended = before.channel != *channel;
-                    let mut outlet = Outlet { channel: channel.clone(), counts, ..before };
-                    if mended {
-                        outlet.try_at_once();
-                    }
-                    outlet
-                }
-                None => Outlet {
-                    channel: channel.clone(),
-                    counts,
-                    // A clock that was set back makes no time of the future.
-                    hour: Hour::new(self.queue.made(&name).into_iter().map(|at| at.min(now))),
-                    failures: 0,
-                    failing: None,
-                    next: Duration::ZERO,
-                },
-            };
-            self.outlets.insert(name, outlet);
+        // A system clock that was set back must not extend the limit.
+        let now = self.unix_now();
+        let sent = self.outbox.sent(channel.name()).into_iter().map(|at| at.min(now));
+        ChannelState {
+            channel,
+            counters,
+            limit: HourlyLimit::new(sent),
+            failures: 0,
+            failing_since: None,
+            retry_at: Duration::ZERO,
         }
-        // Of who is told nothing any more, nobody will see that it works again.
-        let failed: Vec<_> = self.incidents.lasting().collect();
-        for (kind, channel) in failed {
-            let is_told = self.outlets.contains_key(&channel) && settings.is_told(&channel);
-            if kind == Kind::ChannelFailed && !is_told {
-                self.take(channel_failed(channel, Change::Ended));
-            }
+    }
+
+    fn log_config(&self) {
+        for channel in
+            self.outbox.channels().into_iter().filter(|it| !self.channels.contains_key(*it))
+        {
+            let waiting = self.outbox.len(channel);
+            tracing::warn!(
+                channel,
+                waiting,
+                "{channel}: the channel was removed: {} in its queue will be given up unless it is \
+                 configured again within three days",
+                counted(waiting, "alert")
+            );
         }
-        for channel in self.queue.channels() {
-            let waiting = self.queue.waiting(channel);
-            if !self.outlets.contains_key(channel) {
-                tracing::warn!(
-                    channel,
-                    waiting,
-                    "{channel}: no such channel any more: {} in its queue, to be given up unless \
-                     the channel comes back within three days",
-                    counted(waiting, "alert")
-                );
-            }
-        }
-        let told: Vec<_> =
-            self.outlets.keys().filter(|name| settings.is_told(name)).map(|name| &**name).collect();
-        let waiting = self.waiting();
-        let to = told.join(", ");
+        let waiting = self.queued();
         let queued = counted(waiting, "alert");
-        if self.on {
+        if self.is_on {
+            let to = self.alert.to.join(", ");
             tracing::info!(to, waiting, "alerts to {to}; {queued} waiting");
         } else {
             tracing::info!(waiting, "no alerts any more; {queued} waiting");
         }
     }
 
-    /// How many messages wait, for all channels.
-    fn waiting(&self) -> usize {
-        self.outlets.keys().map(|name| self.queue.waiting(name)).sum()
+    /// Returns the number of messages of all channels.
+    fn queued(&self) -> usize {
+        self.channels.keys().map(|name| self.outbox.len(name)).sum()
     }
 
-    /// Takes what has happened, if anybody is to be told.
-    fn take(&mut self, event: Event) {
-        if self.on {
-            self.incidents.add(event, self.now());
+    fn add(&mut self, event: Event) {
+        if self.is_on {
+            self.grouper.add(event, self.now());
         }
     }
 
-    /// Until when there is nothing to do.
-    fn next(&self) -> Duration {
-        let max = self.alert.max_per_hour;
-        let outlets = self.outlets.iter().filter_map(|(name, outlet)| {
-            let waits = !self.under_way.contains(name) && self.queue.waiting(name) > 0;
-            waits.then_some(outlet.next)
+    fn next_wakeup(&self) -> Duration {
+        let attempts = self.channels.iter().filter_map(|(name, state)| {
+            let message = self.outbox.next(name).filter(|_| !self.in_flight.contains(name))?;
+            Some(state.retry_at.max(message.retry_at))
         });
-        let withheld = self.alert.to.iter().filter_map(|name| {
-            let outlet = self.outlets.get(&**name)?;
-            let waits = self.queue.withheld(name).count > 0
-                && self.queue.waiting(name) < MAX_WAITING
-                && self.on;
-            let free = outlet.hour.free_at(max).saturating_sub(self.second()).max(0);
-            waits.then(|| self.now() + Duration::from_secs(u64::try_from(free).unwrap_or(0)))
+        let suppressed = self.alert.to.iter().filter_map(|name| {
+            let state = self.channels.get(&**name)?;
+            let is_waiting = self.outbox.suppressed(name) > 0
+                && self.outbox.len(name) < MAX_QUEUED
+                && self.is_on;
+            let free = state.limit.free_at(self.alert.max_per_hour).saturating_sub(self.unix_now());
+            is_waiting.then(|| self.now() + Duration::from_secs(free.max(0).unsigned_abs()))
         });
-        let tidy = self.tidied + TIDY_EVERY;
-        outlets.chain(withheld).chain(self.incidents.next()).chain([tidy]).min().unwrap_or(tidy)
+        let expire = self.expired_at + EXPIRE_INTERVAL;
+        attempts.chain(suppressed).chain(self.grouper.next_due()).fold(expire, Duration::min)
     }
 
-    /// Does all that is due.
-    fn act(&mut self, end: bool) {
+    /// Does everything that is due. On shutdown, `flush` reports pending events at once.
+    fn dispatch(&mut self, flush: bool) {
         let now = self.now();
-        if now >= self.tidied + TIDY_EVERY {
-            self.tidied = now;
-            self.tidy();
+        if now >= self.expired_at + EXPIRE_INTERVAL {
+            self.expired_at = now;
+            self.expire_old();
         }
-        let report = self.incidents.due(now, end).filter(|_| self.on);
+        let due = self.grouper.take_due(now, flush).filter(|_| self.is_on);
         for name in self.alert.to.clone() {
-            let Some(outlet) = self.outlets.get(&*name) else { continue };
-            let withheld = self.queue.withheld(&name);
-            let free = outlet.hour.free_at(self.alert.max_per_hour) <= self.second();
-            match report.as_ref().and_then(|report| report.over(&name)) {
-                Some(report) => self.tell(&name, &report),
-                // There is a place again for what was not told.
-                None if withheld.count > 0 && free && self.on => {
-                    self.tell(&name, &withheld.report());
-                }
-                None => {}
+            let Some(state) = self.channels.get(&*name) else { continue };
+            let is_free = state.limit.free_at(self.alert.max_per_hour) <= self.unix_now();
+            if let Some(notification) = due.as_ref().and_then(|due| due.for_channel(&name)) {
+                self.enqueue(&name, &notification, self.outbox.suppressed(&name));
+            } else if self.outbox.suppressed(&name) > 0 && is_free && self.is_on {
+                let notification = Notification::of_suppressed(self.outbox.suppressed(&name));
+                self.enqueue(&name, &notification, 0);
             }
         }
-        let begun = self.begun.1;
-        let second = |at| begun.checked_add(at).map_or(i64::MAX, unix);
-        self.queue.set_incidents(self.incidents.kept(second));
-        // Before anything of it is sent.
+        // Messages are on the disk before they are sent.
         self.save();
-        for name in self.outlets.keys().cloned().collect::<Vec<_>>() {
-            self.send_next(&name, now, end);
+        for name in self.channels.keys().cloned().collect::<Vec<_>>() {
+            self.send_next(&name, now, flush);
         }
-        for (name, outlet) in &self.outlets {
-            outlet.counts.set_queued(self.queue.waiting(name));
+        for (name, state) in &self.channels {
+            state.counters.set_queued(self.outbox.len(name));
         }
     }
 
-    /// Makes a message for a channel, or counts that there are too many.
-    fn tell(&mut self, name: &str, report: &Report) {
-        let second = self.second();
-        let Some(outlet) = self.outlets.get_mut(name) else { return };
-        let mut withheld = self.queue.withheld(name);
-        let places = self.queue.waiting(name) < MAX_WAITING;
-        if !places || !outlet.hour.take(second, self.alert.max_per_hour) {
-            // What was withheld itself is still counted.
-            if withheld.report() != *report {
-                outlet.counts.outcomes.add(Outcome::Withheld);
-                withheld.add(report);
-                self.queue.set_withheld(name, withheld);
-            }
+    /// Queues a notification for every recipient of a channel, or counts it as suppressed.
+    fn enqueue(&mut self, name: &str, notification: &Notification, suppressed: u64) {
+        let now = self.unix_now();
+        let Some(state) = self.channels.get_mut(name) else { return };
+        let has_room = self.outbox.len(name) < MAX_QUEUED;
+        if !has_room || !state.limit.try_acquire(now, self.alert.max_per_hour) {
+            state.counters.outcomes.add(AlertOutcome::Withheld);
+            self.outbox.set_suppressed(name, self.outbox.suppressed(name) + 1);
             return;
         }
-        let (id, files) = match &outlet.channel {
-            Channel::Mail(mail) => {
-                let files = if self.alert.attach { report.files.clone() } else { Vec::new() };
-                (mime::new_id(&mail.from), files)
-            }
-            Channel::Sms(_) => (format!("{:032x}", fastrand::u128(..)), Vec::new()),
-        };
-        self.queue.set_made(name, outlet.hour.times().collect());
-        self.queue.add(Message {
-            id,
-            channel: name.to_owned(),
-            subject: report.subject(&self.host),
-            text: report.text(&self.host, &withheld),
-            // By the clock of the day, as people read it.
-            date: unix(SystemTime::now()),
-            files,
-            to: None,
-            tries: 0,
-            since: self.now(),
-        });
-        if withheld.count > 0 {
-            self.queue.set_withheld(name, Withheld::default());
+        self.outbox.set_sent(name, state.limit.times().collect());
+        for to in recipients(&state.channel) {
+            let (id, files) = match &state.channel {
+                Channel::Mail(mail) if self.alert.attach => {
+                    (mime::new_id(&mail.from), notification.files.clone())
+                }
+                Channel::Mail(mail) => (mime::new_id(&mail.from), Vec::new()),
+                Channel::Sms(_) => (format!("{:032x}", fastrand::u128(..)), Vec::new()),
+            };
+            self.outbox.add(Message {
+                id,
+                channel: name.to_owned(),
+                to,
+                subject: notification.subject(&self.host),
+                text: notification.text(&self.host, suppressed),
+                // By the system clock, which people read.
+                date: unix_seconds(SystemTime::now()),
+                files,
+                rejections: 0,
+                queued_at: self.started.0.elapsed(),
+                retry_at: Duration::ZERO,
+            });
+        }
+        if self.outbox.suppressed(name) > 0 {
+            self.outbox.set_suppressed(name, 0);
         }
     }
 
     fn save(&mut self) {
-        match self.queue.save() {
-            Ok(()) => self.saved = true,
+        match self.outbox.save() {
+            Ok(()) => self.is_saved = true,
             Err(error) => {
-                if std::mem::replace(&mut self.saved, false) {
+                if std::mem::replace(&mut self.is_saved, false) {
                     let cause = error.to_string();
                     tracing::error!(cause, "the queue of alerts cannot be written: {cause}");
                 }
@@ -500,267 +442,169 @@ impl Job {
         }
     }
 
-    fn send_next(&mut self, name: &Arc<str>, now: Duration, end: bool) {
-        let Some(outlet) = self.outlets.get(name) else { return };
-        // At the end, who does not answer is not waited for.
-        if outlet.next > now || end && outlet.failures > 0 {
+    fn send_next(&mut self, name: &Arc<str>, now: Duration, flush: bool) {
+        let Some(state) = self.channels.get(name) else { return };
+        // On shutdown, a failing channel is not waited for.
+        if state.retry_at > now || flush && state.failures > 0 {
             return;
         }
-        let Some(message) = self.queue.first(name).cloned() else { return };
-        if !self.under_way.insert(Arc::clone(name)) {
+        let next = self.outbox.next(name).filter(|message| message.retry_at <= now);
+        let Some(message) = next.cloned() else { return };
+        if !self.in_flight.insert(Arc::clone(name)) {
             return;
         }
-        let channel = outlet.channel.clone();
+        let channel = state.channel.clone();
         let attempt = Attempt {
             channel: Arc::clone(name),
             id: message.id.clone(),
             subject: escape(&message.subject),
-            tries: message.tries,
+            rejections: message.rejections,
         };
-        self.sending.spawn(async move {
-            // Apart, so that a fault of the program ends an attempt and not the job.
-            let delivery = tokio::spawn(async move { deliver(&channel, message).await }).await;
-            let lost = |_| Failure::temporary("a fault of the program; see the log").into();
-            (attempt, delivery.unwrap_or_else(lost))
+        self.attempts.spawn(async move {
+            // A separate task, so that a panic fails the attempt only.
+            let result = tokio::spawn(async move { deliver(&channel, message).await }).await;
+            let panicked = |_| Err(Failure::temporary("a fault of the program; see the log"));
+            (attempt, result.unwrap_or_else(panicked))
         });
     }
 
-    /// A message was sent, or not.
-    fn conclude(&mut self, attempt: &Attempt, Delivery { sent, rest }: Delivery) {
-        self.under_way.remove(&attempt.channel);
-        match sent {
-            Ok(sent) => self.conclude_sent(attempt, sent, rest),
-            Err(failure) => self.conclude_failed(attempt, failure, rest),
+    fn finish_attempt(&mut self, attempt: &Attempt, result: Result<Sent, Failure>) {
+        self.in_flight.remove(&attempt.channel);
+        match result {
+            Ok(sent) => self.finish_sent(attempt, &sent),
+            Err(failure) => self.finish_failed(attempt, failure),
         }
         self.save();
     }
 
-    fn conclude_sent(
-        &mut self,
-        attempt: &Attempt,
-        Sent { ids, refused }: Sent,
-        rest: Option<Vec<String>>,
-    ) {
+    fn finish_sent(&mut self, attempt: &Attempt, sent: &Sent) {
         let Attempt { channel: name, id, subject, .. } = attempt;
-        let (channel, ids) = (&**name, ids.join(" "));
+        let (channel, ids) = (&**name, sent.ids.join(" "));
         tracing::info!(channel, id = ids, subject, "alert sent over {channel}: {subject}");
-        let (never, later): (Vec<_>, Vec<_>) =
-            refused.into_iter().partition(|(_, failure)| failure.lasting.is_bounded());
-        for (to, failure) in never {
-            let error = failure.words;
-            tracing::error!(channel, to, error, "{channel}: {to} is refused: {error}");
-        }
-        if !later.is_empty() {
-            return self.conclude_failed(attempt, Failure::of_all(&later), rest);
-        }
-        let is_whole = rest.is_none();
-        match rest {
-            None => self.queue.remove(name, id),
-            Some(rest) => self.queue.go_on(name, id, rest),
-        }
-        // The channel may be gone, and may come back.
-        let Some(outlet) = self.outlets.get_mut(name) else { return };
-        outlet.try_at_once();
-        outlet.failing = None;
-        if is_whole {
-            outlet.counts.outcomes.add(Outcome::Sent);
-            self.take(channel_failed(Arc::clone(name), Change::Ended));
-        }
+        self.outbox.remove(id);
+        // The channel may have been removed meanwhile.
+        let Some(state) = self.channels.get_mut(name) else { return };
+        state.reset_backoff();
+        state.failing_since = None;
+        state.counters.outcomes.add(AlertOutcome::Sent);
+        self.add(channel_failed(Arc::clone(name), Change::Ended));
     }
 
-    fn conclude_failed(
-        &mut self,
-        Attempt { channel: name, id, subject, tries }: &Attempt,
-        Failure { lasting, words: error }: Failure,
-        rest: Option<Vec<String>>,
-    ) {
-        let now = self.now();
-        let channel = &**name;
-        let tries = if lasting.is_bounded() { tries.saturating_add(1) } else { *tries };
-        let recipients = rest.as_ref().map_or(1, Vec::len).try_into().unwrap_or(u32::MAX);
-        let given_up = tries >= MAX_TRIES.saturating_mul(recipients);
-        if given_up {
-            self.queue.remove(name, id);
-        } else {
-            self.queue.put_back(name, id, rest, tries);
+    fn finish_failed(&mut self, attempt: &Attempt, failure: Failure) {
+        let Attempt { channel: name, id, subject, rejections } = attempt;
+        let Failure { lasting, words: error } = failure;
+        let (now, channel) = (self.now(), &**name);
+        let rejections = rejections + u32::from(lasting.is_bounded());
+        let backoff = |failures: u32| {
+            let longest = BACKOFF.0.saturating_mul(2_u32.saturating_pow(failures)).min(BACKOFF.1);
+            retry::around(longest, fastrand::f64())
+        };
+        if rejections >= MAX_REJECTIONS {
+            self.outbox.remove(id);
+            tracing::error!(
+                channel,
+                error,
+                subject,
+                "alert given up over {channel}: {error} ({subject})"
+            );
+            if let Some(state) = self.channels.get_mut(name) {
+                state.counters.outcomes.add(AlertOutcome::Refused);
+                state.reset_backoff();
+            }
+            // A one-shot event: the next message may be accepted.
+            let description = format!("an alert is given up: {error}");
+            let change = Change::OneShot { description, files: Vec::new() };
+            self.add(channel_failed(Arc::clone(name), change));
+            return;
         }
-        let Some(outlet) = self.outlets.get_mut(name) else { return };
-        if given_up {
-            outlet.counts.outcomes.add(Outcome::Refused);
-            let message = format_args!("alert given up over {channel}: {error} ({subject})");
-            tracing::error!(channel, error, subject, "{message}");
-            // This is about that message, and says nothing of the next.
-            outlet.try_at_once();
+        let Some(state) = self.channels.get_mut(name) else { return };
+        state.counters.outcomes.add(AlertOutcome::Failed);
+        // A rejection concerns the message, every other failure the channel.
+        let pause = if lasting.is_bounded() {
+            let pause = backoff(rejections - 1);
+            self.outbox.update(id, |message| {
+                (message.rejections, message.retry_at) = (rejections, now + pause);
+            });
+            pause
         } else {
-            outlet.counts.outcomes.add(Outcome::Failed);
-            let pause = PAUSE.0.saturating_mul(2_u32.saturating_pow(outlet.failures)).min(PAUSE.1);
-            let pause = retry::around(pause, fastrand::f64());
-            outlet.failures = outlet.failures.saturating_add(1);
-            outlet.next = now + pause;
-            let next = pause.as_secs_f64();
-            let message = format_args!("alert not sent over {channel}: {error} ({subject})");
-            tracing::warn!(channel, error, subject, next, "{message}");
-        }
-        let failing_for = now.saturating_sub(*outlet.failing.get_or_insert(now));
-        if given_up {
-            // The next message may be taken: this has no end.
-            let what = format!("an alert is given up: {error}");
-            let change = Change::Happened { what, files: Vec::new() };
-            self.take(channel_failed(Arc::clone(name), change));
-        } else if !lasting.is_bounded() && (lasting == Lasting::Unusable || failing_for >= PATIENCE)
-        {
+            let pause = backoff(state.failures);
+            (state.failures, state.retry_at) = (state.failures.saturating_add(1), now + pause);
+            pause
+        };
+        let next = pause.as_secs_f64();
+        tracing::warn!(
+            channel,
+            error,
+            subject,
+            next,
+            "alert not sent over {channel}: {error} ({subject})"
+        );
+        let failing_for = now.saturating_sub(*state.failing_since.get_or_insert(now));
+        let is_failed = lasting == Lasting::Unusable || failing_for >= FAILED_AFTER;
+        if is_failed && !lasting.is_bounded() {
             let event = channel_failed(Arc::clone(name), Change::Begun(error));
-            let since = event.at.checked_sub(failing_for).unwrap_or(event.at);
-            self.take(Event { at: since, ..event });
+            let at = event.at.checked_sub(failing_for).unwrap_or(event.at);
+            self.add(Event { at, ..event });
         }
     }
 
-    /// Gives up what has become old, and says what was lost.
-    fn tidy(&mut self) {
-        let oldest = self.now().saturating_sub(EXPIRES);
-        for message in self.queue.expire(oldest) {
-            if let Some(outlet) = self.outlets.get(&*message.channel) {
-                outlet.counts.outcomes.add(Outcome::Expired);
+    /// Gives up old messages and logs lost events.
+    fn expire_old(&mut self) {
+        for message in self.outbox.expire(self.now().saturating_sub(MAX_AGE)) {
+            if let Some(state) = self.channels.get(&*message.channel) {
+                state.counters.outcomes.add(AlertOutcome::Expired);
             }
             let (channel, subject) = (message.channel, escape(&message.subject));
             tracing::error!(channel, subject, "alert given up, it could not be sent: {subject}");
         }
-        let lost = self.reporter.lost();
-        let more = lost - std::mem::replace(&mut self.lost, lost);
-        if more > 0 {
-            let events = counted(more, "event");
-            tracing::warn!(events = more, "too many alerts at once: {events} delayed or lost");
+        let lost = self.events.lost();
+        let events = lost - std::mem::replace(&mut self.lost_events, lost);
+        if events > 0 {
+            let many = counted(events, "event");
+            tracing::warn!(events, "too many alerts at once: {many} delayed or lost");
         }
     }
 }
 
-/// What becomes of a channel at this moment.
+/// Opens the outbox; one that cannot be used is replaced by one in memory.
+fn open_outbox(folder: Option<&Path>) -> Outbox {
+    let Some(folder) = folder else {
+        tracing::warn!(
+            "alerts that wait to be sent are lost at a restart: there is no folder for them \
+             (StateDirectory= of the unit, or `state` of [alert])"
+        );
+        return Outbox::default();
+    };
+    let path = escape(&folder.to_string_lossy());
+    let log = |error: &OpenError| {
+        let cause = error.to_string();
+        tracing::error!(path, cause, "the queue of alerts in {path}: {cause}");
+    };
+    let opened = Outbox::open(folder).inspect_err(log).or_else(|error| match error {
+        OpenError::Unreadable(_) => Outbox::create(folder).inspect_err(log),
+        OpenError::InUse => Err(error),
+    });
+    opened.unwrap_or_default()
+}
+
+fn recipients(channel: &Channel) -> Vec<String> {
+    match channel {
+        Channel::Mail(mail) => mail.to.iter().map(|to| to.address.to_string()).collect(),
+        Channel::Sms(sms) => sms.to.iter().map(ToString::to_string).collect(),
+    }
+}
+
 fn channel_failed(subject: Arc<str>, change: Change) -> Event {
     Event { kind: Kind::ChannelFailed, subject, at: Timestamp::now(), change }
 }
 
-fn unix(time: SystemTime) -> i64 {
+fn unix_seconds(time: SystemTime) -> i64 {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 
-/// Sends a message over a channel.
-async fn deliver(channel: &Channel, message: Message) -> Delivery {
-    match channel {
-        Channel::Mail(mail) => deliver_mail(mail, message).await,
-        Channel::Sms(sms) => deliver_sms(sms, message).await,
-    }
-}
-
-/// Sends an SMS to the first who has not got it. So it is noted who has before the next is asked for,
-/// and nobody pays twice for a restart.
-async fn deliver_sms(sms: &sms::Settings, message: Message) -> Delivery {
-    let is_first = message.to.is_none();
-    let all = || sms.to.iter().map(ToString::to_string).collect();
-    let mut rest: VecDeque<_> = message.to.unwrap_or_else(all).into();
-    let Some(first) = rest.pop_front() else {
-        return Failure::refused("there is no number").into();
-    };
-    let number = match sms::Number::from_str(&first) {
-        Ok(number) => number,
-        Err(problem) => return Failure::refused(problem).into(),
-    };
-    let sent = sms.send(&[number], &sms.shorten(&message.text)).await;
-    // As long as nobody has got it, it is for whoever the configuration says.
-    if sent.is_err() && !(is_first && rest.is_empty()) {
-        // The others come before it is tried again.
-        rest.push_back(first);
-    }
-    Delivery { sent, rest: Some(rest.into()).filter(|rest: &Vec<_>| !rest.is_empty()) }
-}
-
-async fn deliver_mail(mail: &mail::Settings, message: Message) -> Delivery {
-    let Message { id, subject, mut text, date, files, to, .. } = message;
-    let max = mail.max_attachment;
-    let attach = tokio::task::spawn_blocking(move || attachments(&files, max));
-    let (attachments, not_attached) = match attach.await {
-        Ok(attached) => attached,
-        Err(error) => return Failure::temporary(error.to_string()).into(),
-    };
-    for problem in not_attached {
-        text.push_str("\nNot attached: ");
-        text.push_str(&problem);
-    }
-    let attached = attachments.len();
-    let date = SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(date).unwrap_or(0));
-    let letter = |text: &str, attachments| {
-        let mail::Settings { from, to, .. } = mail;
-        let id = &id;
-        mime::compose(Letter {
-            from,
-            to,
-            subject: &subject,
-            text,
-            attachments,
-            id,
-            date,
-            automatic: true,
-        })
-    };
-    let attempt = async |composed: Result<Vec<u8>, String>| {
-        let composed = composed.map_err(Failure::refused)?;
-        let to: Vec<_> = match &to {
-            Some(rest) => rest.iter().map(|to| to.parse()).collect::<Result<_, _>>(),
-            None => Ok(mail.to.iter().map(|to| to.address.clone()).collect()),
-        }
-        .map_err(Failure::refused)?;
-        mail.send(&id, &to, &composed).await
-    };
-    let mut sent = attempt(letter(&text, attachments)).await;
-    if let Err(Failure { lasting: Lasting::Refused, words }) = &sent
-        && attached > 0
-    {
-        // What happened is told, rather than nothing.
-        let files = counted(attached, "file");
-        let _ = write!(text, "\nNot attached: {files}, which the server refuses: {words}");
-        sent = attempt(letter(&text, Vec::new())).await;
-    }
-    let refused = sent.iter().flat_map(|sent| &sent.refused);
-    let later = refused.filter(|(_, failure)| !failure.lasting.is_bounded());
-    let later: Vec<_> = later.map(|(to, _)| to.clone()).collect();
-    Delivery { sent, rest: Some(later).filter(|later| !later.is_empty()) }
-}
-
-/// The files, as far as they fit, and what is wrong with the others.
-fn attachments(files: &[PathBuf], max: u64) -> (Vec<Attachment>, Vec<String>) {
-    let (mut attachments, mut problems) = (Vec::new(), Vec::new());
-    let mut left = max;
-    for path in files {
-        match attachment(path, left) {
-            Ok(attachment) => {
-                left = left.saturating_sub(attachment.content.len() as u64);
-                attachments.push(attachment);
-            }
-            Err(problem) => {
-                let name = path.file_name().unwrap_or(path.as_os_str());
-                problems.push(format!("{}: {problem}", escape(&name.to_string_lossy())));
-            }
-        }
-    }
-    (attachments, problems)
-}
-
-fn attachment(path: &Path, left: u64) -> Result<Attachment, String> {
-    let name = path.file_name().and_then(|name| name.to_str()).ok_or("its name is not UTF-8")?;
-    mime::attachment_name(name)?;
-    let file = OpenFile::open(path).map_err(|error| error.to_string())?;
-    if file.stamp.size > left {
-        return Err("with the others it is larger than max-attachment".to_owned());
-    }
-    let mut content = Vec::new();
-    file.into_file().take(left).read_to_end(&mut content).map_err(|error| error.to_string())?;
-    Ok(Attachment { name: name.to_owned(), content })
-}
-
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
     use crate::alert::config::tests::{MAIL, load};
 
@@ -769,203 +613,185 @@ mod tests {
         Event { kind: Kind::FileMissing, subject: "file.a".into(), at, change }
     }
 
-    #[tokio::test]
-    async fn what_nobody_takes_stays_in_the_queue_for_the_next_time() {
-        let folder = tempfile::tempdir().unwrap();
-        // Nobody answers there.
-        let mut settings = load(&format!("{MAIL}[alert]\nto = [\"mail.a\"]")).unwrap();
-        let Some(alert) = &mut settings.alert else { panic!() };
-        alert.state = Some(folder.path().to_owned());
-        let run = async |settings: &Settings, events: Vec<Event>| {
-            let mut alerts = Alerts::default();
-            alerts.prepare(settings).unwrap();
-            alerts.change(settings);
-            for event in events {
-                assert!(alerts.reporter().report(event));
-            }
-            alerts.stop();
-            alerts.ended().await;
-            alerts.counts().iter().map(|counts| counts.queued()).sum::<u64>()
-        };
-        run(&settings, vec![event(Change::Begun("gone".to_owned()))]).await;
-        let kept = || Queue::open(folder.path()).unwrap();
-        let message = kept().first("mail.a").unwrap().clone();
-        assert!(message.subject.contains("file-missing: file.a, since 20"), "{message:?}");
-        assert!(message.text.ends_with(": gone\n"), "{message:?}");
-        // It is the same afterwards, and under a configuration that tells of nothing.
-        run(&settings, Vec::new()).await;
-        assert_eq!(kept().first("mail.a"), Some(&message));
-        assert_eq!(kept().waiting("mail.a"), 1);
+    fn settings() -> Settings {
+        load(&format!("{MAIL}[alert]\nto = [\"mail.a\"]")).unwrap()
     }
 
-    /// One whose channel has this message under way.
-    fn job_with(message: Message) -> Job {
-        let settings = load(&format!("{MAIL}[alert]\nto = [\"mail.a\"]")).unwrap();
-        let alert = settings.alert.clone().unwrap();
-        let mut job = Job::new(alert, Reporter::default(), CancellationToken::new());
-        let counts = vec![Arc::new(Counts::new("mail.a".into()))];
-        job.adopt(Wanted { settings, counts });
-        assert!(job.queue.add(message));
-        job
+    fn config(settings: Settings) -> DispatcherConfig {
+        let counters = vec![Arc::new(ChannelCounters::new("mail.a".into()))];
+        DispatcherConfig { settings, counters }
     }
 
     fn message() -> Message {
         Message {
             id: "1".to_owned(),
             channel: "mail.a".to_owned(),
+            to: "b@example.org".to_owned(),
             subject: "gone".to_owned(),
             text: "gone".to_owned(),
             date: 0,
             files: Vec::new(),
-            to: None,
-            tries: 0,
-            since: Duration::ZERO,
+            rejections: 0,
+            queued_at: Duration::ZERO,
+            retry_at: Duration::ZERO,
         }
     }
 
+    /// Returns a dispatcher with one queued message.
+    fn task_with_message() -> DispatchTask {
+        let settings = settings();
+        let alert = settings.alert.clone().unwrap();
+        let stop = CancellationToken::new();
+        let mut task = DispatchTask::new(alert, EventSender::default(), stop);
+        task.apply_config(config(settings));
+        assert!(task.outbox.add(message()));
+        task
+    }
+
     #[tokio::test]
-    async fn what_may_have_been_taken_or_is_refused_is_tried_a_few_times_and_what_may_pass_always()
-    {
-        for (failure, bounded) in [
+    async fn unsent_messages_remain_in_the_outbox() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut settings = settings();
+        settings.alert.as_mut().unwrap().state = Some(folder.path().to_owned());
+        let run = async |settings: &Settings, events: Vec<Event>| {
+            let mut alerts = AlertDispatcher::default();
+            alerts.prepare(settings).unwrap();
+            alerts.change(settings);
+            for event in events {
+                assert!(alerts.events().send(event));
+            }
+            alerts.stop();
+            alerts.ended().await;
+        };
+        // Nothing listens at the address of the channel.
+        run(&settings, vec![event(Change::Begun("gone".to_owned()))]).await;
+        let outbox = || Outbox::open(folder.path()).unwrap();
+        let message = outbox().next("mail.a").unwrap().clone();
+        assert!(message.subject.contains("file-missing: file.a, since 20"), "{message:?}");
+        assert!(message.text.ends_with(": gone\n"), "{message:?}");
+        run(&settings, Vec::new()).await;
+        assert_eq!(outbox().next("mail.a"), Some(&message));
+        assert_eq!(outbox().len("mail.a"), 1);
+    }
+
+    #[tokio::test]
+    async fn refuses_another_folder_while_running() {
+        let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let mut settings = settings();
+        settings.alert.as_mut().unwrap().state = Some(first.path().to_owned());
+        let mut alerts = AlertDispatcher::default();
+        alerts.prepare(&settings).unwrap();
+        alerts.change(&settings);
+        assert!(alerts.prepare(&settings).is_ok());
+        settings.alert.as_mut().unwrap().state = Some(second.path().to_owned());
+        let error = alerts.prepare(&settings).unwrap_err().to_string();
+        assert!(error.starts_with("alert.state cannot change in a running daemon"), "{error}");
+        alerts.stop();
+        alerts.ended().await;
+    }
+
+    #[tokio::test]
+    async fn bounds_the_attempts_of_rejected_and_unconfirmed_messages_only() {
+        for (failure, is_bounded) in [
             (Failure::doubtful("late"), true),
             (Failure::refused("no"), true),
             (Failure::temporary("later"), false),
             (Failure::unusable("no login"), false),
         ] {
-            let mut job = job_with(message());
-            let mut times = 0;
-            while let Some(Message { tries, .. }) = job.queue.first("mail.a").cloned() {
-                let attempt = Attempt {
-                    channel: "mail.a".into(),
-                    id: "1".to_owned(),
-                    subject: "gone".to_owned(),
-                    tries,
-                };
-                job.conclude(&attempt, failure.clone().into());
-                times += 1;
-                if times > 100 {
+            let mut task = task_with_message();
+            let mut attempts = 0;
+            while let Some(Message { rejections, .. }) = task.outbox.next("mail.a").cloned() {
+                let (id, subject) = ("1".to_owned(), "gone".to_owned());
+                let attempt = Attempt { channel: "mail.a".into(), id, subject, rejections };
+                task.finish_attempt(&attempt, Err(failure.clone()));
+                attempts += 1;
+                if attempts > 100 {
                     break;
                 }
             }
-            assert_eq!(times == MAX_TRIES, bounded, "{failure}: {times}");
-            let given_up = job.outlets["mail.a"].counts.outcomes.get(Outcome::Refused);
-            assert_eq!(given_up, u64::from(bounded));
+            assert_eq!(attempts == MAX_REJECTIONS, is_bounded, "{failure}: {attempts}");
+            let refused = task.channels["mail.a"].counters.outcomes.get(AlertOutcome::Refused);
+            assert_eq!(refused, u64::from(is_bounded));
         }
     }
 
     #[tokio::test]
-    async fn what_was_written_when_the_clock_was_wrong_is_no_older_for_that() {
-        let mut job = job_with(message());
-        job.tidy();
-        assert_eq!(job.queue.waiting("mail.a"), 1);
-        job.begun.0 -= EXPIRES + TIDY_EVERY;
-        job.tidy();
-        assert_eq!(job.queue.waiting("mail.a"), 0);
+    async fn a_rejected_message_does_not_delay_others() {
+        let mut task = task_with_message();
+        assert!(task.outbox.add(Message { id: "2".to_owned(), ..message() }));
+        let (id, subject) = ("1".to_owned(), "gone".to_owned());
+        let attempt = Attempt { channel: "mail.a".into(), id, subject, rejections: 0 };
+        task.finish_attempt(&attempt, Err(Failure::refused("no")));
+        assert_eq!(task.outbox.next("mail.a").unwrap().id, "2");
+        task.send_next(&"mail.a".into(), task.now(), false);
+        assert_eq!(task.attempts.len(), 1);
     }
 
     #[tokio::test]
-    async fn a_channel_that_goes_and_comes_back_meanwhile_sends_nothing_twice() {
-        let mut job = job_with(message());
+    async fn expires_messages_by_their_time_in_the_outbox() {
+        let mut task = task_with_message();
+        task.expire_old();
+        assert_eq!(task.outbox.len("mail.a"), 1);
+        task.started.0 -= MAX_AGE + EXPIRE_INTERVAL;
+        task.expire_old();
+        assert_eq!(task.outbox.len("mail.a"), 0);
+    }
+
+    #[tokio::test]
+    async fn sends_nothing_twice_when_a_channel_is_removed_and_added() {
+        let mut task = task_with_message();
         let name: Arc<str> = "mail.a".into();
-        job.send_next(&name, Duration::ZERO, false);
-        assert_eq!(job.sending.len(), 1);
-        let settings = load(&format!("{MAIL}[alert]\nto = [\"mail.a\"]")).unwrap();
-        let counts = vec![Arc::new(Counts::new("mail.a".into()))];
-        job.adopt(Wanted { settings: Settings::default(), counts: Vec::new() });
-        job.adopt(Wanted { settings, counts });
-        job.send_next(&name, Duration::ZERO, false);
-        assert_eq!(job.sending.len(), 1);
+        task.send_next(&name, Duration::ZERO, false);
+        assert_eq!(task.attempts.len(), 1);
+        let none = DispatcherConfig { settings: Settings::default(), counters: Vec::new() };
+        task.apply_config(none);
+        task.apply_config(config(settings()));
+        task.send_next(&name, Duration::ZERO, false);
+        assert_eq!(task.attempts.len(), 1);
     }
 
     #[tokio::test]
-    async fn a_channel_that_is_told_nothing_any_more_does_not_wake_it() {
-        let mut job = job_with(message());
-        let mut withheld = Withheld::default();
-        withheld.add(&Report::default());
-        job.queue.remove("mail.a", "1");
-        job.queue.set_withheld("mail.a", withheld);
-        assert_eq!(job.next().as_secs(), 0);
-        job.alert.to = Vec::new();
-        assert!(job.next() > Duration::from_secs(10));
+    async fn suppressed_alerts_of_an_unused_channel_cause_no_wakeup() {
+        let mut task = task_with_message();
+        task.outbox.remove("1");
+        task.outbox.set_suppressed("mail.a", 1);
+        assert_eq!(task.next_wakeup().as_secs(), 0);
+        task.alert.to = Vec::new();
+        assert!(task.next_wakeup() > Duration::from_secs(10));
     }
 
     #[tokio::test]
-    async fn every_recipient_has_its_attempts_before_a_message_is_given_up() {
-        let mut job = job_with(message());
-        let rest = Some(vec!["a".to_owned(), "b".to_owned(), "c".to_owned()]);
-        let mut times = 0;
-        while let Some(Message { tries, .. }) = job.queue.first("mail.a").cloned() {
-            let attempt = Attempt {
-                channel: "mail.a".into(),
-                id: "1".to_owned(),
-                subject: "gone".to_owned(),
-                tries,
-            };
-            let failed = Delivery { sent: Err(Failure::refused("no")), rest: rest.clone() };
-            job.conclude(&attempt, failed);
-            times += 1;
+    async fn readdresses_messages_of_removed_recipients_once() {
+        let mut task = task_with_message();
+        for (id, to) in [("2", "gone@example.org"), ("3", "left@example.org")] {
+            assert!(task.outbox.add(Message { id: id.to_owned(), to: to.to_owned(), ..message() }));
         }
-        assert_eq!(times, 3 * MAX_TRIES);
-        // What is told of it has no end to wait for.
-        assert_eq!(job.incidents.lasting().count(), 0);
+        task.outbox.remove("1");
+        task.apply_config(config(settings()));
+        assert_eq!(task.outbox.len("mail.a"), 1);
+        assert_eq!(task.outbox.next("mail.a").unwrap().to, "b@example.org");
     }
 
     #[tokio::test]
-    async fn a_folder_that_cannot_be_had_takes_nothing_from_the_one_that_is() {
-        let (had, taken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let mut job = job_with(message());
-        job.folder = Some(had.path().to_owned());
-        let mut queue = Queue::open(had.path()).unwrap();
-        assert!(queue.add(message()));
-        queue.save().unwrap();
-        job.queue = queue;
-        let _other = Queue::open(taken.path()).unwrap();
-        let mut settings = load(&format!("{MAIL}[alert]\nto = [\"mail.a\"]")).unwrap();
-        let Some(alert) = &mut settings.alert else { panic!() };
-        alert.state = Some(taken.path().to_owned());
-        job.adopt(Wanted { settings, counts: vec![Arc::new(Counts::new("mail.a".into()))] });
-        assert_eq!((job.queue.waiting("mail.a"), job.folder), (1, Some(had.path().to_owned())));
-        drop(job.queue);
-        assert_eq!(Queue::open(had.path()).unwrap().waiting("mail.a"), 1);
-    }
-
-    #[tokio::test]
-    async fn the_failure_of_a_channel_that_is_told_nothing_any_more_is_over() {
-        let mut job = job_with(message());
-        for gone in ["mail.gone", "mail.a"] {
-            job.take(channel_failed(gone.into(), Change::Begun("no login".to_owned())));
+    async fn the_failure_of_an_unused_channel_ends() {
+        let mut task = task_with_message();
+        for name in ["mail.gone", "mail.a"] {
+            task.add(channel_failed(name.into(), Change::Begun("no login".to_owned())));
         }
-        let settings = load(&format!("{MAIL}[alert]\nto = [\"mail.a\"]")).unwrap();
-        job.adopt(Wanted { settings, counts: vec![Arc::new(Counts::new("mail.a".into()))] });
-        let lasting: Vec<_> = job.incidents.lasting().collect();
-        assert_eq!(lasting, [(Kind::ChannelFailed, "mail.a".into())]);
+        task.apply_config(config(settings()));
+        let open: Vec<_> = task.grouper.open().cloned().collect();
+        assert_eq!(open, [(Kind::ChannelFailed, "mail.a".into())]);
     }
 
     #[tokio::test]
-    async fn who_tells_nobody_needs_no_thread() {
+    async fn starts_no_thread_without_alerts() {
         let settings = load(MAIL).unwrap();
-        let mut alerts = Alerts::default();
+        let mut alerts = AlertDispatcher::default();
         alerts.prepare(&settings).unwrap();
         alerts.change(&settings);
-        assert!(alerts.event_loop.is_none() && alerts.counts().is_empty());
-        assert!(alerts.reporter().report(event(Change::Ended)));
+        assert!(alerts.event_loop.is_none() && alerts.counters().is_empty());
+        assert!(alerts.events().send(event(Change::Ended)));
         alerts.stop();
         alerts.ended().await;
-    }
-
-    #[test]
-    fn files_are_attached_as_far_as_they_fit() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = |name: &str, content: &str| {
-            let path = folder.path().join(name);
-            fs::write(&path, content).unwrap();
-            path
-        };
-        let files = [file("a", "1234"), file("b", "12345"), file("c", ""), folder.path().into()];
-        let (attached, problems) = attachments(&files, 8);
-        let names: Vec<_> = attached.iter().map(|attachment| &*attachment.name).collect();
-        assert_eq!(names, ["a", "c"]);
-        assert_eq!(problems[0], "b: with the others it is larger than max-attachment");
-        assert_eq!(problems.len(), 2);
     }
 }

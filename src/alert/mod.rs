@@ -1,10 +1,11 @@
 //! Alerts: collects events, groups them into notifications and sends these to channels.
 //!
-//! An event of the daemon passes through [`grouping`] (what is told, and when) → [`outbox`] (stored
-//! until sent, across restarts) → [`dispatcher`] (one task; sends and retries) → a channel of
+//! An event of the daemon passes through [`grouping`] (one notification per `wait`) → [`outbox`]
+//! (stored until sent, across restarts) → [`dispatcher`] (retries) → [`delivery`] → a channel of
 //! `notify`. [`config`] reads `[alert]`. Nothing here speaks SMTP or HTTP.
 
 pub(crate) mod config;
+mod delivery;
 pub(crate) mod dispatcher;
-pub(crate) mod grouping;
-pub(crate) mod outbox;
+mod grouping;
+mod outbox;

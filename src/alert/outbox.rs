@@ -1,8 +1,7 @@
-//! What waits to be sent: bounded, and kept in a file that survives a restart.
+//! The outbox: messages that wait to be sent, kept in a file that survives a restart.
 //!
-//! A message is in the file before it is sent for the first time, and leaves it when it was taken. So
-//! it is sent at least once; and twice only after a crash in between, with the same Message-ID then.
-//! What is still to become a message, and what lasts, is in the file with it.
+//! A message is written before its first attempt and removed after the server accepted it, so it is
+//! sent at least once, and twice only after a crash in between, with the same Message-ID.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::{self, File};
@@ -14,76 +13,58 @@ use rustix::fs::{FlockOperation, Mode, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use crate::alert::grouping::{Kept, Withheld};
 use crate::fs::atomic::{DirHandle, log_unsupported};
 
-/// The file's name; hidden, so that no file service has it.
+/// Hidden, so that no file service lists it.
 const FILE: &str = ".handout-alerts.json";
 
-/// What it is called if it cannot be read, so that somebody may look at it.
+/// Name of an unreadable file that was put aside.
 const UNREADABLE: &str = ".handout-alerts.json.unreadable";
 
-/// The largest file that is read, in bytes.
+/// Maximum size of the file, in bytes.
 const MAX_FILE: u64 = 64 << 20;
 
-/// How many messages may wait for one channel.
-pub(crate) const MAX_WAITING: usize = 100;
+/// Maximum number of messages per channel.
+pub(crate) const MAX_QUEUED: usize = 100;
 
-/// A message that is to be sent over one channel.
+/// A message to one recipient.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Message {
-    /// By which it is known, here and as its Message-ID.
-    pub id: String,
-    /// The channel, as `mail.ops`.
-    pub channel: String,
-    /// What it is about.
-    pub subject: String,
-    /// What it says.
-    pub text: String,
-    /// When it was written, in seconds since 1970.
-    pub date: i64,
-    /// What is attached, as far as it is there when it is sent.
+    /// Also the Message-ID of a mail.
+    pub(crate) id: String,
+    /// Name of the channel, such as `mail.ops`.
+    pub(crate) channel: String,
+    pub(crate) to: String,
+    pub(crate) subject: String,
+    pub(crate) text: String,
+    /// In seconds since 1970.
+    pub(crate) date: i64,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub files: Vec<PathBuf>,
-    /// Who has not got it yet, in the order in which it is tried; none before it was tried.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub to: Option<Vec<String>>,
-    /// How often it was not taken, if to go on for ever does no good.
-    #[serde(default, skip_serializing_if = "is_zero")]
-    pub tries: u32,
-    /// When it came here, by the clock of whoever has the queue: nobody sets it, as they do that of
-    /// the day.
+    pub(crate) files: Vec<PathBuf>,
+    /// Attempts that the server rejected or left unconfirmed.
+    #[serde(default)]
+    pub(crate) rejections: u32,
+    /// Time in the outbox of this process, which a changed system clock does not affect.
     #[serde(skip)]
-    pub since: Duration,
+    pub(crate) queued_at: Duration,
+    /// Time of the next attempt.
+    #[serde(skip)]
+    pub(crate) retry_at: Duration,
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "as it is called")]
-fn is_zero(number: &u32) -> bool {
-    *number == 0
-}
-
-impl Message {
-    fn is(&self, channel: &str, id: &str) -> bool {
-        self.channel == channel && self.id == id
-    }
-}
-
-/// What is in the file.
+/// The content of the file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Contents {
+struct OutboxState {
     messages: VecDeque<Message>,
-    /// When messages were made for a channel lately, in seconds since 1970.
+    /// Times of the latest notifications by channel, in seconds since 1970.
     #[serde(default)]
-    made: BTreeMap<String, Vec<i64>>,
-    /// What was not told over a channel.
+    sent: BTreeMap<String, Vec<i64>>,
+    /// Suppressed notifications by channel.
     #[serde(default)]
-    withheld: BTreeMap<String, Withheld>,
-    /// What goes on.
-    #[serde(default)]
-    incidents: Kept,
+    suppressed: BTreeMap<String, u64>,
 }
 
-impl Contents {
+impl OutboxState {
     fn read(folder: &Path) -> io::Result<Self> {
         match File::open(folder.join(FILE)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
@@ -96,203 +77,146 @@ impl Contents {
     }
 }
 
-/// Two would overwrite each other's. The kernel gives it back, whatever becomes of the process.
-fn lock(folder: &Path) -> Result<Option<File>, OpenError> {
-    let Ok(folder) = File::open(folder) else { return Ok(None) };
-    match flock(&folder, FlockOperation::NonBlockingLockExclusive) {
-        Err(Errno::WOULDBLOCK) => Err(OpenError::Taken),
-        locked => {
-            log_unsupported("flock", locked);
-            Ok(Some(folder))
-        }
-    }
-}
-
-/// The queue of all channels.
+/// The messages of all channels.
 #[derive(Debug, Default)]
-pub(crate) struct Queue {
-    /// None if nothing is kept.
+pub(crate) struct Outbox {
+    /// `None` keeps the messages in memory only.
     folder: Option<PathBuf>,
-    /// The folder, locked for as long as the queue is there; not every file system has locks.
+    /// Holds the lock on the folder; not every file system has locks.
     _lock: Option<File>,
-    contents: Contents,
-    changed: bool,
+    state: OutboxState,
+    is_modified: bool,
 }
 
-/// Why there is no queue.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum OpenError {
-    /// It is somebody else's.
     #[error("another handout has it: give each a `state` of its own")]
-    Taken,
-    /// The content cannot be read.
+    InUse,
     #[error("cannot be read: {0}")]
     Unreadable(#[from] io::Error),
 }
 
-impl Queue {
-    /// Takes up the queue of a folder.
-    ///
-    /// # Errors
-    /// If it is somebody else's, or cannot be read. In the latter case one can still be had without
-    /// what is there: see [`Queue::begin_anew`].
+impl Outbox {
     pub(crate) fn open(folder: &Path) -> Result<Self, OpenError> {
         let lock = lock(folder)?;
-        let contents = Contents::read(folder)?;
-        Ok(Self { folder: Some(folder.to_owned()), _lock: lock, contents, changed: false })
+        let state = OutboxState::read(folder)?;
+        Ok(Self { folder: Some(folder.to_owned()), _lock: lock, state, is_modified: false })
     }
 
-    /// An empty queue in a folder; what is there and cannot be read is put aside.
-    ///
-    /// # Errors
-    /// If it is somebody else's.
-    pub(crate) fn begin_anew(folder: &Path) -> Result<Self, OpenError> {
+    /// Creates an empty outbox and puts an unreadable file aside.
+    pub(crate) fn create(folder: &Path) -> Result<Self, OpenError> {
         let lock = lock(folder)?;
-        // If that fails, it is replaced.
+        // The next write replaces the file if this fails.
         let _ = fs::rename(folder.join(FILE), folder.join(UNREADABLE));
         Ok(Self { folder: Some(folder.to_owned()), _lock: lock, ..Self::default() })
     }
 
-    /// Takes everything that waits in another queue, which is empty then. What has no place is lost.
-    ///
-    /// # Errors
-    /// Whatever the disk says. What waits is then in both.
-    pub(crate) fn take_over(&mut self, other: Self) -> io::Result<()> {
-        for message in other.contents.messages {
-            self.add(message);
-        }
-        for (channel, made) in other.contents.made {
-            self.set_made(&channel, made);
-        }
-        for (channel, withheld) in other.contents.withheld {
-            self.set_withheld(&channel, withheld);
-        }
-        // First here, and then no longer there; in memory alone, it is not safe.
-        self.save()?;
-        if self.folder.is_none() {
-            return Ok(());
-        }
-        match other.folder.map_or(Ok(()), |folder| fs::remove_file(folder.join(FILE))) {
-            // Nothing was ever kept there.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            removed => removed,
-        }
-    }
-
-    /// Writes what has changed, whole or not at all.
-    ///
-    /// # Errors
-    /// Whatever the disk says; it is tried again the next time.
+    /// Writes the file if something changed. An error is retried by the next call.
     pub(crate) fn save(&mut self) -> io::Result<()> {
-        let Some(folder) = &self.folder else { return Ok(()) };
-        if !self.changed {
-            return Ok(());
-        }
-        // Alerts are not for everybody who may read the folder.
+        let Some(folder) = self.folder.as_ref().filter(|_| self.is_modified) else { return Ok(()) };
+        // Only the owner may read alerts.
         let mode = Mode::RUSR | Mode::WUSR;
-        let json = serde_json::to_vec(&self.contents)?;
+        let json = serde_json::to_vec(&self.state)?;
         DirHandle::open(folder)?.write(FILE, mode, &json).map_err(io::Error::other)?;
-        self.changed = false;
+        self.is_modified = false;
         Ok(())
     }
 
-    /// Takes a message, if there is a place for it.
+    /// Adds a message, unless the channel has [`MAX_QUEUED`].
     pub(crate) fn add(&mut self, message: Message) -> bool {
-        let fits = self.waiting(&message.channel) < MAX_WAITING;
+        let fits = self.len(&message.channel) < MAX_QUEUED;
         if fits {
-            self.contents.messages.push_back(message);
-            self.changed = true;
+            self.state.messages.push_back(message);
+            self.is_modified = true;
         }
         fits
     }
 
-    /// How many messages wait for a channel.
-    pub(crate) fn waiting(&self, channel: &str) -> usize {
-        self.contents.messages.iter().filter(|message| message.channel == channel).count()
+    /// Returns the number of messages of a channel.
+    pub(crate) fn len(&self, channel: &str) -> usize {
+        self.state.messages.iter().filter(|message| message.channel == channel).count()
     }
 
-    /// The channels for which messages wait.
+    /// Returns the channels that have messages.
     pub(crate) fn channels(&self) -> BTreeSet<&str> {
-        self.contents.messages.iter().map(|message| &*message.channel).collect()
+        self.state.messages.iter().map(|message| &*message.channel).collect()
     }
 
-    /// The next message for a channel.
-    pub(crate) fn first(&self, channel: &str) -> Option<&Message> {
-        self.contents.messages.iter().find(|message| message.channel == channel)
+    /// Returns the message of a channel that is due first.
+    pub(crate) fn next(&self, channel: &str) -> Option<&Message> {
+        let messages = self.state.messages.iter().filter(|message| message.channel == channel);
+        messages.min_by_key(|message| message.retry_at)
     }
 
-    /// A message was taken, or never will be.
-    pub(crate) fn remove(&mut self, channel: &str, id: &str) {
-        self.contents.messages.retain(|message| !message.is(channel, id));
-        self.changed = true;
+    pub(crate) fn remove(&mut self, id: &str) {
+        self.state.messages.retain(|message| message.id != id);
+        self.is_modified = true;
     }
 
-    /// A message is on its way: somebody has got it, and these have not.
-    pub(crate) fn go_on(&mut self, channel: &str, id: &str, to: Vec<String>) {
-        if let Some(message) = self.contents.messages.iter_mut().find(|one| one.is(channel, id)) {
-            (message.to, message.tries) = (Some(to), 0);
-            self.changed = true;
+    /// Changes a message, if it is still queued.
+    pub(crate) fn update(&mut self, id: &str, change: impl FnOnce(&mut Message)) {
+        if let Some(message) = self.state.messages.iter_mut().find(|message| message.id == id) {
+            change(message);
+            self.is_modified = true;
         }
     }
 
-    /// A message is to be tried again, after those that wait; for these recipients, if not for all.
-    pub(crate) fn put_back(
-        &mut self,
-        channel: &str,
-        id: &str,
-        to: Option<Vec<String>>,
-        tries: u32,
-    ) {
-        let at = self.contents.messages.iter().position(|one| one.is(channel, id));
-        if let Some(mut message) = at.and_then(|at| self.contents.messages.remove(at)) {
-            message.to = to.or(message.to);
-            message.tries = tries;
-            self.contents.messages.push_back(message);
-            self.changed = true;
-        }
+    /// Addresses messages to removed recipients to the first configured one, which gets each text
+    /// only once.
+    pub(crate) fn readdress(&mut self, channel: &str, recipients: &[String]) {
+        let Some(first) = recipients.first() else { return };
+        let mut seen = BTreeSet::new();
+        let is_modified = &mut self.is_modified;
+        self.state.messages.retain_mut(|message| {
+            if message.channel != channel {
+                return true;
+            }
+            if !recipients.contains(&message.to) {
+                (message.to, message.retry_at) = (first.clone(), Duration::ZERO);
+                *is_modified = true;
+            }
+            seen.insert((message.to.clone(), message.text.clone(), message.date))
+        });
     }
 
-    /// Takes out what came before `since`.
-    pub(crate) fn expire(&mut self, since: Duration) -> Vec<Message> {
-        let (old, young) = std::mem::take(&mut self.contents.messages)
+    /// Removes messages queued before `time`.
+    pub(crate) fn expire(&mut self, time: Duration) -> Vec<Message> {
+        let (old, young) = std::mem::take(&mut self.state.messages)
             .into_iter()
-            .partition::<VecDeque<_>, _>(|message| message.since < since);
-        self.contents.messages = young;
-        self.changed |= !old.is_empty();
+            .partition::<VecDeque<_>, _>(|message| message.queued_at < time);
+        self.state.messages = young;
+        self.is_modified |= !old.is_empty();
         old.into()
     }
 
-    /// When messages were made for a channel lately, in seconds since 1970.
-    pub(crate) fn made(&self, channel: &str) -> Vec<i64> {
-        self.contents.made.get(channel).cloned().unwrap_or_default()
+    pub(crate) fn sent(&self, channel: &str) -> Vec<i64> {
+        self.state.sent.get(channel).cloned().unwrap_or_default()
     }
 
-    /// Messages were made for a channel at these times.
-    pub(crate) fn set_made(&mut self, channel: &str, times: Vec<i64>) {
-        self.contents.made.insert(channel.to_owned(), times);
-        self.changed = true;
+    pub(crate) fn set_sent(&mut self, channel: &str, times: Vec<i64>) {
+        self.state.sent.insert(channel.to_owned(), times);
+        self.is_modified = true;
     }
 
-    /// What was not told over a channel.
-    pub(crate) fn withheld(&self, channel: &str) -> Withheld {
-        self.contents.withheld.get(channel).cloned().unwrap_or_default()
+    pub(crate) fn suppressed(&self, channel: &str) -> u64 {
+        self.state.suppressed.get(channel).copied().unwrap_or(0)
     }
 
-    /// What went on when this was written.
-    pub(crate) fn incidents(&self) -> &Kept {
-        &self.contents.incidents
+    pub(crate) fn set_suppressed(&mut self, channel: &str, count: u64) {
+        self.state.suppressed.insert(channel.to_owned(), count);
+        self.is_modified = true;
     }
+}
 
-    /// This goes on now.
-    pub(crate) fn set_incidents(&mut self, incidents: Kept) {
-        self.changed |= self.contents.incidents != incidents;
-        self.contents.incidents = incidents;
-    }
-
-    /// Changes what was not told over a channel.
-    pub(crate) fn set_withheld(&mut self, channel: &str, withheld: Withheld) {
-        self.contents.withheld.insert(channel.to_owned(), withheld);
-        self.changed = true;
+/// Locks the folder, because two processes would overwrite each other's file.
+fn lock(folder: &Path) -> Result<Option<File>, OpenError> {
+    let Ok(folder) = File::open(folder) else { return Ok(None) };
+    match flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => Err(OpenError::InUse),
+        locked => {
+            log_unsupported("flock", locked);
+            Ok(Some(folder))
+        }
     }
 }
 
@@ -309,122 +233,100 @@ mod tests {
             text: "host: gone\r\n\"汇\"".to_owned(),
             date: i64::try_from(id).unwrap(),
             files: vec!["/a b/汇".into()],
-            to: None,
-            tries: 0,
-            since: Duration::from_secs(id as u64),
+            to: "a@example.org".to_owned(),
+            rejections: 0,
+            queued_at: Duration::from_secs(id as u64),
+            retry_at: Duration::ZERO,
         }
     }
 
-    /// What the next one finds.
-    fn kept(folder: &Path) -> Contents {
-        Contents::read(folder).unwrap()
+    /// Returns the state that the next process reads.
+    fn kept(folder: &Path) -> OutboxState {
+        OutboxState::read(folder).unwrap()
     }
 
-    /// As [`message`] is known when it has been read again.
+    /// Returns [`message`] as read from the file.
     fn read_again(channel: &str, id: usize) -> Message {
-        Message { since: Duration::ZERO, ..message(channel, id) }
+        Message { queued_at: Duration::ZERO, ..message(channel, id) }
     }
 
     #[test]
-    fn messages_of_a_channel_wait_in_order_and_are_bounded() {
-        let mut queue = Queue::default();
-        for id in 0..=MAX_WAITING {
-            assert_eq!(queue.add(message("mail.a", id)), id < MAX_WAITING);
+    fn orders_and_bounds_the_messages_of_a_channel() {
+        let mut outbox = Outbox::default();
+        for id in 0..=MAX_QUEUED {
+            assert_eq!(outbox.add(message("mail.a", id)), id < MAX_QUEUED);
         }
-        assert!(queue.add(message("sms.a", 0)));
-        assert_eq!(queue.first("mail.a").unwrap().id, "0");
-        queue.put_back("mail.a", "0", Some(vec!["x".to_owned()]), 1);
-        assert_eq!(queue.first("mail.a").unwrap().id, "1");
-        queue.remove("mail.a", "1");
-        assert_eq!((queue.waiting("mail.a"), queue.waiting("sms.a")), (MAX_WAITING - 1, 1));
-        assert_eq!(queue.expire(Duration::from_secs(50)).len(), 50);
-        assert_eq!(queue.first("mail.a").unwrap().id, "50");
-        assert!(queue.save().is_ok());
+        assert!(outbox.add(message("sms.a", 0)));
+        assert_eq!(outbox.next("mail.a").unwrap().id, "0");
+        outbox.update("0", |message| message.retry_at = Duration::from_secs(1));
+        assert_eq!(outbox.next("mail.a").unwrap().id, "1");
+        outbox.remove("1");
+        assert_eq!((outbox.len("mail.a"), outbox.len("sms.a")), (MAX_QUEUED - 1, 1));
+        assert_eq!(outbox.expire(Duration::from_secs(50)).len(), 50);
+        assert_eq!(outbox.next("mail.a").unwrap().id, "50");
+        assert!(outbox.save().is_ok());
     }
 
     #[test]
-    fn what_cannot_be_read_is_put_aside() {
+    fn puts_an_unreadable_file_aside() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join(FILE), "{\"messages\":[").unwrap();
-        assert!(matches!(Queue::open(folder.path()), Err(OpenError::Unreadable(_))));
-        let mut queue = Queue::begin_anew(folder.path()).unwrap();
-        assert!(queue.add(message("mail.a", 1)));
-        queue.save().unwrap();
+        assert!(matches!(Outbox::open(folder.path()), Err(OpenError::Unreadable(_))));
+        let mut outbox = Outbox::create(folder.path()).unwrap();
+        assert!(outbox.add(message("mail.a", 1)));
+        outbox.save().unwrap();
         assert_eq!(kept(folder.path()).messages, [read_again("mail.a", 1)]);
         assert!(folder.path().join(UNREADABLE).exists());
     }
 
     #[test]
-    fn a_queue_is_one_daemon_s_alone() {
+    fn is_locked_by_one_daemon() {
         let folder = tempfile::tempdir().unwrap();
-        let queue = Queue::open(folder.path()).unwrap();
-        assert!(matches!(Queue::open(folder.path()), Err(OpenError::Taken)));
-        assert!(matches!(Queue::begin_anew(folder.path()), Err(OpenError::Taken)));
-        drop(queue);
-        assert!(Queue::open(folder.path()).is_ok());
+        let outbox = Outbox::open(folder.path()).unwrap();
+        assert!(matches!(Outbox::open(folder.path()), Err(OpenError::InUse)));
+        assert!(matches!(Outbox::create(folder.path()), Err(OpenError::InUse)));
+        drop(outbox);
+        assert!(Outbox::open(folder.path()).is_ok());
     }
 
     #[test]
-    fn a_crash_while_it_is_written_leaves_what_was_there() {
+    fn a_crash_during_a_write_keeps_the_old_file() {
         let folder = tempfile::tempdir().unwrap();
-        let mut queue = Queue::open(folder.path()).unwrap();
-        assert!(queue.add(message("mail.a", 1)));
-        queue.save().unwrap();
+        let mut outbox = Outbox::open(folder.path()).unwrap();
+        assert!(outbox.add(message("mail.a", 1)));
+        outbox.save().unwrap();
         let before = kept(folder.path());
-        assert!(queue.add(message("mail.a", 2)));
-        let whole = serde_json::to_vec(&queue.contents).unwrap();
+        assert!(outbox.add(message("mail.a", 2)));
+        let whole = serde_json::to_vec(&outbox.state).unwrap();
         for length in 0..=whole.len() {
             fs::write(folder.path().join(format!("{FILE}.new")), &whole[..length]).unwrap();
             assert_eq!(kept(folder.path()), before);
         }
-        queue.save().unwrap();
+        outbox.save().unwrap();
         let both = [read_again("mail.a", 1), read_again("mail.a", 2)];
         assert_eq!(kept(folder.path()).messages, both);
-        // Nothing is left but the file.
+        // No temporary file remains.
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
     #[test]
-    fn a_queue_can_be_taken_to_another_folder() {
-        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let mut before = Queue::open(from.path()).unwrap();
-        assert!(before.add(message("mail.a", 1)));
-        before.save().unwrap();
-        let contents = kept(from.path());
-        let mut queue = Queue::open(to.path()).unwrap();
-        queue.take_over(before).unwrap();
-        assert_eq!(kept(to.path()), contents);
-        assert_eq!(kept(from.path()), Contents::default());
-        // What is only in memory is kept where it was.
-        let kept_before = kept(to.path());
-        let mut memory = Queue::default();
-        memory.take_over(queue).unwrap();
-        assert_eq!((memory.waiting("mail.a"), kept(to.path())), (1, kept_before));
-        let mut queue = Queue::open(to.path()).unwrap();
-        // From where nothing was ever kept, too.
-        queue.take_over(Queue::open(from.path()).unwrap()).unwrap();
-    }
-
-    #[test]
-    fn a_disk_that_fails_is_tried_again() {
+    fn retries_a_failed_write() {
         let folder = tempfile::tempdir().unwrap();
         let place = folder.path().join("later");
-        let mut queue = Queue::open(&place).unwrap();
-        assert!(queue.add(message("mail.a", 1)));
-        assert!(queue.save().is_err());
+        let mut outbox = Outbox::open(&place).unwrap();
+        assert!(outbox.add(message("mail.a", 1)));
+        assert!(outbox.save().is_err());
         fs::create_dir(&place).unwrap();
-        queue.save().unwrap();
+        outbox.save().unwrap();
         assert_eq!(kept(&place).messages.len(), 1);
     }
 
     #[derive(Debug, Clone)]
     enum Step {
         Add(usize),
-        /// Sent, and noted.
         Send,
-        /// Sent, and a crash before it is noted.
+        /// A crash before the sent message is removed.
         SendAndCrash,
-        /// Not sent.
         Fail,
         Crash,
     }
@@ -443,45 +345,45 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(32))]
 
         #[test]
-        fn every_message_is_sent_and_twice_only_after_a_crash(
+        fn sends_every_message_and_twice_only_after_a_crash(
             steps in prop::collection::vec(step(), 0..40),
         ) {
             let folder = tempfile::tempdir().unwrap();
-            let restart = |queue: Queue| {
-                drop(queue);
-                Queue::open(folder.path()).unwrap()
+            let restart = |outbox: Outbox| {
+                drop(outbox);
+                Outbox::open(folder.path()).unwrap()
             };
-            let mut queue = restart(Queue::default());
+            let mut outbox = restart(Outbox::default());
             let (mut added, mut sent) = (Vec::new(), Vec::new());
             let mut repeated = 0;
             for (number, step) in steps.into_iter().enumerate() {
-                let first = queue.first("mail.a").map(|message| message.id.clone());
+                let first = outbox.next("mail.a").map(|message| message.id.clone());
                 match (step, first) {
                     (Step::Add(id), _) => {
                         let id = id * 100 + number;
-                        if queue.add(message("mail.a", id)) {
+                        if outbox.add(message("mail.a", id)) {
                             added.push(id.to_string());
                         }
                     }
                     (Step::Send, Some(id)) => {
                         sent.push(id.clone());
-                        queue.remove("mail.a", &id);
+                        outbox.remove(&id);
                     }
                     (Step::SendAndCrash, Some(id)) => {
                         sent.push(id.clone());
-                        queue.remove("mail.a", &id);
-                        queue = restart(queue);
+                        outbox.remove(&id);
+                        outbox = restart(outbox);
                         repeated += 1;
                     }
-                    (Step::Fail, Some(id)) => queue.put_back("mail.a", &id, None, 0),
-                    (Step::Crash, _) => queue = restart(queue),
+                    (Step::Fail, Some(id)) => outbox.update(&id, |message| message.rejections += 1),
+                    (Step::Crash, _) => outbox = restart(outbox),
                     (_, None) => {}
                 }
-                queue.save().unwrap();
+                outbox.save().unwrap();
             }
-            while let Some(id) = queue.first("mail.a").map(|message| message.id.clone()) {
+            while let Some(id) = outbox.next("mail.a").map(|message| message.id.clone()) {
                 sent.push(id.clone());
-                queue.remove("mail.a", &id);
+                outbox.remove(&id);
             }
             prop_assert!(added.iter().all(|id| sent.contains(id)));
             prop_assert_eq!(sent.len(), added.len() + repeated);

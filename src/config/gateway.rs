@@ -16,7 +16,7 @@ mod missing {
     use std::sync::Arc;
 
     use crate::config_reader::{Reported, Table};
-    use crate::daemon::health::Kind;
+    use crate::telemetry::event::Kind;
 
     const MISSING: &str = "this build has neither mirrors, mail, SMS nor alerts: it was built \
                            without the feature `gateway`";

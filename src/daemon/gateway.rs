@@ -1,12 +1,12 @@
 //! The parts of the feature `gateway` that the daemon runs, and their stubs in a build without it.
 
 #[cfg(feature = "gateway")]
-pub(crate) use crate::alert::dispatcher::Alerts;
+pub(crate) use crate::alert::dispatcher::AlertDispatcher;
 #[cfg(feature = "gateway")]
 pub(crate) use crate::mirror::config::Mirrors;
 
 #[cfg(not(feature = "gateway"))]
-pub(crate) use missing::{Alerts, Mirrors};
+pub(crate) use missing::{AlertDispatcher, Mirrors};
 
 #[cfg(not(feature = "gateway"))]
 #[expect(clippy::unused_async, reason = "the signatures of the feature")]
@@ -15,8 +15,8 @@ mod missing {
     use std::sync::Arc;
 
     use crate::config::{AlertSettings, MirrorSettings};
-    use crate::daemon::health::{self, Reporter};
     use crate::daemon::mirrors::{self, Summary};
+    use crate::telemetry::event::{ChannelCounters, EventSender};
 
     /// Mirrors, which this build has none of.
     #[derive(Debug, Default)]
@@ -27,7 +27,7 @@ mod missing {
             Ok(())
         }
 
-        pub(crate) fn change(&mut self, _: &[MirrorSettings], _: &Reporter) -> Summary {
+        pub(crate) fn change(&mut self, _: &[MirrorSettings], _: &EventSender) -> Summary {
             Summary::default()
         }
 
@@ -42,20 +42,20 @@ mod missing {
 
     /// Alerts, which this build has none of.
     #[derive(Debug, Default)]
-    pub(crate) struct Alerts {}
+    pub(crate) struct AlertDispatcher {}
 
-    impl Alerts {
+    impl AlertDispatcher {
         pub(crate) fn prepare(&mut self, _: &AlertSettings) -> io::Result<()> {
             Ok(())
         }
 
         pub(crate) fn change(&mut self, _: &AlertSettings) {}
 
-        pub(crate) fn reporter(&self) -> Reporter {
-            Reporter::default()
+        pub(crate) fn events(&self) -> EventSender {
+            EventSender::default()
         }
 
-        pub(crate) fn counts(&self) -> Vec<Arc<health::Counts>> {
+        pub(crate) fn counters(&self) -> Vec<Arc<ChannelCounters>> {
             Vec::new()
         }
 

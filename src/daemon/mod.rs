@@ -33,13 +33,14 @@ use crate::config_reader::Diagnostics;
 use crate::fs::blocking_pool::BlockingPool;
 use crate::net::sockets::Inherited;
 use crate::runtime::{self, Workers};
+use crate::telemetry::event::Kind;
 use crate::telemetry::logging::Logger;
 use crate::telemetry::metrics::Reload;
 use crate::text::{agree, counted, error_chain, tally};
 
 use control::{ReloadQueue, Reply};
-use gateway::{Alerts, Mirrors};
-use health::Watch;
+use gateway::{AlertDispatcher, Mirrors};
+use health::HealthMonitor;
 use manager::ServiceManager;
 use plan::Summary;
 use systemd::Notifier;
@@ -91,10 +92,10 @@ pub(crate) struct Daemon {
     manager: ServiceManager,
     mirrors: Mirrors,
     mirror_names: Vec<Arc<str>>,
-    alerts: Alerts,
-    watch: Watch,
+    alerts: AlertDispatcher,
+    monitor: HealthMonitor,
     /// The kinds of events that are reported to the operator.
-    reported: BTreeSet<health::Kind>,
+    reported: BTreeSet<Kind>,
     /// The fault of the last reload.
     reload_fault: Option<String>,
 }
@@ -115,8 +116,8 @@ impl Daemon {
         let prepared = manager.prepare(config).await?;
         let grace = config.daemon.grace;
         manager.apply(prepared, grace);
-        let alerts = Alerts::default();
-        let watch = Watch::new(alerts.reporter());
+        let alerts = AlertDispatcher::default();
+        let monitor = HealthMonitor::new(alerts.events());
         let mut daemon = Self {
             sources,
             log,
@@ -126,7 +127,7 @@ impl Daemon {
             mirrors: Mirrors::default(),
             mirror_names: Vec::new(),
             alerts,
-            watch,
+            monitor,
             reported: BTreeSet::new(),
             reload_fault: None,
         };
@@ -152,7 +153,7 @@ impl Daemon {
         self.notifier.ready(&status);
 
         let mut summaries = interval_at(Instant::now() + SUMMARY_INTERVAL, SUMMARY_INTERVAL);
-        let mut looks = interval(health::LOOK_EVERY);
+        let mut looks = interval(health::CHECK_INTERVAL);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut clock = ClockWatch::default();
         clock.check(self.serves_time());
@@ -245,10 +246,10 @@ impl Daemon {
 
     fn change_alerts(&mut self, settings: &AlertSettings) {
         self.alerts.change(settings);
-        self.manager.monitor.watch_alerts(self.alerts.counts());
+        self.manager.monitor.watch_alerts(self.alerts.counters());
         self.reported = settings.told();
-        self.watch.forget_all_but(&self.reported);
-        if self.reported.contains(&health::Kind::ClockUnsynchronized)
+        self.monitor.retain_kinds(&self.reported);
+        if self.reported.contains(&Kind::ClockUnsynchronized)
             && let Err(error) = Health::read()
         {
             let cause = error.to_string();
@@ -264,13 +265,13 @@ impl Daemon {
     fn check_health(&mut self) {
         let reload = self.reload_fault.as_deref();
         let (services, mirrors) = (self.manager.instances(), self.mirrors.counts());
-        self.watch.look(services, &mirrors, reload, &self.reported);
+        self.monitor.check(services, &mirrors, reload, &self.reported);
     }
 
     fn change_mirrors(&mut self, wanted: &[MirrorSettings]) {
         let had = !self.mirror_names.is_empty();
         let mirrors::Summary { started, changed, ended, kept } =
-            self.mirrors.change(wanted, &self.alerts.reporter());
+            self.mirrors.change(wanted, &self.alerts.events());
         self.mirror_names = wanted.iter().map(|mirror| Arc::clone(mirror.name())).collect();
         self.manager.monitor.watch_mirrors(self.mirrors.counts());
         if had || !wanted.is_empty() {

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::config_reader::{Question, Reported, Table, values, values_of};
-use crate::daemon::health::{Change, Event, Kind, Reporter};
+
 use crate::daemon::mirrors::{Counts, File, Run, Summary};
 use crate::fs::atomic::OverwritePolicy;
 use crate::fs::filename::escape;
@@ -35,6 +35,7 @@ use crate::mirror::sync;
 use crate::mirror::sync::{Error, Observer, Order, Source};
 use crate::runtime::EventLoop;
 use crate::secret;
+use crate::telemetry::event::{Change, Event, EventSender, Kind};
 use crate::text::counted;
 use crate::text::error_chain;
 
@@ -247,8 +248,8 @@ impl Mirrors {
     }
 
     /// Becomes what is wanted: a mirror that stays as it is goes on undisturbed. Those that are new or
-    /// other ones tell `reporter` what they bring.
-    pub(crate) fn change(&mut self, wanted: &[Settings], reporter: &Reporter) -> Summary {
+    /// other ones tell `events` what they bring.
+    pub(crate) fn change(&mut self, wanted: &[Settings], events: &EventSender) -> Summary {
         let mut summary = Summary::default();
         let mut before = std::mem::take(&mut self.jobs);
         let mut gone = Vec::new();
@@ -283,7 +284,7 @@ impl Mirrors {
                 Arc::new(Counts::new(Arc::clone(&settings.name)))
             };
             let stop = CancellationToken::new();
-            let told = (Arc::clone(&counts), reporter.clone());
+            let told = (Arc::clone(&counts), events.clone());
             // Each waits for all that end, as any of them may have its folder: they do so quickly.
             let keep = keep(settings.clone(), told, stop.clone(), all_ended.clone());
             let task = event_loop.handle.spawn(keep);
@@ -322,7 +323,7 @@ async fn wait_for(tasks: impl IntoIterator<Item = JoinHandle<()>>) {
 /// Keeps a folder as its source has it, from when it may begin until it is stopped.
 async fn keep(
     settings: Settings,
-    (counts, reporter): (Arc<Counts>, Reporter),
+    (counts, events): (Arc<Counts>, EventSender),
     stop: CancellationToken,
     may_begin: CancellationToken,
 ) {
@@ -348,7 +349,7 @@ async fn keep(
         let next = match run.await.map_err(Error::from).and_then(|run| run) {
             Ok(summary) => {
                 conclude(&name, &counts, &summary);
-                log.report(&reporter, &summary, &folder);
+                log.report(&events, &summary, &folder);
                 if is_vain(&summary) {
                     failures = failures.saturating_add(1);
                     wait_after(failures, every, None, fastrand::f64())
@@ -436,7 +437,7 @@ struct Log {
 
 impl Log {
     /// Notes what has failed in a run, and tells which files it has brought.
-    fn report(&self, reporter: &Reporter, summary: &sync::Summary, folder: &Path) {
+    fn report(&self, events: &EventSender, summary: &sync::Summary, folder: &Path) {
         let first = self.failed.lock().unwrap_or_else(PoisonError::into_inner).take();
         if !summary.interrupted {
             let trouble = |first| match summary.failed {
@@ -456,11 +457,11 @@ impl Log {
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
         let what = format!("{new} new, {changed} changed: {}{more}", names.join(", "));
         let files = brought.iter().map(|name| folder.join(name)).collect();
-        reporter.report(Event {
+        events.send(Event {
             kind: Kind::MirrorUpdated,
             subject: format!("mirror.{}", self.name).into(),
             at: Timestamp::now(),
-            change: Change::Happened { what, files },
+            change: Change::OneShot { description: what, files },
         });
     }
 
@@ -635,7 +636,7 @@ mod tests {
         // They fill no folder here, as the one that they name is gone.
         let mut change = |wanted: &[Settings]| {
             mirrors.prepare(wanted).unwrap();
-            let summary = mirrors.change(wanted, &Reporter::default());
+            let summary = mirrors.change(wanted, &EventSender::default());
             let Summary { started, changed, ended, kept } = summary;
             let names: Vec<_> =
                 mirrors.counts().iter().map(|counts| counts.name.to_string()).collect();
@@ -661,9 +662,9 @@ mod tests {
         let slow = release.clone();
         let slow = async move { slow.cancelled().await };
         mirrors.ending = Some(mirrors.event_loop.as_ref().unwrap().handle.spawn(slow));
-        mirrors.change(&wanted[..1], &Reporter::default());
+        mirrors.change(&wanted[..1], &EventSender::default());
         // One more change while it still ends.
-        mirrors.change(&wanted, &Reporter::default());
+        mirrors.change(&wanted, &EventSender::default());
         let counts = mirrors.counts();
         // A run cannot have its folder, as the one above is gone.
         let begun = || counts.iter().filter(|counts| counts.trouble().is_some()).count();

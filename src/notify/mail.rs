@@ -192,9 +192,10 @@ impl Settings {
     ) -> Result<Vec<(String, Failure)>, Failure> {
         let refused = connection.begin_mail(&self.from.address, to, doing).await?;
         if refused.len() == to.len() {
-            // Of whatever else, too.
             let Failure { lasting, words } = Failure::of_all(&refused);
-            let lasting = if lasting == Lasting::Refused { Lasting::Unusable } else { lasting };
+            // Without another recipient, the channel cannot deliver anything.
+            let is_only = self.to.len() == 1 && lasting == Lasting::Refused;
+            let lasting = if is_only { Lasting::Unusable } else { lasting };
             return Err(Failure { lasting, words });
         }
         connection.send_content(mail, doing).await?;

@@ -16,10 +16,10 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::clock::Health;
-use crate::daemon::health;
 use crate::daemon::mirrors;
 use crate::net::instance::Served;
 use crate::telemetry::counters::{Counter, Label};
+use crate::telemetry::event;
 
 /// The media type of [`Monitor::metrics`].
 pub(crate) const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -43,7 +43,7 @@ impl Label for Reload {
 pub struct Monitor {
     services: Mutex<Vec<Arc<Served>>>,
     mirrors: Mutex<Vec<Arc<mirrors::Counts>>>,
-    alerts: Mutex<Vec<Arc<health::Counts>>>,
+    alerts: Mutex<Vec<Arc<event::ChannelCounters>>>,
     reloads: Counter<Reload>,
     last_reload_failed: AtomicBool,
     draining: AtomicBool,
@@ -62,7 +62,7 @@ impl Monitor {
     }
 
     /// These are the channels from now on over which the operator is told.
-    pub fn watch_alerts(&self, alerts: Vec<Arc<health::Counts>>) {
+    pub fn watch_alerts(&self, alerts: Vec<Arc<event::ChannelCounters>>) {
         *self.alerts.lock().unwrap_or_else(PoisonError::into_inner) = alerts;
     }
 
@@ -123,7 +123,7 @@ impl Monitor {
 struct Snapshot {
     services: Vec<Arc<Served>>,
     mirrors: Vec<Arc<mirrors::Counts>>,
-    alerts: Vec<Arc<health::Counts>>,
+    alerts: Vec<Arc<event::ChannelCounters>>,
     reloads: Vec<(Reload, u64)>,
     last_reload_successful: bool,
     lost_lines: u64,

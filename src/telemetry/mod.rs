@@ -5,6 +5,7 @@
 //! error or to the journal ([`journald`]). Alerts belong to `alert`.
 
 pub(crate) mod counters;
+pub(crate) mod event;
 pub(crate) mod health_flag;
 mod journald;
 mod log_queue;

@@ -91,7 +91,7 @@ END
     within 10 last_is_known
     within 10 test -e /run/mails/2
     # Suppressed alerts are counted in the file of the queue.
-    withheld() { grep -q 'fault-50' /var/lib/handout/.handout-alerts.json; }
+    withheld() { grep -Eq '"suppressed":\{"mail.capped":[1-9]' /var/lib/handout/.handout-alerts.json; }
     within 10 withheld
     [ ! -e /run/mails/3 ]
 }
