@@ -31,7 +31,7 @@ use crate::telemetry::logging::LogSettings;
 pub(crate) use gateway::{AlertSettings, MirrorSettings};
 pub(crate) use service::Service;
 
-/// A valid configuration.
+/// The settings of the daemon.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     pub(crate) log: LogSettings,
@@ -66,7 +66,7 @@ impl DaemonSettings {
 /// The sources of a configuration: a file, services from the command line, or both.
 #[derive(Debug, Clone, Default)]
 pub struct Sources {
-    /// The configuration file.
+    /// Path of the configuration file.
     pub file: Option<PathBuf>,
     /// Addresses of time services, from `--time`.
     pub time: Vec<String>,
@@ -77,7 +77,7 @@ pub struct Sources {
 /// A configuration that passed the first two stages, or the diagnostics of those.
 #[derive(Debug)]
 pub(crate) struct Validated {
-    /// Without services.
+    /// The settings except for the services.
     config: Config,
     services: Vec<ServiceSpec>,
     /// The origins of the mirrors' folders.

@@ -65,8 +65,8 @@ impl ConfigText {
 }
 
 impl Validated {
-    /// Runs the last stage. Paths that are served by `running` services stay valid if their file
-    /// systems do not answer.
+    /// Runs the last stage. Paths of `running` services are valid even if their file systems do not
+    /// answer.
     pub(crate) async fn probe(
         self,
         pool: &Arc<BlockingPool>,
@@ -129,8 +129,8 @@ enum Finding {
     Passed,
 }
 
-/// Answers `probes`. A path in `served` whose file system does not answer is what it was before;
-/// a missing folder is fine if a mirror creates one of `mirrored` in it.
+/// Answers `probes`. A path in `served` keeps its kind if its file system does not answer. A missing
+/// folder is valid if a mirror creates it, or one of `mirrored` in it.
 pub(super) async fn run(
     probes: Vec<Probe>,
     pool: &Arc<BlockingPool>,

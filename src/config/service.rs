@@ -23,7 +23,7 @@ const MAX_ADDRESSES: usize = 1024;
 pub(crate) struct Service {
     /// Its kind and name, as `time.clock`.
     pub name: Arc<str>,
-    /// Never empty.
+    /// At least one socket.
     pub listen: Vec<Spanned<Listen>>,
     pub limits: Limits,
     pub settings: Settings,
@@ -39,7 +39,6 @@ pub(super) struct ServiceSpec {
 }
 
 impl ServiceSpec {
-    /// Reads `[KIND.NAME]`.
     pub(super) fn read_named(
         kind: &Kind,
         name: &str,
@@ -167,7 +166,7 @@ pub(super) fn find_conflicts(services: &[Service]) -> Vec<Diagnostic> {
     diagnostics
 }
 
-/// The paths that running services serve, which stay valid while their file systems hang.
+/// The paths of running services. They are valid while their file systems hang.
 pub(super) fn served_paths(running: &[Settings]) -> HashMap<PathBuf, PathKind> {
     let served = running.iter().filter_map(Settings::served_path);
     served.map(|(path, kind)| (path.to_owned(), kind)).collect()

@@ -7,7 +7,7 @@ use crate::text::counted;
 /// Maximum number of diagnostics that are printed: a file with more is no configuration but junk.
 const MAX_PRINTED: usize = 1000;
 
-/// A place in the sources of a configuration.
+/// A position in the sources of a configuration.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Position {
     /// The file as a whole.
@@ -28,10 +28,9 @@ impl fmt::Display for Position {
     }
 }
 
-/// One fault.
+/// A fault of a configuration.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Diagnostic {
-    /// The fault's position.
     pub position: Position,
     /// The key with the tables around it, as `time.clock.format`; empty if it concerns no key.
     pub key: String,

@@ -30,7 +30,7 @@ pub(crate) enum Question {
     PathKind(PathBuf),
     /// The canonical path of a folder that exists or can be created.
     Folder(PathBuf),
-    /// Any other check; an error says what was expected.
+    /// Any other check. Its error names the expected value.
     Check(Box<dyn FnOnce() -> Result<(), String> + Send>),
 }
 

@@ -104,7 +104,7 @@ impl<'a> Table<'a> {
         table.into_iter().flatten().map(|(name, _)| &**name.get_ref()).collect()
     }
 
-    /// A text, if the key exists, converted by `parse`, whose error says what was expected.
+    /// A text, if the key exists, converted by `parse`, whose error names the expected value.
     pub(crate) fn text<T, E: Display>(
         &mut self,
         key: &'static str,

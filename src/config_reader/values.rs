@@ -11,7 +11,7 @@ const MAX_DURATION: Duration = Duration::from_hours(366 * 24);
 /// Maximum length of a name that the operator chooses.
 const MAX_NAME: usize = 64;
 
-/// Parses a positive duration such as `30s`, `10m` or `1h 30m`. The error says what was expected.
+/// Parses a positive duration such as `30s`, `10m` or `1h 30m`. The error names the expected value.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let parsed = text.parse::<SignedDuration>().ok().and_then(|parsed| parsed.try_into().ok());
     match parsed {
@@ -21,7 +21,7 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// Parses a size such as `64MiB` or `1GB` in bytes. The error says what was expected.
+/// Parses a size such as `64MiB` or `1GB` in bytes. The error names the expected value.
 pub(crate) fn size(text: &str) -> Result<u64, String> {
     let expected = || "expected a size with its unit, as \"64MiB\" or \"500kB\"".to_owned();
     // The unit of a bare number is unclear.
@@ -31,7 +31,7 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
     text.parse::<ByteSize>().map(|size| size.as_u64()).map_err(|_| expected())
 }
 
-/// Checks a name that the operator chooses. The error says what was expected.
+/// Checks a name that the operator chooses. The error names the expected value.
 pub(crate) fn check_name(name: &str) -> Result<(), String> {
     let is_name = name.len() <= MAX_NAME
         && name.starts_with(|first: char| first.is_ascii_alphanumeric())

@@ -18,7 +18,7 @@ pub(crate) struct BoundSocket {
     pub held: HeldSocket,
     /// The address with the port that the kernel chose.
     pub endpoint: Endpoint,
-    /// One, or for TCP one per event loop, with its loop.
+    /// A single socket, or for TCP a socket per event loop, each with its loop.
     sockets: Vec<(Handle, Registered)>,
     /// `None` before the first assignment.
     tasks: Option<ListenerTasks>,

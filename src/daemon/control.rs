@@ -1,11 +1,9 @@
 //! The control socket: reload requests, and their outcome for the clients that wait for it.
 //!
-//! Protocol: the client connects to a Unix socket and sends one line, `reload`. The daemon answers
-//! with one line, a [`Reply`] in JSON, when the reload has ended, and closes. Requests that are
-//! pending at the same time share one reload, which begins after the last of them.
-//!
-//! The socket is for its owner and root: its mode is 0600, and the credentials of each client are
-//! checked (`SO_PEERCRED` in unix(7)), because a mode alone does not hold while the file is created.
+//! A client sends the line `reload` over a Unix socket. The daemon answers with one line, a
+//! [`Reply`] in JSON, at the end of the reload. Requests that are pending at the same time share
+//! one reload. The socket is for its owner and root: besides its mode, the credentials of each
+//! client are checked (`SO_PEERCRED` in unix(7)), as the file exists before its mode is set.
 
 use std::env;
 use std::io;
@@ -23,29 +21,27 @@ use tokio::time::{sleep, timeout};
 use crate::fs::filename::escape;
 use crate::net::sockets::{SocketFile, bind_unix};
 
-/// The folder of the control socket, unless `RUNTIME_DIRECTORY` names another.
+/// Folder of the control socket without `RUNTIME_DIRECTORY`.
 const DEFAULT_DIR: &str = "/run/handout";
 
-/// The request for a reload.
 const RELOAD: &str = "reload";
 
 /// Maximum length of a request, in bytes.
 const MAX_REQUEST: u64 = 64;
 
-/// Maximum length of the faults in a reply, in bytes. JSON may take six bytes for one.
+/// Maximum length of the faults in a reply, in bytes; JSON may take six bytes for one.
 const MAX_FAULTS: usize = 1 << 20;
 
 /// Maximum length of a reply, in bytes.
 const MAX_REPLY: u64 = 8 << 20;
 
-/// Maximum number of clients that are served at the same time; more wait in the accept queue.
+/// Maximum number of simultaneous clients; more wait in the accept queue.
 const MAX_CLIENTS: usize = 16;
 
-/// Reload requests that wait for the daemon; more than there can be clients, so that a client waits
-/// only if signals fill the queue.
+/// Capacity of the queue of reload requests; more than clients, so that only signals can fill it.
 const MAX_REQUESTS: usize = 2 * MAX_CLIENTS;
 
-/// Time for a client to send its request, and to take the reply.
+/// Time limit for a client to send its request, and to take the reply.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Pause after a failed accept, as when descriptors have run out.
@@ -56,24 +52,15 @@ const ACCEPT_BACKOFF: Duration = Duration::from_secs(1);
 #[serde(tag = "outcome", rename_all = "kebab-case")]
 pub(crate) enum Reply {
     /// The new configuration is in force.
-    Reloaded {
-        /// Summary of the changes, in one line.
-        summary: String,
-    },
-    /// The daemon rejected the configuration and keeps the old one.
-    Rejected {
-        /// Every fault, one line each.
-        faults: Vec<String>,
-    },
-    /// No reload was carried out.
-    Refused {
-        /// The reason.
-        reason: String,
-    },
+    Reloaded { summary: String },
+    /// The daemon keeps the old configuration. Each fault is one line.
+    Rejected { faults: Vec<String> },
+    /// No reload was attempted.
+    Refused { reason: String },
 }
 
 impl Reply {
-    /// A rejection with the faults in the lines of `text`, cut at the maximum length of a reply.
+    /// A rejection with one fault per line of `text`, cut at the maximum length of a reply.
     pub(crate) fn rejected(text: &str) -> Self {
         let fitting = text.get(..text.floor_char_boundary(MAX_FAULTS)).unwrap_or(text);
         let mut faults: Vec<_> = fitting.lines().map(str::to_owned).collect();
@@ -84,18 +71,15 @@ impl Reply {
     }
 }
 
-/// A request that waits for a reload; `None` for a signal, which gets no reply.
+/// A reload request; `None` is a signal, which gets no reply.
 type Request = Option<oneshot::Sender<Reply>>;
 
-/// Hands reload requests to the daemon.
 #[derive(Debug, Clone)]
 pub(crate) struct ReloadSender(mpsc::Sender<Request>);
 
-/// Reload requests, as the daemon takes them.
 #[derive(Debug)]
 pub(crate) struct ReloadQueue(mpsc::Receiver<Request>);
 
-/// Creates the queue of reload requests.
 pub(crate) fn reload_queue() -> (ReloadSender, ReloadQueue) {
     let (sender, receiver) = mpsc::channel(MAX_REQUESTS);
     (ReloadSender(sender), ReloadQueue(receiver))
@@ -104,7 +88,7 @@ pub(crate) fn reload_queue() -> (ReloadSender, ReloadQueue) {
 impl ReloadSender {
     /// Requests a reload without waiting for it.
     pub(crate) fn notify(&self) {
-        // If the queue is full, a reload is about to begin.
+        // If the queue is full, a reload is about to start.
         let _ = self.0.try_send(None);
     }
 
@@ -119,24 +103,22 @@ impl ReloadSender {
 }
 
 impl ReloadQueue {
-    /// Waits for requests, and takes all that one reload can serve. `None` if there can be none any
-    /// more.
-    pub(crate) async fn next(&mut self) -> Option<Waiting> {
-        let mut waiting = Waiting(self.0.recv().await?.into_iter().collect());
+    /// Waits for requests, and takes all that are pending; `None` if all senders are gone. Clients
+    /// whose request is dropped without an answer learn that the daemon is stopping.
+    pub(crate) async fn next(&mut self) -> Option<PendingRequests> {
+        let mut pending = PendingRequests(self.0.recv().await?.into_iter().collect());
         while let Ok(request) = self.0.try_recv() {
-            waiting.0.extend(request);
+            pending.0.extend(request);
         }
-        Some(waiting)
+        Some(pending)
     }
 }
 
-/// Clients that wait for the outcome of one reload. Dropped unanswered, they learn that the daemon is
-/// stopping.
+/// The clients of one reload.
 #[derive(Debug)]
-pub(crate) struct Waiting(Vec<oneshot::Sender<Reply>>);
+pub(crate) struct PendingRequests(Vec<oneshot::Sender<Reply>>);
 
-impl Waiting {
-    /// Sends the outcome to all.
+impl PendingRequests {
     pub(crate) fn answer(self, reply: &Reply) {
         for client in self.0 {
             // Fails only if the client has disconnected.
@@ -145,15 +127,15 @@ impl Waiting {
     }
 }
 
-/// Path of the control socket if no argument names it: in the service manager's runtime directory, of
-/// which `RUNTIME_DIRECTORY` lists one or several (systemd.exec(5)).
+/// The default path of the control socket: in the first directory that `RUNTIME_DIRECTORY` lists
+/// (systemd.exec(5)).
 pub(crate) fn default_path() -> PathBuf {
     let dirs = env::var_os("RUNTIME_DIRECTORY").unwrap_or_default();
     let dir = env::split_paths(&dirs).find(|dir| dir.is_absolute());
     dir.unwrap_or_else(|| DEFAULT_DIR.into()).join("control")
 }
 
-/// A bound control socket. Its file is removed when it is dropped.
+/// A bound control socket, whose file is removed on drop.
 #[derive(Debug)]
 pub(crate) struct ControlSocket {
     listener: UnixListener,
@@ -161,11 +143,8 @@ pub(crate) struct ControlSocket {
 }
 
 impl ControlSocket {
-    /// Binds the socket at `path`, or at the default path if there is none. An unusable default path
-    /// is no error: without a service manager, the folder may not exist or belong to another daemon.
-    ///
-    /// # Errors
-    /// If `path` cannot be bound.
+    /// Binds the socket at `path`, or at the default path. An unusable default path is no error:
+    /// without a service manager, the folder may not exist or belong to another daemon.
     pub(crate) fn open(path: Option<&Path>) -> io::Result<Option<Self>> {
         if let Some(path) = path {
             return Self::bind(path).map(Some);
@@ -195,8 +174,9 @@ impl ControlSocket {
     /// Serves clients until the future is dropped; accepted clients still get their reply.
     pub(crate) async fn serve(self, reloads: ReloadSender) {
         let permits = Arc::new(Semaphore::new(MAX_CLIENTS));
-        // The semaphore is never closed.
-        while let Ok(permit) = Arc::clone(&permits).acquire_owned().await {
+        loop {
+            let permit = Arc::clone(&permits).acquire_owned().await;
+            let permit = permit.expect("the semaphore is never closed");
             match self.listener.accept().await {
                 Ok((client, _)) => {
                     let reloads = reloads.clone();
@@ -220,14 +200,13 @@ async fn serve_client(mut client: UnixStream, reloads: &ReloadSender) {
         Ok(_) => Reply::Refused { reason: format!("unknown request: expected {RELOAD:?}") },
         Err(error) => Reply::Refused { reason: error.to_string() },
     };
-    // Strings always serialize.
-    let Ok(mut line) = serde_json::to_vec(&reply) else { return };
+    let mut line = serde_json::to_vec(&reply).expect("strings always serialize");
     line.push(b'\n');
     // Fails only if the client has disconnected or does not read.
     let _ = timeout(CLIENT_TIMEOUT, client.write_all(&line)).await;
 }
 
-/// Reads the request of a client that may make one.
+/// Reads the request of a client, and checks its credentials.
 async fn read_request(client: &mut UnixStream) -> io::Result<String> {
     let uid = client.peer_cred()?.uid();
     let mut line = String::new();
@@ -240,27 +219,19 @@ async fn read_request(client: &mut UnixStream) -> io::Result<String> {
     Ok(line.trim_end_matches(['\r', '\n']).to_owned())
 }
 
-/// Why there is no outcome of a request.
+/// The reason why a client has no reply.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RequestError {
-    /// The daemon cannot be reached.
-    #[error("cannot reach the daemon at {}: {cause}: {}", shown(.path), remedy(.cause.kind()))]
-    Connect {
-        /// The control socket.
-        path: PathBuf,
-        /// The cause.
-        cause: io::Error,
-    },
-    /// The connection failed before the reply.
+    #[error("cannot reach the daemon at {}: {cause}: {}", printable(.path), remedy(.cause.kind()))]
+    Connect { path: PathBuf, cause: io::Error },
     #[error("the daemon ended the connection without a reply")]
     NoReply(#[source] io::Error),
-    /// The reply is not a [`Reply`], as from another program's socket.
-    #[error("unexpected reply at {}: name the daemon's control socket by --socket", shown(.0))]
+    /// Another program listens on the socket.
+    #[error("unexpected reply at {}: name the daemon's control socket by --socket", printable(.0))]
     UnexpectedReply(PathBuf),
 }
 
-/// Returns the path in a form that is safe for a terminal.
-fn shown(path: &Path) -> String {
+fn printable(path: &Path) -> String {
     escape(&path.to_string_lossy())
 }
 
@@ -271,10 +242,7 @@ fn remedy(cause: io::ErrorKind) -> &'static str {
     }
 }
 
-/// Requests a reload from the daemon whose control socket is at `path`, and waits for the outcome.
-///
-/// # Errors
-/// If the daemon cannot be reached or ends before its reply.
+/// Requests a reload over the control socket at `path`, and waits for the outcome.
 pub(crate) async fn request_reload(path: &Path) -> Result<Reply, RequestError> {
     let connect = |cause| RequestError::Connect { path: path.to_owned(), cause };
     let mut stream = UnixStream::connect(path).await.map_err(connect)?;
@@ -292,7 +260,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn pending_requests_share_one_reload() {
+    async fn shares_one_reload_among_pending_requests() {
         let (reloads, mut queue) = reload_queue();
         let clients: Vec<_> = (0..3)
             .map(|_| {
@@ -313,7 +281,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn signals_never_fill_the_queue_for_clients() {
+    async fn answers_clients_even_if_signals_fill_the_queue() {
         let (reloads, mut queue) = reload_queue();
         (0..10 * MAX_REQUESTS).for_each(|_| reloads.notify());
         let client = tokio::spawn({
@@ -331,7 +299,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_daemon_that_stops_answers_whoever_waits() {
+    async fn refuses_pending_requests_when_the_daemon_stops() {
         let (reloads, mut queue) = reload_queue();
         let client = tokio::spawn({
             let reloads = reloads.clone();
@@ -345,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn faults_are_cut_at_a_character() {
+    fn cuts_long_faults_at_a_character() {
         let text = format!("one\n{}", "ä".repeat(MAX_FAULTS));
         let Reply::Rejected { faults } = Reply::rejected(&text) else { panic!() };
         assert_eq!(faults.len(), 3);

@@ -63,7 +63,7 @@ struct DrainGroup {
 #[derive(Debug, Default)]
 struct DrainGroups {
     serving: DrainGroup,
-    /// Services for monitoring, which go on during the drain.
+    /// Services for monitoring, which also serve during the drain.
     monitoring: DrainGroup,
 }
 
@@ -73,7 +73,7 @@ impl DrainGroups {
     }
 }
 
-/// All running services.
+/// The running services with their sockets.
 #[derive(Debug)]
 pub(crate) struct ServiceManager {
     workers: Workers,
@@ -243,7 +243,7 @@ impl ServiceManager {
         Ok(sockets)
     }
 
-    /// Applies a prepared change. Connections of removed services may go on for `grace`.
+    /// Applies a prepared change. Connections of removed services have `grace` to finish.
     pub(crate) fn apply(&mut self, change: PreparedChange, grace: Duration) -> Summary {
         let PreparedChange { services, sockets, removed, closed, summary } = change;
         for RunningService { instance, config, .. } in &services {
@@ -334,8 +334,8 @@ impl ServiceManager {
         self.groups.serving.connections.clone()
     }
 
-    /// Serves the clients in the accept queues, closes every listener, and lets connections finish.
-    /// Monitoring goes on.
+    /// Serves the clients in the accept queues, closes every listener except those of monitoring,
+    /// and lets connections finish.
     pub(crate) async fn drain(&mut self) {
         self.monitor.note_draining();
         self.groups.serving.connections.close();

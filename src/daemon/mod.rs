@@ -54,7 +54,7 @@ const ABORT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time limit of the creation of the mirrors' folders, whose file systems may hang.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A panic of a listener or of the background work of a service. The daemon cannot go on.
+/// A panic of a listener or of the background work of a service. The daemon cannot continue.
 #[derive(Debug, thiserror::Error)]
 #[error("a part of the daemon ended unexpectedly")]
 pub(crate) struct TaskFailed(#[source] JoinError);
@@ -77,7 +77,7 @@ enum ReloadError {
 /// Orders to the daemon, given by signals.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Orders {
-    /// Drain, then stop.
+    /// Drain, and then exit.
     pub stop: CancellationToken,
     /// Stop without waiting for connections.
     pub stop_now: CancellationToken,
@@ -162,7 +162,7 @@ impl Daemon {
                 () = orders.stop.cancelled() => break Ok(()),
                 error = self.manager.failure() => break Err(TaskFailed(error)),
                 _ = summaries.tick() => {
-                    self.sum_up();
+                    self.log_summaries();
                     self.manager.instances().for_each(|served| served.note_limit_recovered());
                     self.manager.forget_drained();
                     clock.check(self.serves_time());
@@ -318,11 +318,11 @@ impl Daemon {
         }
         let reset = connections.len();
         self.manager.abort(ABORT_TIMEOUT).await;
-        self.sum_up();
+        self.log_summaries();
         tracing::info!(reset, "stopped: {} reset", counted(reset, "connection"));
     }
 
-    fn sum_up(&self) {
+    fn log_summaries(&self) {
         self.manager.instances().for_each(|served| served.sum_up());
         let all = self.log.lost();
         let lost = all - self.manager.monitor.note_lost_lines(all);
@@ -377,6 +377,6 @@ async fn send_keep_alives(notifier: Arc<Notifier>, loops: Vec<Handle>) {
 /// files, and the soft limit protects programs that use select(2).
 fn raise_descriptor_limit() {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    // On failure the limit stays, and the listeners back off when they reach it.
+    // On failure the old limit applies, and listeners back off when they reach it.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }

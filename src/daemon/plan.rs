@@ -49,7 +49,7 @@ pub(crate) struct ServicePlan {
 /// The steps from the running services to those of a configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ReloadPlan {
-    /// One for each service of the configuration, in its order.
+    /// In the order of the configuration.
     pub services: Vec<ServicePlan>,
     /// Indices of the running services to remove.
     pub removed: Vec<usize>,
@@ -157,8 +157,7 @@ struct SocketMatcher<'a> {
 
 impl SocketMatcher<'_> {
     /// Returns the sockets of each service. A service's own sockets are assigned before those of
-    /// others, and addresses before names, so that sockets stay where they are, whatever the order
-    /// of the services.
+    /// others, and addresses before names, so that a change of the order moves no socket.
     fn match_all(
         &mut self,
         wanted: &[Service],

@@ -1,9 +1,8 @@
 //! Notifications to the service manager (`sd_notify(3)`): readiness, reloads, the stop, a status
-//! line and the watchdog's keep-alive.
+//! line and the keep-alives of the watchdog.
 //!
-//! The manager may stop reading its socket, so nothing here waits for it. A message that it does
-//! not take is retried; of messages that wait, only the newest state is kept. Without
-//! `NOTIFY_SOCKET` nothing is sent.
+//! Nothing here blocks if the manager does not read its socket: failed messages are retried, and
+//! only the newest state is pending. Without `NOTIFY_SOCKET` nothing is sent.
 
 use std::env;
 use std::ffi::OsStr;
@@ -12,32 +11,30 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use sd_notify::NotifyState;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
-/// Maximum length of a status in bytes. The manager ignores messages of 4096 bytes and more, and
-/// a status line of that length is of no use.
+/// Maximum length of a status in bytes. The manager ignores messages of 4096 bytes and more.
 const MAX_STATUS: usize = 1024;
 
-/// Time between attempts to send what the manager did not take.
+/// Interval of retries.
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
-/// The way to the service manager.
 #[derive(Debug, Default)]
 pub(crate) struct Notifier {
     manager: Option<Manager>,
     state: Mutex<State>,
-    /// Wakes [`Self::retry_pending`].
+    /// Notifies [`Self::retry_pending`].
     failed: Notify,
 }
 
 #[derive(Debug)]
 struct Manager {
-    /// Non-blocking, and opened once: descriptors may run out later.
+    /// Non-blocking, and opened once, as descriptors may run out later.
     socket: UnixDatagram,
     address: SocketAddr,
 }
@@ -45,14 +42,13 @@ struct Manager {
 #[derive(Debug, Default)]
 struct State {
     pending: Pending,
-    /// Whether the last attempt failed.
     is_failing: bool,
-    /// Whether the log has a failure, and whether it has the end of one.
+    /// The first failure and the first recovery are logged, no others.
     logged_failure: bool,
     logged_recovery: bool,
 }
 
-/// Messages that the manager has not taken, in the order in which they are sent.
+/// Messages to send, in this order.
 #[derive(Debug, Default)]
 struct Pending {
     reloading: Option<String>,
@@ -78,7 +74,7 @@ impl Pending {
 }
 
 impl Notifier {
-    /// Opens the socket that the environment names. One that cannot be used is logged.
+    /// Opens the socket that the environment names, and logs a failure.
     pub(crate) fn from_env() -> Self {
         let Some(name) = env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()) else {
             return Self::default();
@@ -94,13 +90,13 @@ impl Notifier {
         Self { manager, ..Self::default() }
     }
 
-    /// Reports that everything is bound and opened, or that a reload has ended.
+    /// Reports readiness, or the end of a reload.
     pub(crate) fn ready(&self, status: &str) {
         let message = message(&[NotifyState::Ready, NotifyState::Status(truncate(status))]);
         self.update(|pending| pending.lifecycle = Some(message));
     }
 
-    /// Reports that a reload has begun; [`Self::ready`] ends it.
+    /// Reports the start of a reload, which [`Self::ready`] ends.
     pub(crate) fn reloading(&self) {
         // Without a clock there is nothing to report, and the manager does not wait for it.
         let Ok(now) = NotifyState::monotonic_usec_now() else { return };
@@ -108,19 +104,17 @@ impl Notifier {
         self.update(|pending| pending.set_reloading(message));
     }
 
-    /// Reports that the daemon is stopping.
     pub(crate) fn stopping(&self, status: &str) {
         let message = message(&[NotifyState::Stopping, NotifyState::Status(truncate(status))]);
         self.update(|pending| pending.set_stopping(message));
     }
 
-    /// Reports that the event loops turn.
     pub(crate) fn keep_alive(&self) {
         let message = message(&[NotifyState::Watchdog]);
         self.update(|pending| pending.watchdog = Some(message));
     }
 
-    /// Sends what the manager did not take, until this is dropped.
+    /// Retries failed messages until this future is dropped.
     pub(crate) async fn retry_pending(&self) {
         loop {
             self.failed.notified().await;
@@ -131,10 +125,10 @@ impl Notifier {
 
     fn update(&self, change: impl FnOnce(&mut Pending)) {
         let Some(manager) = &self.manager else { return };
-        let mut state = self.state();
+        let mut state = self.state.lock();
         change(&mut state.pending);
         while let Some(slot) = state.pending.first() {
-            let message = slot.as_deref().unwrap_or_default();
+            let message = slot.as_deref().expect("the first slot has a message");
             if let Err(error) = manager.socket.send_to_addr(message.as_bytes(), &manager.address) {
                 state.fail(&error);
                 self.failed.notify_one();
@@ -143,11 +137,6 @@ impl Notifier {
             *slot = None;
         }
         state.recover();
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        // A panic cannot leave the state half changed.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -189,8 +178,7 @@ impl State {
     }
 }
 
-/// Interval at which the manager expects [`Notifier::keep_alive`]: half of its time limit, if it
-/// has one.
+/// Interval of [`Notifier::keep_alive`]: half of the manager's time limit, if it has one.
 pub(crate) fn watchdog_interval() -> Option<Duration> {
     sd_notify::watchdog_enabled().map(|limit| limit / 2).filter(|half| !half.is_zero())
 }
@@ -213,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn keeps_only_the_newest_state() {
+    fn sends_only_the_newest_state() {
         let mut pending = Pending::default();
         for number in 0..3 {
             pending.set_reloading(format!("reloading {number}"));
@@ -224,14 +212,14 @@ mod tests {
     }
 
     #[test]
-    fn a_new_reload_discards_the_outcome_of_the_last() {
+    fn discards_the_outcome_of_the_last_reload_at_the_next() {
         let mut pending = Pending { lifecycle: Some("ready".to_owned()), ..Pending::default() };
         pending.set_reloading("reloading".to_owned());
         assert_eq!(take_all(&mut pending), ["reloading"]);
     }
 
     #[test]
-    fn stopping_discards_everything_before() {
+    fn discards_everything_pending_at_the_stop() {
         let mut pending = Pending::default();
         pending.set_reloading("reloading".to_owned());
         pending.lifecycle = Some("ready".to_owned());

@@ -40,7 +40,7 @@ pub(crate) enum ListenSpec {
 
 impl ListenSpec {
     /// Parses `HOST:PORT`, `tcp:HOST:PORT`, `udp:HOST:PORT`, `unix:PATH` or `systemd:NAME`. A
-    /// relative path begins at `base_dir`. The error says what was expected.
+    /// relative path begins at `base_dir`. The error names the expected value.
     pub(crate) fn parse(text: &str, base_dir: &Path) -> Result<Self, String> {
         if let Some(name) = text.strip_prefix("systemd:") {
             let is_name = (1..=MAX_SOCKET_NAME).contains(&name.len())
