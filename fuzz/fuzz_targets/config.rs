@@ -1,5 +1,5 @@
-//! A configuration file: nothing in it panics, every fault names a line of it, in one line, and what
-//! is accepted is accepted again, and says the same.
+//! Configuration files: no input panics, every diagnostic names a line of the file in one line, and
+//! a second load has the same result.
 #![no_main]
 
 use std::fs;
@@ -10,7 +10,7 @@ use handout::internals::{Config, Position, Sources};
 use handout_fuzz::{folder, is_one_line};
 use libfuzzer_sys::fuzz_target;
 
-/// The file; with what it may name beside it.
+/// The file, in a folder with a file and a folder that it can name.
 static FILE: LazyLock<PathBuf> = LazyLock::new(|| {
     fs::create_dir(folder().join("d")).unwrap();
     fs::write(folder().join("f"), "a file, and a password").unwrap();

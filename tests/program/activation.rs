@@ -1,4 +1,4 @@
-//! Sockets that the service manager holds.
+//! Sockets that the service manager passes.
 
 use std::io::Read;
 use std::net::{TcpListener, UdpSocket};
@@ -14,9 +14,9 @@ use crate::common::{
     DEADLINE, Daemon, PROGRAM, connect, eventually, program, read_all, run, sample,
 };
 
-/// Runs the program with sockets as systemd passes them, each with its name.
+/// Passes named sockets to the program as systemd does.
 fn pass(command: &mut Command, sockets: Vec<(&str, OwnedFd)>) {
-    // What the command was to be, run by a shell, which alone knows the process's number.
+    // A shell runs the command, as only it knows the process id.
     let mut shell = Command::new("sh");
     shell.args(["-c", "LISTEN_PID=$$ exec \"$0\" \"$@\"", PROGRAM]).args(command.get_args());
     let names: Vec<_> = sockets.iter().map(|(name, _)| *name).collect();
@@ -36,7 +36,7 @@ fn start(config: &str, sockets: Vec<(&str, OwnedFd)>) -> Daemon {
     })
 }
 
-/// Runs the program to its end, which it is expected to come to by itself.
+/// Runs the program, which is expected to exit.
 fn refused(config: &str, sockets: Vec<(&str, OwnedFd)>) -> (Option<i32>, String) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("handout.toml");
@@ -98,26 +98,26 @@ impl Sockets {
 }
 
 #[test]
-fn inherited_sockets_of_every_kind_serve_the_entry_with_their_address() {
+fn serves_on_inherited_sockets_of_every_kind_by_their_address() {
     let sockets = Sockets::new();
     let config = format!("[time.clock]\nlisten = [{}]", sockets.addresses());
     let mut daemon = start(&config, sockets.passed());
     sockets.all_answer();
     daemon.wait_for_message("(from systemd)");
     assert!(daemon.stop().success());
-    // The file is the service manager's.
+    // The file belongs to the service manager.
     assert!(sockets.folder.path().join("clock.sock").exists());
 }
 
 #[test]
-fn a_name_serves_every_inherited_socket_of_that_name() {
+fn serves_on_every_inherited_socket_of_a_name() {
     let sockets = Sockets::new();
     let _daemon = start("[time.clock]\nlisten = [\"systemd:handout\"]", sockets.passed());
     sockets.all_answer();
 }
 
 #[test]
-fn inherited_and_bound_sockets_go_together_and_a_reload_keeps_both() {
+fn keeps_inherited_and_bound_sockets_across_a_reload() {
     let sockets = Sockets::new();
     let config = format!(
         "[time.clock]\nlisten = [{}]\n[file.picture]\nlisten = [\"127.0.0.1:0\"]\npath = \"picture.jpg\"\n",
@@ -129,14 +129,14 @@ fn inherited_and_bound_sockets_go_together_and_a_reload_keeps_both() {
     assert_eq!((&line["added"], &line["unchanged"]), (&1.into(), &1.into()), "{line}");
     sockets.all_answer();
     assert!(!read_all(daemon.tcp("file.picture")).is_empty());
-    // Clients of a socket that nobody serves would wait for ever.
+    // The clients of an unused socket would wait without end.
     let line = daemon.reload("[time.clock]\nlisten = [\"127.0.0.1:0\"]");
     assert!(line["message"].as_str().unwrap().contains("no service listens on"), "{line}");
     sockets.all_answer();
 }
 
 #[test]
-fn whoever_comes_between_two_daemons_is_served_by_the_second() {
+fn serves_clients_that_connected_before_the_start() {
     let sockets = Sockets::new();
     let config = format!("[time.clock]\nlisten = [{}]", sockets.addresses());
     let mut first = start(&config, sockets.passed());
@@ -161,7 +161,7 @@ fn whoever_comes_between_two_daemons_is_served_by_the_second() {
 }
 
 #[test]
-fn a_connection_of_an_inherited_socket_is_reset_when_its_daemon_is_killed() {
+fn resets_connections_of_inherited_sockets_when_it_is_killed() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let config = format!("[file.picture]\nlisten = [\"{address}\"]\npath = \"big.jpg\"");
@@ -177,7 +177,7 @@ fn a_connection_of_an_inherited_socket_is_reset_when_its_daemon_is_killed() {
 }
 
 #[test]
-fn what_does_not_fit_ends_the_start_and_is_named() {
+fn refuses_to_start_with_unsuitable_sockets_and_names_them() {
     let clock = "[time.clock]\nlisten = [\"unix:clock.sock\"]\n";
     let listener = || OwnedFd::from(TcpListener::bind("127.0.0.1:0").unwrap());
     let (code, said) = refused(clock, vec![("web", listener())]);
@@ -197,7 +197,7 @@ fn what_does_not_fit_ends_the_start_and_is_named() {
     assert_eq!(code, Some(78), "{said}");
     assert!(said.contains("file.x: answers no datagrams"), "{said}");
 
-    // Accept=yes passes a connection; a FIFO is none at all.
+    // Accept=yes passes a connection; a FIFO is no socket.
     let waiting = TcpListener::bind("127.0.0.1:0").unwrap();
     let connection = connect(waiting.local_addr().unwrap());
     let pipe = std::io::pipe().unwrap().0;
@@ -212,7 +212,7 @@ fn what_does_not_fit_ends_the_start_and_is_named() {
 }
 
 #[test]
-fn sockets_for_another_process_are_left_alone() {
+fn ignores_sockets_for_another_process() {
     let daemon = Daemon::start_with("[time.clock]\nlisten = [\"127.0.0.1:0\"]", &[], |command| {
         command.env("LISTEN_PID", "1").env("LISTEN_FDS", "3");
     });

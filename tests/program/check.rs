@@ -1,4 +1,4 @@
-//! Wrong configurations: every fault at once, with its place and what was expected; exit code 78.
+//! Invalid configurations: every fault is reported with its position and remedy; exit code 78.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -8,11 +8,11 @@ use tempfile::TempDir;
 
 use crate::common::{PROGRAM, program, run};
 
-struct Tried {
+struct Checked {
     folder: TempDir,
 }
 
-impl Tried {
+impl Checked {
     fn new(config: impl AsRef<[u8]>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("handout.toml"), config).unwrap();
@@ -25,7 +25,7 @@ impl Tried {
         run(program().arg(command).arg("--config").arg(path).env("TZ", "UTC"))
     }
 
-    /// The faults, each without the path of the file; `check` and `serve` say the same.
+    /// The faults without the path of the file, which `check` and `serve` report alike.
     fn faults(&self) -> Vec<String> {
         let (checked, served) = (self.run("check"), self.run("serve"));
         assert_eq!(checked.status.code(), Some(78), "{checked:?}");
@@ -41,10 +41,10 @@ impl Tried {
 }
 
 fn faults(config: &str) -> Vec<String> {
-    Tried::new(config).faults()
+    Checked::new(config).faults()
 }
 
-/// The one fault of a configuration.
+/// The only fault of a configuration.
 fn fault(config: &str) -> String {
     let mut faults = faults(config);
     assert_eq!(faults.len(), 1, "{faults:#?}");
@@ -58,8 +58,8 @@ fn assert_starts(text: &str, start: &str) {
 const CLOCK: &str = "[time.clock]\nlisten = [\"127.0.0.1:0\"]\n";
 
 #[test]
-fn a_right_configuration_is_told_and_touches_nothing() {
-    let tried = Tried::new("[time.clock]\nlisten = [\"127.0.0.1:6789\", \"unix:clock.sock\"]");
+fn prints_a_valid_configuration_and_touches_nothing() {
+    let tried = Checked::new("[time.clock]\nlisten = [\"127.0.0.1:6789\", \"unix:clock.sock\"]");
     let output = tried.run("check");
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     let text = String::from_utf8(output.stdout).unwrap();
@@ -69,7 +69,7 @@ fn a_right_configuration_is_told_and_touches_nothing() {
 }
 
 #[test]
-fn every_fault_is_told_at_once_with_line_key_and_what_was_expected() {
+fn reports_every_fault_with_line_key_and_expected_value() {
     let faults = faults(
         "[log]\nlevel = \"loud\"\ncolour = true\n\n[limits]\nidle-timeout = 30\n\n\
          [time.clock]\nlisten = [\"127.0.0.1:70000\", \"udp:127.0.0.1:6789\"]\n\
@@ -98,19 +98,19 @@ fn every_fault_is_told_at_once_with_line_key_and_what_was_expected() {
 }
 
 #[test]
-fn an_unknown_key_of_a_service_is_told_with_the_known_ones() {
+fn lists_the_known_keys_for_an_unknown_key() {
     let fault = fault(&format!("{CLOCK}lisen = []"));
     assert_starts(&fault, "3: time.clock.lisen: unknown key; expected one of listen, ");
     assert!(fault.contains("format") && fault.contains("idle-timeout"), "{fault}");
 }
 
 #[test]
-fn a_key_of_another_kind_of_service_is_unknown() {
+fn refuses_keys_of_another_kind_of_service() {
     assert_starts(&fault(&format!("{CLOCK}path = \"picture.jpg\"")), "3: time.clock.path: unknown");
 }
 
 #[test]
-fn two_services_on_one_address_are_told_with_both_names() {
+fn names_both_services_on_one_address() {
     let fault =
         fault("[time.a]\nlisten = [\"127.0.0.1:6789\"]\n[time.b]\nlisten = [\"0.0.0.0:6789\"]");
     assert_starts(
@@ -120,20 +120,20 @@ fn two_services_on_one_address_are_told_with_both_names() {
 }
 
 #[test]
-fn one_address_twice_is_a_fault_but_udp_beside_tcp_is_not() {
+fn refuses_an_address_twice_but_accepts_udp_with_tcp() {
     let text = fault("[time.a]\nlisten = [\"127.0.0.1:1\", \"127.0.0.1:1\"]");
     assert_starts(&text, "2: time.a.listen[1]: ");
-    let both = Tried::new("[time.a]\nlisten = [\"127.0.0.1:1\", \"udp:127.0.0.1:1\"]");
+    let both = Checked::new("[time.a]\nlisten = [\"127.0.0.1:1\", \"udp:127.0.0.1:1\"]");
     assert_eq!(both.run("check").status.code(), Some(0));
 }
 
 #[test]
-fn two_services_that_do_not_say_where_they_listen_are_in_each_other_s_way() {
+fn refuses_two_services_on_the_default_address() {
     assert_starts(&fault("[time.a]\n[time.b]"), "2: time.b.listen: 127.0.0.1:6789 is taken by");
 }
 
 #[test]
-fn bad_durations_sizes_and_numbers_are_told() {
+fn refuses_invalid_durations_sizes_and_numbers() {
     for (key, value) in [
         ("idle-timeout", "\"soon\""),
         ("idle-timeout", "\"0s\""),
@@ -154,7 +154,7 @@ fn bad_durations_sizes_and_numbers_are_told() {
 }
 
 #[test]
-fn networks_that_are_none_are_told_one_by_one() {
+fn reports_each_invalid_network() {
     let faults = faults(&format!("{CLOCK}allow = [\"10.0.0.0/8\", \"here\", \"10.1.0.0/8\"]"));
     assert_starts(&faults[0], "3: time.clock.allow[1]: \"here\": expected a network");
     assert_starts(&faults[1], "3: time.clock.allow[2]: \"10.1.0.0/8\": expected a network without");
@@ -162,7 +162,7 @@ fn networks_that_are_none_are_told_one_by_one() {
 }
 
 #[test]
-fn balancers_are_networks_of_a_service_and_not_of_all() {
+fn accepts_proxy_protocol_only_in_services() {
     let faults =
         faults(&format!("{CLOCK}proxy-protocol = [\"10.0.0.0/8\", \"lb\", \"10.1.0.0/8\", 7]"));
     assert_starts(&faults[0], "3: time.clock.proxy-protocol[1]: \"lb\": expected a network");
@@ -187,7 +187,7 @@ fn balancers_are_networks_of_a_service_and_not_of_all() {
 }
 
 #[test]
-fn bad_patterns_are_told() {
+fn refuses_invalid_patterns() {
     for pattern in ["%", "%!", "%9999999A", "50% of %"] {
         let text = fault(&format!("{CLOCK}format = \"{pattern}\""));
         assert_starts(&text, "3: time.clock.format: ");
@@ -195,7 +195,7 @@ fn bad_patterns_are_told() {
 }
 
 #[test]
-fn a_list_that_is_no_list_or_is_empty_is_told() {
+fn refuses_values_of_another_type_and_empty_lists() {
     assert_starts(&fault("[time.a]\nlisten = \"x\""), "2: time.a.listen: expected an array of");
     assert_starts(&fault("[time.a]\nlisten = []"), "2: time.a.listen: empty; expected at least");
     assert_starts(&fault("[time.a]\nlisten = [1]"), "2: time.a.listen[0]: expected a string, fou");
@@ -204,7 +204,7 @@ fn a_list_that_is_no_list_or_is_empty_is_told() {
 }
 
 #[test]
-fn a_file_that_cannot_be_handed_out_is_told() {
+fn refuses_paths_that_cannot_be_served() {
     let file = |path: &str| format!("[file.a]\npath = \"{path}\"");
     assert_starts(
         &fault("[file.a]"),
@@ -216,7 +216,7 @@ fn a_file_that_cannot_be_handed_out_is_told() {
         "2: file.a.path: \"/dev/null\": cannot be opened: not",
     );
 
-    let fifo = Tried::new(file("fifo"));
+    let fifo = Checked::new(file("fifo"));
     let path = fifo.folder.path().join("fifo");
     rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, 0o644.into(), 0)
         .unwrap();
@@ -224,25 +224,25 @@ fn a_file_that_cannot_be_handed_out_is_told() {
 }
 
 #[test]
-fn a_folder_may_be_handed_out() {
+fn accepts_folders() {
     for path in [".", ""] {
         assert_eq!(
-            Tried::new(format!("[file.a]\npath = \"{path}\"")).run("check").status.code(),
+            Checked::new(format!("[file.a]\npath = \"{path}\"")).run("check").status.code(),
             Some(0)
         );
     }
 }
 
 #[test]
-fn a_file_that_may_not_be_read_is_told() {
-    let tried = Tried::new("[file.a]\npath = \"picture.jpg\"");
+fn refuses_files_without_read_permission() {
+    let tried = Checked::new("[file.a]\npath = \"picture.jpg\"");
     let folder = tried.folder.path();
     fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).unwrap();
     let picture = folder.join("picture.jpg");
     fs::set_permissions(picture, fs::Permissions::from_mode(0o000)).unwrap();
     let mut command = program();
     if rustix::process::getuid().is_root() {
-        // To root, every file is readable; and others may not enter the folder of the build.
+        // Root can read every file, and other users cannot enter the folder of the build.
         let program = folder.join("handout");
         fs::copy(PROGRAM, &program).unwrap();
         command = std::process::Command::new("setpriv");
@@ -255,7 +255,7 @@ fn a_file_that_may_not_be_read_is_told() {
 }
 
 #[test]
-fn a_service_s_name_is_checked() {
+fn refuses_invalid_names_of_services() {
     for name in ["\"a b\"", "\"\"", "\"-a\"", "\"a.b\"", "\"\\u001b[31m\""] {
         let text = fault(&format!("[time.{name}]\nlisten = [\"127.0.0.1:0\"]"));
         assert!(text.contains("expected a name of at most 64"), "{text}");
@@ -264,40 +264,40 @@ fn a_service_s_name_is_checked() {
 }
 
 #[test]
-fn no_service_at_all_is_a_fault() {
+fn refuses_a_configuration_without_services() {
     for config in ["", "# nothing\n", "[limits]\nmax-connections = 1\n"] {
         assert_starts(&fault(config), " no service; expected a table such as [time.clock]");
     }
 }
 
 #[test]
-fn what_is_not_toml_is_told_with_its_lines() {
+fn reports_each_line_that_is_not_toml() {
     let faults = faults("[time.clock\nlisten = = 3\nformat = \"python\"\n[[[\n");
     assert!(faults.iter().any(|fault| fault.starts_with("1: not TOML: ")), "{faults:#?}");
     assert!(faults.iter().any(|fault| fault.starts_with("2: not TOML: ")), "{faults:#?}");
 }
 
 #[test]
-fn a_line_that_is_not_toml_leaves_the_faults_of_other_lines() {
+fn reports_faults_of_the_lines_around_a_syntax_error() {
     let faults = faults(&format!("{CLOCK}nonsense = true\nformat = \"loud\"\n[x\n"));
     let lines: Vec<_> = faults.iter().map(|fault| fault.split(':').next().unwrap()).collect();
     assert_eq!(lines, ["3", "4", "5"], "{faults:#?}");
 }
 
 #[test]
-fn what_is_not_utf8_is_told_with_its_line() {
-    let tried = Tried::new(b"[time.clock]\n# caf\xe9\n");
+fn reports_the_line_that_is_not_utf8() {
+    let tried = Checked::new(b"[time.clock]\n# caf\xe9\n");
     assert_starts(&tried.faults()[0], "2: not UTF-8; expected a TOML file");
 }
 
 #[test]
-fn a_file_that_is_too_large_is_no_configuration() {
+fn refuses_files_that_are_too_large() {
     let junk = crate::common::sample(8, 10_000_000);
-    assert_starts(&Tried::new(junk).faults()[0], " larger than 1024 KiB");
+    assert_starts(&Checked::new(junk).faults()[0], " larger than 1024 KiB");
 }
 
 #[test]
-fn deep_and_wide_junk_ends_in_faults_and_not_in_a_crash() {
+fn survives_deep_and_wide_junk() {
     for junk in [
         "[".repeat(500_000),
         "a=[".repeat(200_000),
@@ -312,14 +312,14 @@ fn deep_and_wide_junk_ends_in_faults_and_not_in_a_crash() {
         "=\n".repeat(500_000),
         format!("[time.a]\nlisten = [{}]", "\"127.0.0.1:0\",".repeat(70_000)),
     ] {
-        let output = Tried::new(&junk).run("check");
+        let output = Checked::new(&junk).run("check");
         assert_eq!(output.status.code(), Some(78), "{:.20}", junk);
     }
 }
 
 #[test]
-fn a_zone_of_the_machine_that_cannot_be_read_is_a_fault() {
-    let tried = Tried::new("[time.clock]\nlisten = [\"127.0.0.1:0\"]");
+fn refuses_an_unreadable_local_time_zone() {
+    let tried = Checked::new("[time.clock]\nlisten = [\"127.0.0.1:0\"]");
     let path = tried.folder.path().join("handout.toml");
     let broken = tried.folder.path().join("picture.jpg");
     for zone in ["Mars/Olympus", broken.to_str().unwrap()] {
@@ -332,7 +332,7 @@ fn a_zone_of_the_machine_that_cannot_be_read_is_a_fault() {
 }
 
 #[test]
-fn a_configuration_that_is_not_there_is_told() {
+fn reports_a_missing_configuration_file() {
     let output = run(program().args(["check", "--config", "/nowhere/handout.toml"]));
     assert_eq!(output.status.code(), Some(78));
     let text = String::from_utf8(output.stderr).unwrap();
@@ -340,18 +340,18 @@ fn a_configuration_that_is_not_there_is_told() {
 }
 
 #[test]
-fn the_environment_names_the_configuration_too() {
-    let tried = Tried::new(CLOCK);
+fn takes_the_path_of_the_configuration_from_the_environment() {
+    let tried = Checked::new(CLOCK);
     let path = tried.folder.path().join("handout.toml");
     let output = run(program().arg("check").env("HANDOUT_CONFIG", path));
     assert_eq!(output.status.code(), Some(0), "{output:?}");
 }
 
 #[test]
-fn an_address_that_is_taken_fails_the_start_with_service_address_and_cause() {
+fn names_service_address_and_cause_if_an_address_is_in_use() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap();
-    let output = Tried::new(format!("[time.clock]\nlisten = [\"{address}\"]")).run("serve");
+    let output = Checked::new(format!("[time.clock]\nlisten = [\"{address}\"]")).run("serve");
     assert_eq!(output.status.code(), Some(1));
     let text = String::from_utf8(output.stderr).unwrap();
     let expected = format!("handout: time.clock: cannot listen on {address} (another program");
@@ -360,22 +360,22 @@ fn an_address_that_is_taken_fails_the_start_with_service_address_and_cause() {
 }
 
 #[test]
-fn an_address_of_another_machine_fails_the_start() {
-    let output = Tried::new("[time.clock]\nlisten = [\"192.0.2.1:6789\"]").run("serve");
+fn fails_to_start_on_an_address_of_another_machine() {
+    let output = Checked::new("[time.clock]\nlisten = [\"192.0.2.1:6789\"]").run("serve");
     assert_eq!(output.status.code(), Some(1));
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(text.contains("this machine does not have that address"), "{text}");
 }
 
 #[test]
-fn wrong_usage_ends_with_2() {
+fn exits_with_2_on_wrong_usage() {
     for arguments in [&[][..], &["serve", "--fil", "x"], &["serve", "--file", "x"], &["nonsense"]] {
         assert_eq!(run(program().args(arguments)).status.code(), Some(2), "{arguments:?}");
     }
 }
 
 #[test]
-fn faults_of_arguments_name_the_argument() {
+fn names_the_argument_of_a_fault() {
     let output = run(program().args(["serve", "--time", "nonsense", "--file", "127.0.0.1:0=gone"]));
     assert_eq!(output.status.code(), Some(78));
     let text = String::from_utf8(output.stderr).unwrap();

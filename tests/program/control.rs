@@ -21,12 +21,12 @@ use crate::common::{
 const CLOCK: &str = "[time.clock]\nlisten = [\"127.0.0.1:0\"]\n";
 const METRICS: &str = "[metrics]\nlisten = [\"127.0.0.1:0\"]\n";
 
-/// The control socket of daemons that these tests start.
+/// File name of the control socket.
 const SOCKET: &str = "control";
 
 const CONFIG: &str = "handout.toml";
 
-/// Starts a daemon whose runtime directory is its own folder.
+/// Starts a daemon whose runtime directory is its folder.
 fn start(config: &str) -> Daemon {
     start_in(tempfile::tempdir().unwrap(), config)
 }
@@ -63,12 +63,12 @@ fn hold_reloads(daemon: &Daemon) {
     mknodat(CWD, &path, FileType::Fifo, 0o600.into(), 0).unwrap();
 }
 
-/// Waits until the daemon reads its configuration, and lets it have this one.
+/// Waits until the daemon reads its configuration, and provides this one.
 fn release_reload(daemon: &Daemon, config: &str) {
     eventually("a reload", || try_to_release_reload(daemon, config));
 }
 
-/// Lets the daemon have this configuration if it is reading one.
+/// Provides this configuration if the daemon is reading one.
 fn try_to_release_reload(daemon: &Daemon, config: &str) -> bool {
     let flags = OFlags::NONBLOCK.bits().cast_signed();
     let opened = OpenOptions::new().write(true).custom_flags(flags).open(daemon.path(CONFIG));
@@ -83,7 +83,7 @@ fn begin_reload(daemon: &Daemon) -> Child {
     eventually("a thread that waits for the FIFO", || {
         fs::read_dir(&folder).unwrap().any(|task| {
             let wchan = fs::read_to_string(task.unwrap().path().join("syscall"));
-            // openat(2) on x86-64 and on AArch64, the only one of them that lasts.
+            // openat(2) on x86-64 and on AArch64; no other one blocks.
             wchan.is_ok_and(|call| call.starts_with("257 ") || call.starts_with("56 "))
         })
     });
@@ -91,7 +91,7 @@ fn begin_reload(daemon: &Daemon) -> Child {
 }
 
 #[test]
-fn a_reload_prints_its_summary_and_exits_with_0() {
+fn prints_the_summary_of_a_reload_and_exits_with_0() {
     let daemon = start(CLOCK);
     configure(&daemon.path(CONFIG), &format!("{CLOCK}[time.more]\nlisten = [\"unix:m\"]\n"));
     let output = reload(&daemon);
@@ -105,7 +105,7 @@ fn a_reload_prints_its_summary_and_exits_with_0() {
 }
 
 #[test]
-fn a_rejected_reload_prints_every_fault_and_exits_with_78() {
+fn prints_every_fault_of_a_rejected_reload_and_exits_with_78() {
     let daemon = start(CLOCK);
     configure(&daemon.path(CONFIG), &format!("{CLOCK}colour = 1\njunk = 2\n"));
     let output = reload(&daemon);
@@ -117,7 +117,7 @@ fn a_rejected_reload_prints_every_fault_and_exits_with_78() {
 }
 
 #[test]
-fn faults_without_end_are_cut_and_the_reload_is_still_rejected() {
+fn cuts_very_long_faults() {
     let daemon = start(CLOCK);
     let long = "x".repeat(10_000);
     let keys: String = (0..90).map(|number| format!("k{number} = 1\n")).collect();
@@ -127,9 +127,8 @@ fn faults_without_end_are_cut_and_the_reload_is_still_rejected() {
     assert!(output.stderr.len() < 2 << 20, "{}", output.stderr.len());
 }
 
-/// Whatever the fault, all that an operator may look at says the same.
 #[test]
-fn exit_code_metrics_log_and_status_agree_on_every_kind_of_fault() {
+fn agrees_in_exit_code_metrics_log_and_status_on_every_kind_of_fault() {
     let folder = tempfile::tempdir().unwrap();
     let manager = UnixDatagram::bind(folder.path().join("notify")).unwrap();
     manager.set_read_timeout(Some(DEADLINE)).unwrap();
@@ -178,7 +177,7 @@ fn exit_code_metrics_log_and_status_agree_on_every_kind_of_fault() {
 
 #[cfg(feature = "gateway")]
 #[test]
-fn a_credential_that_cannot_be_read_fails_the_reload_and_the_operator_gets_a_mail() {
+fn mails_the_operator_if_a_credential_cannot_be_read_at_a_reload() {
     let postbox = crate::postbox::Postbox::start("tls");
     let folder = tempfile::tempdir().unwrap();
     let (runtime, credentials) = (folder.path().to_owned(), folder.path().join("credentials"));
@@ -204,9 +203,9 @@ fn a_credential_that_cannot_be_read_fails_the_reload_and_the_operator_gets_a_mai
 }
 
 #[test]
-fn without_a_daemon_a_reload_exits_with_1_and_says_what_to_do() {
+fn exits_with_1_and_a_remedy_without_a_daemon() {
     let folder = tempfile::tempdir().unwrap();
-    // The file of a killed daemon.
+    // The socket file of a killed daemon.
     drop(UnixListener::bind(folder.path().join("stale")).unwrap());
     fs::write(folder.path().join("file"), "").unwrap();
     for name in ["none", "stale", "file", "none/none"] {
@@ -219,14 +218,14 @@ fn without_a_daemon_a_reload_exits_with_1_and_says_what_to_do() {
 }
 
 #[test]
-fn a_daemon_that_does_not_reply_is_waited_for_no_longer_than_the_timeout() {
+fn gives_up_after_the_timeout_if_the_daemon_does_not_reply() {
     let folder = tempfile::tempdir().unwrap();
     let silent = UnixListener::bind(folder.path().join("silent")).unwrap();
     let mut command = reload_command(&folder.path().join("silent"));
     let output = run(command.args(["--timeout", "200ms"]));
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert!(stderr(&output).contains("did not reply within 0.2 s"), "{output:?}");
-    // One that ends instead.
+    // A daemon that exits instead of a reply.
     let ends = thread::spawn(move || {
         let _first = silent.accept().unwrap();
         drop(silent.accept().unwrap());
@@ -246,7 +245,7 @@ fn names_a_socket_of_another_program_without_parser_errors() {
         let output = thread::scope(|scope| {
             scope.spawn(|| {
                 let (mut client, _) = other.accept().unwrap();
-                // With the request read, the end is no reset.
+                // After the request was read, the close is no reset.
                 assert!(client.read(&mut [0; 100]).unwrap() > 0);
                 client.write_all(reply.as_bytes()).unwrap();
             });
@@ -263,7 +262,7 @@ fn names_a_socket_of_another_program_without_parser_errors() {
 }
 
 #[test]
-fn the_socket_is_for_its_owner_and_goes_with_the_daemon() {
+fn creates_a_private_socket_and_removes_it_at_the_end() {
     let mut daemon = start(CLOCK);
     let path = daemon.path(SOCKET);
     assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
@@ -292,17 +291,17 @@ fn refuses_other_users_even_if_the_mode_lets_them_connect() {
 }
 
 #[test]
-fn anything_but_a_reload_is_refused() {
+fn refuses_any_other_request() {
     let daemon = start(CLOCK);
     for request in ["\n", "stop\n", "reload now\n", "reload", &"x".repeat(5000), "\u{fffd}\n"] {
         let mut stream = UnixStream::connect(daemon.path(SOCKET)).unwrap();
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
-        // The daemon may have ended the connection meanwhile.
+        // The daemon may have closed the connection already.
         let _ = stream.write_all(request.as_bytes());
         let _ = stream.shutdown(std::net::Shutdown::Write);
         let mut reply = String::new();
         let read = stream.read_to_string(&mut reply);
-        // A request without its newline is one, as its end is the end of the line.
+        // The end of the stream ends a line, too.
         let outcome = if request == "reload" { "reloaded" } else { "refused" };
         let cut_off = request.len() > 100 && read.is_err();
         assert!(cut_off || reply.contains(outcome), "{request:?}: {reply} {read:?}");
@@ -310,7 +309,7 @@ fn anything_but_a_reload_is_refused() {
 }
 
 #[test]
-fn silent_clients_hold_up_neither_reloads_nor_the_stop() {
+fn delays_neither_reloads_nor_the_stop_for_silent_clients() {
     let mut daemon = start(CLOCK);
     let silent: Vec<_> =
         (0..20).map(|_| UnixStream::connect(daemon.path(SOCKET)).unwrap()).collect();
@@ -333,7 +332,7 @@ fn silent_clients_hold_up_neither_reloads_nor_the_stop() {
 }
 
 #[test]
-fn requests_during_a_reload_get_the_outcome_of_a_later_one() {
+fn answers_requests_during_a_reload_with_the_outcome_of_a_later_one() {
     let daemon = start(&format!("{CLOCK}{METRICS}"));
     hold_reloads(&daemon);
     let first = begin_reload(&daemon);
@@ -364,7 +363,7 @@ fn requests_during_a_reload_get_the_outcome_of_a_later_one() {
 }
 
 #[test]
-fn a_stop_during_a_reload_tells_the_client_and_is_not_held_up() {
+fn informs_the_client_of_a_stop_during_its_reload_without_delay() {
     let mut daemon = start(CLOCK);
     hold_reloads(&daemon);
     let client = begin_reload(&daemon);
@@ -377,7 +376,7 @@ fn a_stop_during_a_reload_tells_the_client_and_is_not_held_up() {
 }
 
 #[test]
-fn a_client_that_is_killed_does_not_end_the_reload() {
+fn continues_the_reload_of_a_killed_client() {
     let daemon = start(CLOCK);
     hold_reloads(&daemon);
     let mut client = begin_reload(&daemon);
@@ -391,7 +390,7 @@ fn a_client_that_is_killed_does_not_end_the_reload() {
 }
 
 #[test]
-fn a_killed_daemon_leaves_a_socket_that_the_next_one_replaces() {
+fn replaces_the_socket_of_a_killed_daemon() {
     let mut daemon = start(CLOCK);
     daemon.signal(Signal::KILL);
     daemon.wait();
@@ -402,7 +401,7 @@ fn a_killed_daemon_leaves_a_socket_that_the_next_one_replaces() {
 }
 
 #[test]
-fn a_socket_of_another_daemon_or_another_file_is_left_alone() {
+fn leaves_sockets_of_other_daemons_and_other_files_alone() {
     let first = start(CLOCK);
     let runtime = first.folder.path().to_owned();
     let second = Daemon::start_with(CLOCK, &[], |command| {
@@ -421,7 +420,7 @@ fn a_socket_of_another_daemon_or_another_file_is_left_alone() {
 }
 
 #[test]
-fn a_daemon_that_is_started_by_hand_takes_the_path_that_it_is_given() {
+fn binds_the_path_that_an_argument_names() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("mine");
     let daemon = Daemon::start_with(CLOCK, &[], |command| {
@@ -429,7 +428,7 @@ fn a_daemon_that_is_started_by_hand_takes_the_path_that_it_is_given() {
     });
     assert!(run(&mut reload_command(&path)).status.success());
     daemon.wait_for_message("reloaded: ");
-    // And must get it.
+    // The path must be usable.
     let output = run(program()
         .args(["serve", "--time", "127.0.0.1:0", "--control"])
         .arg(folder.path().join("none/control")));

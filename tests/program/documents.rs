@@ -1,4 +1,4 @@
-//! The project's own documents tell the truth: the shipped examples work, the README's too.
+//! The shipped examples and those in the documents are valid.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -26,14 +26,14 @@ fn check(path: &Path) -> (Option<i32>, String) {
 }
 
 #[test]
-fn every_shipped_example_is_without_fault() {
+fn accepts_every_shipped_example() {
     for example in examples() {
         assert_eq!(check(&example), (Some(0), String::new()), "{example:?}");
     }
 }
 
 #[test]
-fn a_junk_key_in_any_table_of_any_shipped_example_is_refused() {
+fn refuses_an_unknown_key_in_any_table_of_the_shipped_examples() {
     for example in examples() {
         let text = fs::read_to_string(&example).unwrap();
         let folder = tempfile::tempdir().unwrap();
@@ -44,7 +44,7 @@ fn a_junk_key_in_any_table_of_any_shipped_example_is_refused() {
         let lines: Vec<_> = text.lines().collect();
         let headers = (0..lines.len()).filter(|line| lines[*line].starts_with('['));
         let mut tried = 0;
-        // Before the first table, and below every header.
+        // Before the first table, and after every header.
         for place in std::iter::once(0).chain(headers.map(|line| line + 1)) {
             let mut with_junk = lines.clone();
             with_junk.insert(place, "junk-key = 1");
@@ -61,7 +61,7 @@ fn a_junk_key_in_any_table_of_any_shipped_example_is_refused() {
     }
 }
 
-/// The tables below one that have keys of their own, and so a header.
+/// The number of tables below one that have keys, and therefore a header.
 fn count_tables(table: &DeTable<'_>) -> usize {
     let below = table.iter().map(|(_, value)| match value.get_ref() {
         DeValue::Table(table) => {
@@ -73,9 +73,8 @@ fn count_tables(table: &DeTable<'_>) -> usize {
     below.sum()
 }
 
-/// The shipped configuration with other ports, beside its files.
 #[test]
-fn the_shipped_configuration_serves_the_time_and_the_picture() {
+fn serves_the_time_and_the_picture_of_the_shipped_configuration() {
     let text = fs::read_to_string(root().join("config/handout.toml")).unwrap();
     let picture = fs::read(root().join("config/picture.jpg")).unwrap();
     let text = text.replace(":6789", ":0").replace(":5566", ":0");
@@ -87,8 +86,8 @@ fn the_shipped_configuration_serves_the_time_and_the_picture() {
 }
 
 #[test]
-fn the_shipped_configuration_says_the_defaults() {
-    // What stands in the file is what holds without it: every key of [log], [daemon], [limits].
+fn states_the_defaults_in_the_shipped_configuration() {
+    // Each key of [log], [daemon] and [limits] has its default in the file.
     let folder = tempfile::tempdir().unwrap();
     let load = |text: &str| {
         let file = folder.path().join("handout.toml");
@@ -106,7 +105,7 @@ fn the_shipped_configuration_says_the_defaults() {
 }
 
 #[test]
-fn every_configuration_in_the_readme_is_without_fault() {
+fn accepts_every_configuration_in_the_readme() {
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
     let folder = tempfile::tempdir().unwrap();
     for file in ["picture.jpg", "mail.password", "sms.password"] {
@@ -119,7 +118,7 @@ fn every_configuration_in_the_readme_is_without_fault() {
         .map(|rest| rest.split("```").next().unwrap().replace("/srv/", ""))
         .collect();
     assert!(!blocks.is_empty());
-    // A build without mirrors or alerts has nothing against the rest.
+    // A build without the gateway accepts the rest.
     let mirrors = |block: &&String| cfg!(feature = "gateway") || !block.contains("[mirror.");
     let alerts = |block: &&String| cfg!(feature = "gateway") || !block.contains("[alert]");
     for block in blocks.iter().filter(mirrors).filter(alerts) {
@@ -130,7 +129,7 @@ fn every_configuration_in_the_readme_is_without_fault() {
 }
 
 #[test]
-fn links_in_the_documents_lead_to_files() {
+fn resolves_every_link_in_the_documents() {
     for document in ["README.md", "CHANGELOG.md", "DEPENDENCIES.md", "SECURITY.md"] {
         let text = fs::read_to_string(root().join(document)).unwrap();
         for link in text.split("](").skip(1) {
@@ -143,7 +142,7 @@ fn links_in_the_documents_lead_to_files() {
 }
 
 #[test]
-fn completions_are_there_for_the_common_shells() {
+fn generates_completions_for_the_common_shells() {
     for shell in ["bash", "zsh", "fish"] {
         let output = run(std::process::Command::new(PROGRAM).args(["completions", shell]));
         assert!(output.status.success());
@@ -152,7 +151,7 @@ fn completions_are_there_for_the_common_shells() {
 }
 
 #[test]
-fn arguments_alone_serve_the_time_and_a_file() {
+fn serves_the_time_and_a_file_from_arguments_alone() {
     let picture = root().join("config/picture.jpg");
     let mut command = program();
     command.args(["serve", "--time", "127.0.0.1:0", "--file"]);

@@ -29,6 +29,7 @@ mod gateway;
 mod good;
 #[cfg(feature = "gateway")]
 mod http;
+mod hung_fs;
 mod limits;
 mod load;
 mod logs;
@@ -60,7 +61,6 @@ mod slow_peers;
 mod sms;
 mod soak;
 mod strace;
-mod stuck;
 mod supply;
 mod systemd;
 mod terminal;

@@ -1,4 +1,4 @@
-//! SIGHUP: all or nothing; what did not change is not touched; what is gone may finish.
+//! Reloads by SIGHUP: all or nothing, without effect on unchanged services.
 
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -24,7 +24,7 @@ fn picture() -> Vec<u8> {
     sample(11, 20_000_000)
 }
 
-fn begun(address: SocketAddr) -> (TcpStream, Vec<u8>) {
+fn start_transfer(address: SocketAddr) -> (TcpStream, Vec<u8>) {
     let mut stream = connect(address);
     let mut document = vec![0; 1000];
     stream.read_exact(&mut document).unwrap();
@@ -41,7 +41,7 @@ fn counts(line: &Value) -> [u64; 4] {
 }
 
 #[test]
-fn what_did_not_change_keeps_its_socket_its_connections_and_its_counts() {
+fn keeps_sockets_connections_and_counters_of_unchanged_services() {
     let picture = picture();
     let file = "[file.picture]\nlisten = [\"127.0.0.1:0\"]\npath = \"picture.jpg\"\n";
     let config = format!("{file}{METRICS}");
@@ -49,7 +49,7 @@ fn what_did_not_change_keeps_its_socket_its_connections_and_its_counts() {
     let (address, metrics) = (daemon.tcp("file.picture"), daemon.tcp("metrics"));
     read_all(address);
     daemon.wait_for_connections(1);
-    let (mut stream, mut document) = begun(address);
+    let (mut stream, mut document) = start_transfer(address);
     assert_eq!(counts(&daemon.reload(&format!("{config}{CLOCK}"))), [1, 0, 0, 2]);
 
     stream.read_to_end(&mut document).unwrap();
@@ -61,13 +61,13 @@ fn what_did_not_change_keeps_its_socket_its_connections_and_its_counts() {
         let complete = "handout_connections_total{service=\"file.picture\",outcome=\"complete\"}";
         metric(metrics, complete) >= 3.0
     });
-    // It listened once, in all this time.
+    // The socket was bound once.
     let listening = |line: &Value| says(line, "file.picture: listening");
     assert_eq!(daemon.lines().into_iter().filter(listening).count(), 1);
 }
 
 #[test]
-fn what_changed_is_served_anew_on_the_same_socket() {
+fn replaces_a_changed_service_on_the_same_socket() {
     let daemon = Daemon::start(CLOCK);
     let address = daemon.tcp("time.clock");
     assert_eq!(read_all(address).len(), 27);
@@ -79,14 +79,14 @@ fn what_changed_is_served_anew_on_the_same_socket() {
 }
 
 #[test]
-fn a_transfer_from_what_changed_ends_as_it_began() {
+fn finishes_transfers_of_a_changed_service_with_the_old_contents() {
     let (one, two) = (picture(), sample(12, 3_000_000));
     let config =
         |path: &str| format!("[file.picture]\nlisten = [\"127.0.0.1:0\"]\npath = \"{path}\"\n");
     let files: [(&str, &[u8]); 2] = [("one.jpg", &one), ("two.jpg", &two)];
     let daemon = Daemon::start_with(&config("one.jpg"), &files, |_| {});
     let address = daemon.tcp("file.picture");
-    let (mut stream, mut document) = begun(address);
+    let (mut stream, mut document) = start_transfer(address);
     daemon.reload(&config("two.jpg"));
     assert!(decode(&read_all(address)) == ("two.jpg".to_owned(), two));
     stream.read_to_end(&mut document).unwrap();
@@ -94,7 +94,7 @@ fn a_transfer_from_what_changed_ends_as_it_began() {
 }
 
 #[test]
-fn an_address_can_be_opened_up_and_closed_down_on_its_port() {
+fn switches_between_an_address_and_the_wildcard_on_one_port() {
     let daemon = Daemon::start(
         "[time.clock]\nlisten = [\"127.0.0.1:0\", \"udp:127.0.0.1:0\"]\n[time.other]\nlisten = [\"127.0.0.1:0\"]",
     );
@@ -108,7 +108,7 @@ fn an_address_can_be_opened_up_and_closed_down_on_its_port() {
              [time.other]\nlisten = [\"127.0.0.1:0\"]"
         );
         let mut line = Value::Null;
-        // A socket of another test may have this port on another address for a moment.
+        // A socket of another test may use this port on another address for a moment.
         eventually("a port that is free everywhere", || {
             line = daemon.reload(&config);
             !says(&line, "another program listens there")
@@ -128,14 +128,14 @@ fn an_address_can_be_opened_up_and_closed_down_on_its_port() {
 }
 
 #[test]
-fn what_is_gone_listens_no_more_and_what_it_began_may_finish() {
+fn closes_removed_services_and_finishes_their_connections() {
     let picture = picture();
     let config = format!(
         "{CLOCK}[file.picture]\nlisten = [\"127.0.0.1:0\", \"unix:p.sock\"]\npath = \"picture.jpg\"\n"
     );
     let daemon = Daemon::start_with(&config, &[("picture.jpg", &picture)], |_| {});
     let address = daemon.tcp("file.picture");
-    let (mut stream, mut document) = begun(address);
+    let (mut stream, mut document) = start_transfer(address);
     assert_eq!(counts(&daemon.reload(CLOCK)), [0, 0, 1, 1]);
     daemon.wait_for_message(&format!("file.picture: no longer listening on {address}"));
     eventually("a closed listener", || is_refused(address));
@@ -145,11 +145,11 @@ fn what_is_gone_listens_no_more_and_what_it_began_may_finish() {
 }
 
 #[test]
-fn what_is_gone_and_outlasts_the_grace_is_reset() {
+fn resets_connections_of_removed_services_after_the_grace() {
     let config = "[file.picture]\nlisten = [\"127.0.0.1:0\"]\npath = \"picture.jpg\"\n";
     let files: [(&str, &[u8]); 1] = [("picture.jpg", &picture())];
     let daemon = Daemon::start_with(&format!("{CLOCK}{config}"), &files, |_| {});
-    let (mut stream, mut document) = begun(daemon.tcp("file.picture"));
+    let (mut stream, mut document) = start_transfer(daemon.tcp("file.picture"));
     daemon.reload(&format!("[daemon]\ngrace = \"100ms\"\n{CLOCK}"));
     let line = daemon.wait_for("end of the transfer", |line| {
         line["service"] == "file.picture" && line["outcome"].is_string()
@@ -159,7 +159,7 @@ fn what_is_gone_and_outlasts_the_grace_is_reset() {
 }
 
 #[test]
-fn a_conversation_with_a_folder_that_is_gone_ends_after_its_request() {
+fn ends_folder_connections_of_removed_services_after_the_request() {
     let config = format!("{CLOCK}[file.folder]\nlisten = [\"127.0.0.1:0\"]\npath = \".\"\n");
     let daemon = Daemon::start_with(&config, &[("a.txt", b"a")], |_| {});
     let mut stream = connect(daemon.tcp("file.folder"));
@@ -169,12 +169,12 @@ fn a_conversation_with_a_folder_that_is_gone_ends_after_its_request() {
     replies.read_line(&mut reply).unwrap();
     assert!(reply.contains("\"a.txt\""), "{reply}");
     daemon.reload(CLOCK);
-    // A clean end, long before the idle time-out.
+    // A clean end, long before the idle timeout.
     assert_eq!(replies.read_line(&mut reply).unwrap(), 0);
 }
 
 #[test]
-fn a_fault_of_any_kind_changes_nothing_and_is_said() {
+fn changes_nothing_and_reports_any_kind_of_fault() {
     let before = format!("{CLOCK}{METRICS}");
     let daemon = Daemon::start(&before);
     let (address, metrics) = (daemon.tcp("time.clock"), daemon.tcp("metrics"));
@@ -227,7 +227,7 @@ fn a_fault_of_any_kind_changes_nothing_and_is_said() {
 }
 
 #[test]
-fn a_failed_reload_takes_no_client_from_who_had_it() {
+fn loses_no_client_in_a_failed_reload() {
     let daemon = Daemon::start_with(
         "[time.clock]\nlisten = [\"0.0.0.0:0\"]\n",
         &[("big.bin", &sample(16, 30_000_000))],
@@ -246,8 +246,8 @@ fn a_failed_reload_takes_no_client_from_who_had_it() {
             served
         })
     };
-    // A more specific address would take the clients; then there is a large file to be read, and
-    // then an address that this machine does not have.
+    // A more specific address would take the clients; then a large file is read, and then an
+    // address that this machine does not have fails.
     let line = daemon.reload(&format!(
         "[time.clock]\nlisten = [\"127.0.0.1:{port}\"]\n\
          [file.big]\nlisten = [\"127.0.0.1:0\"]\npath = \"big.bin\"\n\
@@ -256,13 +256,13 @@ fn a_failed_reload_takes_no_client_from_who_had_it() {
     assert!(says(&line, "does not have that address"), "{line}");
     stop.store(true, Ordering::Relaxed);
     assert!(client.join().unwrap() > 0);
-    // Nobody else can have the port either, not even half of it.
+    // No other program can bind the port, not even shared.
     let other = Daemon::try_start(&format!("[time.clock]\nlisten = [\"0.0.0.0:{port}\"]\n"));
     assert!(other.unwrap_err().contains("another program listens there"));
 }
 
 #[test]
-fn a_socket_that_moves_between_a_service_and_monitoring_ends_with_its_new_owner() {
+fn drains_a_socket_with_its_new_owner_after_a_move_to_or_from_monitoring() {
     let config = |clock: u16, metrics: u16| {
         format!(
             "[time.clock]\nlisten = [\"127.0.0.1:{clock}\"]\n\
@@ -279,14 +279,14 @@ fn a_socket_that_moves_between_a_service_and_monitoring_ends_with_its_new_owner(
 }
 
 #[test]
-fn who_is_still_connected_to_a_service_that_was_gone_counts_when_it_is_back() {
+fn counts_old_connections_of_a_service_that_is_added_again() {
     let file =
         "[file.picture]\nlisten = [\"127.0.0.1:0\"]\npath = \"picture.jpg\"\nmax-connections = 1\n";
     let files: [(&str, &[u8]); 1] = [("picture.jpg", &picture())];
     let all = format!("{CLOCK}{METRICS}{file}");
     let daemon = Daemon::start_with(&all, &files, |_| {});
     let metrics = daemon.tcp("metrics");
-    let (mut stream, mut document) = begun(daemon.tcp("file.picture"));
+    let (mut stream, mut document) = start_transfer(daemon.tcp("file.picture"));
     daemon.reload(&format!("{CLOCK}{METRICS}"));
     let active = "handout_connections_active{service=\"file.picture\"}";
     assert_eq!(metric(metrics, active), 1.0);
@@ -307,7 +307,7 @@ fn who_is_still_connected_to_a_service_that_was_gone_counts_when_it_is_back() {
 }
 
 #[test]
-fn a_unix_socket_whose_file_was_removed_is_there_again() {
+fn binds_a_unix_socket_again_whose_file_was_removed() {
     let config = "[time.clock]\nlisten = [\"unix:clock.sock\"]\n";
     let daemon = Daemon::start(config);
     fs::remove_file(daemon.path("clock.sock")).unwrap();
@@ -318,7 +318,7 @@ fn a_unix_socket_whose_file_was_removed_is_there_again() {
 }
 
 #[test]
-fn the_deadlines_of_the_next_connection_are_the_new_ones() {
+fn applies_new_deadlines_to_the_next_connection() {
     let config = |idle: &str| {
         format!(
             "[file.folder]\nlisten = [\"127.0.0.1:0\"]\npath = \".\"\nidle-timeout = \"{idle}\"\n"
@@ -334,18 +334,18 @@ fn the_deadlines_of_the_next_connection_are_the_new_ones() {
     let mut hurried = connect(address);
     let reset = hurried.read_to_end(&mut Vec::new()).unwrap_err();
     assert_eq!(reset.kind(), ErrorKind::ConnectionReset);
-    // The one from before goes on as it began.
+    // The older connection keeps its deadlines.
     patient.write_all(b"\n").unwrap();
     assert!(replies.read_line(&mut String::new()).unwrap() > 0);
 }
 
 #[test]
-fn a_reload_that_comes_during_the_stop_is_too_late_and_does_no_harm() {
+fn ignores_reloads_during_the_stop() {
     let files: [(&str, &[u8]); 1] = [("picture.jpg", &picture())];
     let config =
         format!("{CLOCK}[file.picture]\nlisten = [\"127.0.0.1:0\"]\npath = \"picture.jpg\"\n");
     let mut daemon = Daemon::start_with(&config, &files, |_| {});
-    let (mut stream, mut document) = begun(daemon.tcp("file.picture"));
+    let (mut stream, mut document) = start_transfer(daemon.tcp("file.picture"));
     daemon.signal(Signal::TERM);
     daemon.wait_for_message("stopping: ");
     daemon.signal(Signal::HUP);
@@ -356,7 +356,7 @@ fn a_reload_that_comes_during_the_stop_is_too_late_and_does_no_harm() {
 }
 
 #[test]
-fn the_level_and_the_format_of_the_log_change_too() {
+fn changes_the_level_and_the_format_of_the_log() {
     let daemon = Daemon::start(CLOCK);
     let address = daemon.tcp("time.clock");
     let text = |daemon: &Daemon, words: &str| {
@@ -371,12 +371,12 @@ fn the_level_and_the_format_of_the_log_change_too() {
     eventually("a line of text", || text(&daemon, "reloaded: "));
     read_all(address);
     eventually("the line of the connection", || text(&daemon, "outcome=\"complete\""));
-    // The connection before it had no line: its level was silenced.
+    // The connection before was not logged at that level.
     assert!(!daemon.lines().iter().any(|line| line["outcome"].is_string()));
 }
 
 #[test]
-fn a_lower_limit_lets_connections_finish_and_a_higher_one_admits_who_waits() {
+fn finishes_connections_above_a_lower_limit_and_admits_waiting_clients_below_a_higher_one() {
     let config = |max: u32| {
         format!(
             "[file.picture]\nlisten = [\"127.0.0.1:0\"]\npath = \"picture.jpg\"\n\
@@ -386,7 +386,7 @@ fn a_lower_limit_lets_connections_finish_and_a_higher_one_admits_who_waits() {
     let files: [(&str, &[u8]); 1] = [("picture.jpg", &picture())];
     let daemon = Daemon::start_with(&config(3), &files, |_| {});
     let address = daemon.tcp("file.picture");
-    let mut three: Vec<_> = (0..3).map(|_| begun(address)).collect();
+    let mut three: Vec<_> = (0..3).map(|_| start_transfer(address)).collect();
     assert_eq!(counts(&daemon.reload(&config(1))), [0, 1, 0, 0]);
     let waits = |stream: &mut TcpStream| {
         stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
@@ -396,7 +396,7 @@ fn a_lower_limit_lets_connections_finish_and_a_higher_one_admits_who_waits() {
     };
     let mut fourth = connect(address);
     assert!(waits(&mut fourth));
-    // Two of three places are gone with those who had them.
+    // Two of three permits are retired with their connections.
     for (mut stream, mut document) in three.drain(1..) {
         stream.read_to_end(&mut document).unwrap();
     }
@@ -411,7 +411,7 @@ fn a_lower_limit_lets_connections_finish_and_a_higher_one_admits_who_waits() {
 }
 
 #[test]
-fn who_may_ask_changes_with_the_next_connection() {
+fn applies_new_access_lists_to_the_next_connection() {
     let daemon = Daemon::start(CLOCK);
     let address = daemon.tcp("time.clock");
     assert_eq!(read_all(address).len(), 27);
@@ -424,7 +424,7 @@ fn who_may_ask_changes_with_the_next_connection() {
 }
 
 #[test]
-fn a_port_that_became_one_of_ours_is_no_longer_answered() {
+fn ignores_datagrams_from_ports_that_became_its_own() {
     let asker = UdpSocket::bind("127.0.0.2:0").unwrap();
     asker.set_read_timeout(Some(DEADLINE)).unwrap();
     let port = asker.local_addr().unwrap().port();
@@ -443,7 +443,7 @@ fn a_port_that_became_one_of_ours_is_no_longer_answered() {
 }
 
 #[test]
-fn a_unix_socket_moves_to_its_new_place() {
+fn moves_a_unix_socket_to_its_new_path() {
     let daemon = Daemon::start("[time.clock]\nlisten = [\"unix:old.sock\"]");
     daemon.reload("[time.clock]\nlisten = [\"unix:new.sock\"]");
     let mut reply = Vec::new();
@@ -453,7 +453,7 @@ fn a_unix_socket_moves_to_its_new_place() {
 }
 
 #[test]
-fn services_of_the_command_line_stay_as_they_are() {
+fn keeps_services_of_the_command_line() {
     let daemon = Daemon::start_with("", &[], |command| {
         *command = {
             let mut other = program();
@@ -470,7 +470,7 @@ fn services_of_the_command_line_stay_as_they_are() {
 }
 
 #[test]
-fn fifty_reloads_under_load_refuse_nobody_and_leak_nothing() {
+fn refuses_no_client_and_leaks_nothing_in_fifty_reloads_under_load() {
     let base = format!("[limits]\nmax-datagrams-per-client = 100000\n{CLOCK}{METRICS}");
     let changed = format!(
         "{base}[time.extra]\nlisten = [\"127.0.0.1:0\", \"udp:127.0.0.1:0\", \"unix:x.sock\"]\n"
@@ -478,7 +478,7 @@ fn fifty_reloads_under_load_refuse_nobody_and_leak_nothing() {
     let changing = |number: usize| match number % 4 {
         0 => base.clone(),
         1 => changed.clone(),
-        // In its place, by other limits and by another format of the same length.
+        // Alternately other limits and another format of the same length.
         2 => base.replace("[metrics]", "max-per-client = 900\n[metrics]"),
         _ => base.replace("[metrics]", "format = \"%Y-%m-%d %H:%M:%S.000000\"\n[metrics]"),
     };

@@ -1,4 +1,4 @@
-//! The end: what is under way may finish, the grace is kept, a second signal insists.
+//! The stop: a drain within the grace, and an immediate exit on a second signal.
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -23,8 +23,8 @@ fn daemon(grace: &str) -> (Daemon, Vec<u8>) {
     (daemon, content)
 }
 
-/// A client in the middle of a transfer.
-fn begun(daemon: &Daemon) -> (TcpStream, Vec<u8>) {
+/// Starts a transfer.
+fn start_transfer(daemon: &Daemon) -> (TcpStream, Vec<u8>) {
     let mut stream = connect(daemon.tcp("file.picture"));
     let mut document = vec![0; 1000];
     stream.read_exact(&mut document).unwrap();
@@ -40,10 +40,10 @@ fn code(status: ExitStatus) -> Option<i32> {
 }
 
 #[test]
-fn a_transfer_under_way_finishes_while_new_clients_are_refused() {
+fn finishes_transfers_and_refuses_new_clients() {
     for signal in [Signal::TERM, Signal::INT] {
         let (mut daemon, content) = daemon("60s");
-        let (mut stream, mut document) = begun(&daemon);
+        let (mut stream, mut document) = start_transfer(&daemon);
         daemon.signal(signal);
         daemon.wait_for_message("stopping: ");
         eventually("closed listeners", || refused(daemon.tcp("time.clock")));
@@ -56,9 +56,9 @@ fn a_transfer_under_way_finishes_while_new_clients_are_refused() {
 }
 
 #[test]
-fn what_outlasts_the_grace_is_reset_and_counted() {
+fn resets_and_counts_connections_after_the_grace() {
     let (mut daemon, _) = daemon("200ms");
-    let (mut stream, mut document) = begun(&daemon);
+    let (mut stream, mut document) = start_transfer(&daemon);
     assert_eq!(code(daemon.stop()), Some(0));
     let error = stream.read_to_end(&mut document).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
@@ -67,9 +67,9 @@ fn what_outlasts_the_grace_is_reset_and_counted() {
 }
 
 #[test]
-fn a_second_signal_ends_it_at_once() {
+fn exits_at_once_on_a_second_signal() {
     let (mut daemon, _) = daemon("1h");
-    let (mut stream, mut document) = begun(&daemon);
+    let (mut stream, mut document) = start_transfer(&daemon);
     daemon.signal(Signal::TERM);
     daemon.wait_for_message("stopping: ");
     daemon.signal(Signal::TERM);
@@ -78,7 +78,7 @@ fn a_second_signal_ends_it_at_once() {
 }
 
 #[test]
-fn a_client_that_has_everything_and_does_not_close_holds_nothing_up() {
+fn waits_for_no_client_that_has_everything_and_does_not_close() {
     let (mut daemon, _) = daemon("1h");
     let mut stream = connect(daemon.tcp("time.clock"));
     let mut reply = Vec::new();
@@ -90,7 +90,7 @@ fn a_client_that_has_everything_and_does_not_close_holds_nothing_up() {
 }
 
 #[test]
-fn a_conversation_that_waits_for_a_request_holds_nothing_up() {
+fn waits_for_no_further_request_of_a_client() {
     let mut daemon = Daemon::start_with(
         "[daemon]\ngrace = \"1h\"\n[file.files]\nlisten = [\"127.0.0.1:0\"]\npath = \".\"",
         &[("a.txt", b"alpha")],
@@ -100,7 +100,7 @@ fn a_conversation_that_waits_for_a_request_holds_nothing_up() {
     stream.write_all(b"a.txt\n").unwrap();
     let mut replies = BufReader::new(stream.try_clone().unwrap());
     replies.read_line(&mut String::new()).unwrap();
-    // Half a line is no request, though a file has that name.
+    // A line without its end is no request, although a file has that name.
     stream.write_all(b"a.txt").unwrap();
     assert_eq!(code(daemon.stop()), Some(0));
     let mut rest = Vec::new();
@@ -110,13 +110,13 @@ fn a_conversation_that_waits_for_a_request_holds_nothing_up() {
 }
 
 #[test]
-fn who_connects_while_it_stops_is_served_or_refused_and_not_reset() {
-    // Each time, most likely somebody would be.
+fn serves_or_refuses_clients_that_connect_during_the_stop() {
+    // One round would probably catch a failure.
     for _ in 0..3 {
         let trace = tempfile::NamedTempFile::new().unwrap();
         let config = "[time.clock]\nlisten = [\"127.0.0.1:0\"]";
         let mut daemon = Daemon::start_with(config, &[], |command| {
-            // So that many come between the last look at a queue and its end.
+            // Many connect between the last accept and the close.
             inject(command, "close", "delay_enter=20000", trace.path());
         });
         let address = daemon.tcp("time.clock");
@@ -141,9 +141,9 @@ fn who_connects_while_it_stops_is_served_or_refused_and_not_reset() {
 }
 
 #[test]
-fn every_address_is_free_at_once_afterwards() {
+fn frees_every_address_at_the_end() {
     let (mut daemon, _) = daemon("200ms");
-    let (_stream, _) = begun(&daemon);
+    let (_stream, _) = start_transfer(&daemon);
     let tcp = [daemon.tcp("time.clock"), daemon.tcp("file.picture")];
     let udp = daemon.udp("time.clock");
     crate::common::read_all(tcp[0]);

@@ -1,4 +1,4 @@
-//! What the service manager is told.
+//! Notifications to the service manager.
 
 use std::io::Read;
 use std::os::linux::net::SocketAddrExt;
@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use crate::common::{DEADLINE, Daemon, connect, says};
 
-/// The name of the socket on which the manager listens.
+/// File name of the notification socket.
 const SOCKET: &str = "notify.sock";
 
 fn manager() -> (UnixDatagram, TempDir) {
@@ -25,7 +25,7 @@ fn next(socket: &UnixDatagram) -> String {
 }
 
 #[test]
-fn ready_status_watchdog_and_stopping_are_told() {
+fn notifies_readiness_status_watchdog_and_stop() {
     let (manager, folder) = manager();
     let path = folder.path().join(SOCKET);
     let mut daemon = Daemon::start_with(
@@ -52,7 +52,7 @@ fn ready_status_watchdog_and_stopping_are_told() {
 }
 
 #[test]
-fn ready_comes_after_every_address_is_bound() {
+fn notifies_readiness_after_all_addresses_are_bound() {
     let (manager, folder) = manager();
     let path = folder.path().join(SOCKET);
     let daemon =
@@ -64,7 +64,7 @@ fn ready_comes_after_every_address_is_bound() {
 }
 
 #[test]
-fn a_reload_and_what_came_of_it_are_told() {
+fn notifies_a_reload_and_its_outcome() {
     let (manager, folder) = manager();
     let path = folder.path().join(SOCKET);
     let clock = "[time.clock]\nlisten = [\"127.0.0.1:0\"]\n";
@@ -72,7 +72,7 @@ fn a_reload_and_what_came_of_it_are_told() {
         command.env("NOTIFY_SOCKET", &path);
     });
     assert_eq!(next(&manager), "READY=1\nSTATUS=serving time.clock on 1 address\n");
-    // Longer than what the manager takes.
+    // Longer than the manager accepts.
     let long = format!("{clock}{} = 1\n", "x".repeat(5000));
     for (config, status) in [
         (
@@ -97,7 +97,7 @@ fn a_reload_and_what_came_of_it_are_told() {
 
 #[test]
 fn notifies_an_abstract_socket() {
-    // The name of a new folder is used by no other test.
+    // The path of a new folder is unique among the tests.
     let folder = tempfile::tempdir().unwrap();
     let name = folder.path().to_str().unwrap();
     let address = SocketAddr::from_abstract_name(name).unwrap();
@@ -114,7 +114,7 @@ const CLOCK: &str = "[time.clock]\nlisten = [\"127.0.0.1:0\"]\n";
 const UNREAD: &str =
     "cannot notify the service manager (NOTIFY_SOCKET): it does not read its socket";
 
-/// A daemon whose service manager has stopped reading.
+/// Starts a daemon whose service manager does not read.
 fn unread(manager: &TempDir) -> Daemon {
     let daemon = Daemon::start_with(CLOCK, &[], |command| {
         command.env("NOTIFY_SOCKET", manager.path().join(SOCKET)).env("WATCHDOG_USEC", "2000");
@@ -123,7 +123,7 @@ fn unread(manager: &TempDir) -> Daemon {
     daemon
 }
 
-/// Asks so often that every event loop is asked.
+/// Connects so often that every event loop accepts a client.
 fn assert_clients_are_served(daemon: &Daemon) {
     let clients: Vec<_> = (0..50).map(|_| connect(daemon.tcp("time.clock"))).collect();
     for mut client in clients {
@@ -161,7 +161,7 @@ fn sends_the_newest_state_when_the_notify_socket_is_read_again() {
     while states.last().is_none_or(|state| state != newest) {
         states.push(next(&manager));
     }
-    // Those in between are stale; the manager waits for the reload that precedes the last.
+    // Older states are stale; the manager expects the start of the last reload.
     assert!(!states.iter().any(|state| state.contains("time.number3")), "{states:?}");
     assert!(states[states.len() - 2].starts_with("RELOADING=1\n"), "{states:?}");
     daemon.wait_for_message("the service manager takes notifications again");
