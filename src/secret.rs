@@ -1,4 +1,4 @@
-//! Secrets: read from files, and never seen again but where they are used.
+//! Secrets: read from files or credentials, and never printed.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -10,10 +10,10 @@ use base64::prelude::{BASE64_STANDARD, Engine as _};
 use crate::config_reader::{Question, Reported, Table};
 use crate::fs::file::OpenFile;
 
-/// The longest secret that is read, in bytes.
+/// Maximum length of a secret, in bytes.
 const MAX_SECRET: u64 = 64 << 10;
 
-/// A text that is not printed.
+/// A text that `Debug` does not print.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
@@ -24,10 +24,10 @@ impl fmt::Debug for Secret {
 }
 
 impl Secret {
-    /// Reads the only line of a file, which is a regular one: nobody is waited for to write it.
+    /// Reads the only line of a regular file.
     ///
     /// # Errors
-    /// If it cannot be read, or is no such text.
+    /// The file cannot be read or is not a single line.
     pub fn read(path: &Path) -> io::Result<Self> {
         let mut text = String::new();
         let file = OpenFile::open(path)?.into_file();
@@ -39,99 +39,61 @@ impl Secret {
         Ok(Self(line.to_owned()))
     }
 
-    /// A text of somebody who was told the secret, and may repeat it, without it.
-    fn without(&self, text: &str) -> String {
-        let secret: Vec<_> = self.0.chars().map(ways_to_write).collect();
-        let mut without = String::with_capacity(text.len());
-        let mut rest = text;
-        while let Some(first) = rest.chars().next() {
-            let (told, length) = match length_at_the_beginning(&secret, rest) {
-                Some(length) => ('…', length),
-                None => (first, first.len_utf8()),
-            };
-            without.push(told);
-            rest = rest.get(length..).unwrap_or_default();
-        }
-        without
-    }
-
-    /// The text itself, for whom it is meant.
+    /// Returns the text for its intended receiver.
     pub fn reveal(&self) -> &str {
         &self.0
     }
 }
 
-/// A character as it is, and as it stands in JSON, in a URL or a form, and in HTML.
-fn ways_to_write(character: char) -> Vec<String> {
-    let (mut utf_8, mut utf_16) = ([0; 4], [0; 2]);
-    let json = character.encode_utf16(&mut utf_16).iter().map(|unit| format!("\\u{unit:04x}"));
-    let percent = character.encode_utf8(&mut utf_8).bytes().map(|byte| format!("%{byte:02x}"));
-    let number = u32::from(character);
-    let mut ways = vec![
-        character.to_string(),
-        format!("\\{character}"),
-        json.collect(),
-        percent.collect(),
-        format!("&#{number};"),
-        format!("&#x{number:x};"),
-    ];
-    let named = match character {
-        ' ' => Some("+"),
-        '&' => Some("&amp;"),
-        '<' => Some("&lt;"),
-        '>' => Some("&gt;"),
-        '"' => Some("&quot;"),
-        _ => None,
-    };
-    ways.extend(named.map(str::to_owned));
-    ways
-}
-
-/// How long a secret is, however its characters are written, if a text begins with it.
-fn length_at_the_beginning(secret: &[Vec<String>], text: &str) -> Option<usize> {
-    // A backslash may be one, or the half of one: every way is followed.
-    let mut ends = vec![0];
-    for ways in secret {
-        let behind = |end| {
-            ways.iter().filter_map(move |way| {
-                let further = end + way.len();
-                text.get(end..further)?.eq_ignore_ascii_case(way).then_some(further)
-            })
-        };
-        let mut further: Vec<_> = ends.into_iter().flat_map(behind).collect();
-        further.sort_unstable();
-        further.dedup();
-        ends = further;
-        // None of them leads on.
-        ends.last()?;
-    }
-    ends.last().copied()
-}
-
-/// What a server is told that nobody else may hear: a password, and what logins make of it.
+/// Texts that a server may repeat and no message may contain: a password and its login encodings.
 #[derive(Debug, Clone, Default)]
-pub struct Secrets(Vec<Secret>);
+pub struct Secrets {
+    /// Compared exactly.
+    exact: Vec<Secret>,
+    /// Percent-encoded, compared without case.
+    percent: Vec<Secret>,
+}
 
 impl Secrets {
-    /// Those of a login: of AUTH PLAIN and LOGIN (RFC 4616), and of HTTP (RFC 7617).
+    /// Collects the encodings of AUTH PLAIN and LOGIN (RFC 4616), HTTP (RFC 7617) and forms.
     pub fn of_login(user: &str, password: &Secret) -> Self {
         let Secret(secret) = password;
         let logins = [format!("\0{user}\0{secret}"), format!("{user}:{secret}"), secret.clone()];
-        let mut secrets: Vec<_> =
-            logins.iter().map(|login| Secret(BASE64_STANDARD.encode(login))).collect();
-        // At last, as a short one may be in the others.
-        secrets.push(password.clone());
-        Self(secrets)
+        let every: Vec<_> = secret.bytes().map(|byte| format!("%{byte:02x}")).collect();
+        let encoded = logins.iter().map(|login| Secret(BASE64_STANDARD.encode(login)));
+        let percent = |is_plain: fn(u8) -> bool| {
+            let bytes = secret.bytes().map(|byte| match byte {
+                b' ' if is_plain(b' ') => "+".to_owned(),
+                byte if byte.is_ascii_alphanumeric() || is_plain(byte) => char::from(byte).into(),
+                byte => format!("%{byte:02x}"),
+            });
+            Secret(bytes.collect::<String>().to_ascii_lowercase())
+        };
+        Self {
+            exact: encoded.chain([password.clone()]).collect(),
+            // Every byte, as in URLs (RFC 3986), and as in forms (WHATWG URL).
+            percent: vec![
+                Secret(every.concat()),
+                percent(|byte| b"-._~".contains(&byte)),
+                percent(|byte| b"*-._ ".contains(&byte)),
+            ],
+        }
     }
 
-    /// A text of somebody who was told them, and may repeat them, without them.
-    pub fn without(&self, text: &str) -> String {
-        self.0.iter().fold(text.to_owned(), |text, secret| secret.without(&text))
+    /// Returns the text, or a notice if it contains a secret.
+    pub fn withhold(&self, text: &str) -> String {
+        let lower = text.to_ascii_lowercase();
+        let is_secret = self.exact.iter().any(|Secret(secret)| text.contains(secret))
+            || self.percent.iter().any(|Secret(secret)| lower.contains(secret));
+        if is_secret {
+            return "(withheld, because the server repeats the password)".to_owned();
+        }
+        text.to_owned()
     }
 }
 
-/// The file that a secret is in: the credential of that name, if the service manager has passed one
-/// (systemd.exec(5), `LoadCredential=`), else the file of that name, relative to `folder`.
+/// Returns the file of a secret: the credential of that name (systemd.exec(5), `LoadCredential=`), or
+/// a path relative to `folder`.
 pub(crate) fn path(name: &str, folder: &Path, credentials: Option<&Path>) -> PathBuf {
     let credential = credentials.filter(|_| !name.contains('/')).map(|folder| folder.join(name));
     credential.filter(|path| path.is_file()).unwrap_or_else(|| folder.join(name))
@@ -147,7 +109,7 @@ pub(crate) fn read_path(
     })
 }
 
-/// As [`read_path`], with another check.
+/// Like [`read_path`], with another check.
 pub(crate) fn checked_path(
     table: &mut Table<'_>,
     key: &'static str,
@@ -176,7 +138,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_secret_is_one_line_and_not_printed() {
+    fn reads_one_line_and_prints_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("token");
         fs::write(&path, "hush\n").unwrap();
@@ -191,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_somebody_may_write_some_day_is_not_waited_for() {
+    fn refuses_a_fifo_without_waiting() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("fifo");
         mknodat(CWD, &path, FileType::Fifo, 0o600.into(), 0).unwrap();
@@ -202,45 +164,30 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_that_is_repeated_is_taken_out_however_it_is_written() {
-        let without = |secret: &str, text: &str| Secret(secret.to_owned()).without(text);
-        assert_eq!(without("hush", "hush is wrong: hush!"), "… is wrong: …!");
-        assert_eq!(without("hush", "hus h%75s"), "hus h%75s");
-        let secret = "a\"\\\\ü\u{1f600} /&%41+";
-        for written in [
-            secret,
-            "a\\\"\\\\\\\\ü\u{1f600} /&%41+",
-            "a\\\"\\\\\\\\\\u00fc\\ud83d\\ude00 \\/&%41+",
-            "a\\u0022\\u005C\\u005c\\u00FC\\uD83D\\uDE00\\u0020\\/\\u0026%41\\u002b",
-            "a%22%5C%5c%C3%BC%f0%9f%98%80+%2F%26%2541%2B",
-            "a&quot;\\\\ü&#128512; &#x2F;&amp;%41+",
+    fn texts_with_a_secret_are_withheld() {
+        let secrets = Secrets::of_login("me", &Secret("hu sh/ü".to_owned()));
+        for text in [
+            "550 hu sh/ü is wrong",
+            "aHUgc2gvw7w=",
+            "AUTH PLAIN AG1lAGh1IHNoL8O8",
+            "Basic bWU6aHUgc2gvw7w=",
+            "password=hu+sh%2F%C3%BC&x",
+            "hu%20sh%2f%c3%bc",
         ] {
-            assert_eq!(without(secret, &format!("x{written}y{written}")), "x…y…", "{written}");
+            assert!(secrets.withhold(text).starts_with("(withheld"), "{text}");
         }
-    }
-
-    #[test]
-    fn a_login_that_is_repeated_is_taken_out() {
-        let secrets = Secrets::of_login("me", &Secret("hush".to_owned()));
-        for said in ["hush", "aHVzaA==", "AUTH PLAIN AG1lAGh1c2g=", "Basic bWU6aHVzaA=="] {
-            let told = secrets.without(said);
-            assert!(told.ends_with('…'), "{told}");
-        }
-        assert_eq!(Secrets::default().without("hush"), "hush");
+        assert_eq!(secrets.withhold("hu sh"), "hu sh");
+        assert_eq!(Secrets::default().withhold("hush"), "hush");
     }
 
     proptest! {
         #[test]
-        fn any_secret_is_taken_out_of_a_form_and_of_json(
-            secret in "\\PC{1,20}", before in "[<>]{0,5}", behind in "[<>]{0,5}",
-        ) {
-            prop_assume!(!secret.contains(['<', '>']));
-            let json = serde_json::to_string(&secret).unwrap();
-            let form: Vec<_> = secret.bytes().map(|byte| format!("%{byte:02X}")).collect();
-            for written in [&secret, &json[1..json.len() - 1], &form.concat()] {
-                let told = Secret(secret.clone()).without(&format!("{before}{written}{behind}"));
-                prop_assert!(told.starts_with(&format!("{before}…")), "{}", told);
-                prop_assert!(told.ends_with(&behind), "{}", told);
+        fn no_encoding_of_a_secret_is_printed(secret in "\\PC{1,20}", around in "[<>]{0,5}") {
+            let secrets = Secrets::of_login("me", &Secret(secret.clone()));
+            let every: Vec<_> = secret.bytes().map(|byte| format!("%{byte:02X}")).collect();
+            for written in [secret.clone(), BASE64_STANDARD.encode(&secret), every.concat()] {
+                let text = format!("{around}{written}{around}");
+                prop_assert!(secrets.withhold(&text).starts_with("(withheld"), "{}", text);
             }
         }
     }

@@ -73,12 +73,11 @@ impl Failure {
         Self { lasting: lasting.unwrap_or(Lasting::Refused), words: each.join("; ") }
     }
 
-    /// The same as it leaves the channel: in a line that can be printed, without the secrets that the
-    /// server was told and may have repeated. These are taken out first, so that of one that is cut or
-    /// escaped nothing is left.
+    /// Returns the failure as it may be printed: one line, withheld if it contains a secret. The secret
+    /// is searched before the text is cut or escaped.
     #[must_use]
     pub fn told(self, secrets: &Secrets) -> Self {
-        Self { words: words(&secrets.without(&self.words)), ..self }
+        Self { words: words(&secrets.withhold(&self.words)), ..self }
     }
 
     /// A broken connection. Whether that is temporary, the server does not say.

@@ -9,7 +9,7 @@ use base64::prelude::{BASE64_STANDARD, Engine as _};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::notify::address::EmailAddress;
-use crate::notify::channel::Failure;
+use crate::notify::channel::{Failure, words};
 use crate::notify::smtp::Doing;
 use crate::secret::{Secret, Secrets};
 
@@ -177,7 +177,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
         doing: &Doing,
     ) -> Result<(), Failure> {
         doing.set("logging in");
-        self.secrets = Secrets::of_login(username, password);
         let password = password.reveal();
         let offered: Vec<_> = self.extension("AUTH").flat_map(str::split_whitespace).collect();
         let is_offered = |name: &str| offered.iter().any(|one| one.eq_ignore_ascii_case(name));
@@ -191,18 +190,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
             let reply = self.authenticate(command, &[response]).await?;
             // Some servers offer mechanisms that they do not implement.
             let may_try_login = reply.code == 504 && login;
-            match self.expect_positive(&reply, Failure::unusable) {
+            match self.expect_login(&reply) {
                 Err(failure) if may_try_login => refused = Some(failure),
-                outcome => return outcome.map_err(login_refused),
+                outcome => return outcome,
             }
         }
         if login {
             let responses = [username, password].map(|text| BASE64_STANDARD.encode(text));
             let reply = self.authenticate("AUTH LOGIN", &responses).await?;
-            return self.expect_positive(&reply, Failure::unusable).map_err(login_refused);
+            return self.expect_login(&reply);
         }
         let neither = || Failure::unusable("the server offers neither AUTH PLAIN nor AUTH LOGIN");
-        Err(refused.map_or_else(neither, login_refused))
+        Err(refused.unwrap_or_else(neither))
     }
 
     /// Answers one prompt after the other. Their order determines the answer; their text, for
@@ -341,24 +340,33 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
     ) -> Result<(), Failure> {
         match reply.code / 100 {
             2 => Ok(()),
-            5 => Err(permanent(text_of(reply)).told(&self.secrets)),
-            4 => Err(Failure::temporary(text_of(reply)).told(&self.secrets)),
+            5 => Err(permanent(self.text_of(reply))),
+            4 => Err(Failure::temporary(self.text_of(reply))),
             _ => Err(self.unexpected(reply)),
         }
     }
 
-    fn unexpected(&self, reply: &Reply) -> Failure {
-        Failure::temporary(format!("unexpected reply: {}", text_of(reply))).told(&self.secrets)
+    /// Reports a refused login by its code and enhanced status only: the text may repeat the login.
+    fn expect_login(&self, reply: &Reply) -> Result<(), Failure> {
+        let status = reply.lines.first().and_then(|line| line.split_whitespace().next());
+        let is_status =
+            |text: &&str| text.len() <= 9 && text.bytes().all(|b| b.is_ascii_digit() || b == b'.');
+        let lines = status.filter(is_status).map(str::to_owned).into_iter().collect();
+        self.expect_positive(&Reply { code: reply.code, lines }, Failure::unusable).map_err(
+            |mut failure| {
+                failure.words = format!("the login is refused: {}", failure.words.trim_end());
+                failure
+            },
+        )
     }
-}
 
-fn text_of(Reply { code, lines }: &Reply) -> String {
-    format!("{code} {}", lines.join(" "))
-}
+    fn text_of(&self, Reply { code, lines }: &Reply) -> String {
+        words(&format!("{code} {}", self.secrets.withhold(&lines.join(" "))))
+    }
 
-fn login_refused(mut failure: Failure) -> Failure {
-    failure.words.insert_str(0, "the login is refused: ");
-    failure
+    fn unexpected(&self, reply: &Reply) -> Failure {
+        Failure::temporary(format!("unexpected reply: {}", self.text_of(reply)))
+    }
 }
 
 /// The mail as DATA carries it: no line begins with a single dot but the last, which ends it.

@@ -295,9 +295,8 @@ fn a_secret_that_a_server_repeats_is_not_printed() {
     let postbox = Postbox::down("none");
     let login = format!("username = \"{USER}\"\npassword-file = \"{}\"", postbox.password_file());
     let place = Place::new(&channel_of(&server, &login));
-    // What is looked for there is looked for by all of them.
     for outcome in [place.send(&[]), place.check()] {
-        outcome.failed_with(&["the login is refused: 535 no: …"]);
+        outcome.failed_with(&["the login is refused: 535\n"]);
     }
 }
 
@@ -314,7 +313,7 @@ fn a_secret_that_a_server_repeats_later_or_at_length_is_not_printed_either() {
         let postbox = Postbox::down("none");
         let login =
             format!("username = \"{USER}\"\npassword-file = \"{}\"", postbox.password_file());
-        Place::new(&channel_of(&server, &login)).send(&[]).failed_with(&["451 ", "…"]);
+        Place::new(&channel_of(&server, &login)).send(&[]).failed_with(&["451 (withheld"]);
     }
 }
 
@@ -707,7 +706,7 @@ fn a_login_is_given_up_if_the_server_asks_without_end() {
             _ => Some("334 more".to_owned()),
         });
         let outcome = Place::new(&channel_of(&server, &login)).send(&[]);
-        outcome.failed_with(&["the login is refused: 501 cancelled"]);
+        outcome.failed_with(&["the login is refused: 501\n"]);
     }
 }
 
