@@ -12,9 +12,12 @@ use std::time::Duration;
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::clock::find_zone;
 use crate::config::service::{find_conflicts, served_paths};
 use crate::config::{Config, Validated, find_shared_folders, finish};
-use crate::config_reader::{Diagnostic, Diagnostics, PathKind, Position, Probe, Question};
+use crate::config_reader::{
+    Diagnostic, Diagnostics, Findings, PathKind, Position, Probe, Question,
+};
 use crate::fs::blocking_pool::{BlockingPool, UNANSWERED};
 use crate::fs::file::{OpenFile, canonical};
 use crate::fs::folder::Folder;
@@ -111,24 +114,6 @@ impl Validated {
     }
 }
 
-/// The answers to all probes.
-#[derive(Debug, Default)]
-pub(super) struct Findings {
-    /// By host and port.
-    pub addresses: HashMap<(String, u16), Vec<SocketAddr>>,
-    pub path_kinds: HashMap<PathBuf, PathKind>,
-    /// Canonical paths of folders.
-    pub folders: HashMap<PathBuf, PathBuf>,
-}
-
-#[derive(Debug)]
-enum Finding {
-    Addresses((String, u16), Vec<SocketAddr>),
-    PathKind(PathBuf, PathKind),
-    Folder(PathBuf, PathBuf),
-    Passed,
-}
-
 /// Answers `probes`. A path in `served` keeps its kind if its file system does not answer. A missing
 /// folder is valid if a mirror creates it, or one of `mirrored` in it.
 pub(super) async fn run(
@@ -154,20 +139,19 @@ pub(super) async fn run(
     let started: Vec<_> = probes.into_iter().map(start).collect();
     let (mut findings, mut diagnostics) = (Findings::default(), Vec::new());
     for (origin, text, known, unanswered, task) in started {
-        let (message, is_transient) = match task.await.expect("the probe task does not panic") {
-            Ok(Ok(Ok(finding))) => {
-                findings.add(finding);
+        let outcome = task.await.expect("the probe task does not panic");
+        let (message, is_transient) = match (outcome, known) {
+            (Ok(Ok(Ok(found))), _) => {
+                findings.extend(found);
                 continue;
             }
-            Ok(Ok(Err(message))) => (message, false),
-            Ok(Err(error)) => (format!("cannot be checked: {error}"), true),
-            Err(_) => match known {
-                Some((path, kind)) => {
-                    findings.add(Finding::PathKind(path, kind));
-                    continue;
-                }
-                None => (unanswered, true),
-            },
+            (Ok(Ok(Err(message))), _) => (message, false),
+            (Ok(Err(error)), _) => (format!("cannot be checked: {error}"), true),
+            (Err(_), Some((path, kind))) => {
+                findings.path_kinds.insert(path, kind);
+                continue;
+            }
+            (Err(_), None) => (unanswered, true),
         };
         let default = if origin.is_default { "the default " } else { "" };
         let diagnostic = origin.diagnostic(format_args!("{default}{text:?}: {message}"));
@@ -177,19 +161,11 @@ pub(super) async fn run(
 }
 
 impl Findings {
-    fn add(&mut self, finding: Finding) {
-        match finding {
-            Finding::Addresses(host, addresses) => {
-                self.addresses.insert(host, addresses);
-            }
-            Finding::PathKind(path, kind) => {
-                self.path_kinds.insert(path, kind);
-            }
-            Finding::Folder(path, canonical) => {
-                self.folders.insert(path, canonical);
-            }
-            Finding::Passed => {}
-        }
+    fn extend(&mut self, other: Self) {
+        self.addresses.extend(other.addresses);
+        self.path_kinds.extend(other.path_kinds);
+        self.time_zones.extend(other.time_zones);
+        self.folders.extend(other.folders);
     }
 }
 
@@ -197,29 +173,36 @@ fn unanswered(question: &Question) -> String {
     match question {
         Question::Resolve { host, .. } => format!("cannot look up {host:?}: no answer"),
         Question::PathKind(_) | Question::Folder(_) => format!("cannot be opened: {UNANSWERED}"),
-        Question::Check(_) => format!("cannot be read: {UNANSWERED}"),
+        Question::TimeZone(_) | Question::Check(_) => format!("cannot be read: {UNANSWERED}"),
     }
 }
 
-fn answer(question: Question, mirrored: &[PathBuf]) -> Result<Finding, String> {
+/// Returns the answer to one question.
+fn answer(question: Question, mirrored: &[PathBuf]) -> Result<Findings, String> {
+    let mut findings = Findings::default();
     match question {
         Question::Resolve { host, port } => {
             let addresses = resolve(&host, port)?;
-            Ok(Finding::Addresses((host, port), addresses))
+            findings.addresses.insert((host, port), addresses);
         }
         Question::PathKind(path) => {
             let kind = path_kind(&path, mirrored)?;
-            Ok(Finding::PathKind(path, kind))
+            findings.path_kinds.insert(path, kind);
+        }
+        Question::TimeZone(name) => {
+            let zone = find_zone(&name)?;
+            findings.time_zones.insert(name, zone);
         }
         Question::Folder(path) => {
             if fs::metadata(&path).is_ok_and(|metadata| !metadata.is_dir()) {
                 return Err("expected a folder, found another file".to_owned());
             }
             let canonical = canonical(&path);
-            Ok(Finding::Folder(path, canonical))
+            findings.folders.insert(path, canonical);
         }
-        Question::Check(check) => check().map(|()| Finding::Passed),
+        Question::Check(check) => check()?,
     }
+    Ok(findings)
 }
 
 fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, String> {

@@ -6,9 +6,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::config::probe::Findings;
 use crate::config_reader::{
-    Diagnostic, PathKind, Question, Reported, Spanned, Table, values, values_of,
+    Diagnostic, Findings, PathKind, Question, Reported, Spanned, Table, values, values_of,
 };
 use crate::net::connection::Deadlines;
 use crate::net::endpoint::{Endpoint, Listen, ListenSpec};
@@ -89,7 +88,7 @@ impl ServiceSpec {
 
     /// Completes the service by the answers to its probes; `None` if one is missing.
     pub(super) fn complete(self, findings: &Findings) -> Option<Service> {
-        let Self { name, listen, limits, mut settings } = self;
+        let Self { name, listen, limits, settings } = self;
         let mut resolved = Vec::new();
         for Spanned { value, origin } in listen {
             match value {
@@ -103,10 +102,7 @@ impl ServiceSpec {
                 }
             }
         }
-        if let Some((path, _)) = settings.served_path() {
-            let kind = *findings.path_kinds.get(path)?;
-            settings = settings.with_path_kind(kind);
-        }
+        let settings = settings.complete(findings)?;
         Some(Service { name, listen: resolved, limits, settings })
     }
 }

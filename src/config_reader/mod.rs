@@ -11,6 +11,6 @@ mod table;
 pub(crate) mod values;
 
 pub(crate) use diagnostic::{Diagnostic, Diagnostics, Position};
-pub(crate) use probe::{PathKind, Probe, Question};
+pub(crate) use probe::{Findings, PathKind, Probe, Question};
 pub(crate) use source::{Origin, Reported, Source, Spanned, values_of};
 pub(crate) use table::Table;

@@ -1,8 +1,12 @@
-//! Questions about the machine that a configuration raises. The reader only collects them; the
-//! probe stage of `config` answers them.
+//! Questions about the machine that a configuration raises, and their answers. The reader only
+//! collects the questions; the probe stage of `config` answers them.
 
+use core::net::SocketAddr;
+use std::collections::HashMap;
 use std::fmt;
 use std::path::PathBuf;
+
+use jiff::tz::TimeZone;
 
 use crate::config_reader::source::Origin;
 
@@ -28,6 +32,8 @@ pub(crate) enum Question {
     Resolve { host: String, port: u16 },
     /// Whether a path to serve is a file or a folder, and can be opened.
     PathKind(PathBuf),
+    /// The time zone of a name.
+    TimeZone(String),
     /// The canonical path of a folder that exists or can be created.
     Folder(PathBuf),
     /// Any other check. Its error names the expected value.
@@ -39,8 +45,20 @@ impl fmt::Debug for Question {
         match self {
             Self::Resolve { host, port } => write!(f, "Resolve({host}:{port})"),
             Self::PathKind(path) => write!(f, "PathKind({})", path.display()),
+            Self::TimeZone(name) => write!(f, "TimeZone({name})"),
             Self::Folder(path) => write!(f, "Folder({})", path.display()),
             Self::Check(_) => f.write_str("Check"),
         }
     }
+}
+
+/// The answers to all probes. Each section takes those to its questions.
+#[derive(Debug, Default)]
+pub(crate) struct Findings {
+    /// By host and port.
+    pub addresses: HashMap<(String, u16), Vec<SocketAddr>>,
+    pub path_kinds: HashMap<PathBuf, PathKind>,
+    pub time_zones: HashMap<String, TimeZone>,
+    /// Canonical paths of folders.
+    pub folders: HashMap<PathBuf, PathBuf>,
 }

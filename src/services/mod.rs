@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use crate::config_reader::{PathKind, Question, Reported, Table, values};
+use crate::config_reader::{Findings, PathKind, Question, Reported, Table, values};
 use crate::fs::folder::Folder;
 use crate::net::connection::{Broken, Connection, Stream};
 use crate::telemetry::metrics::Monitor;
@@ -50,16 +50,23 @@ impl Settings {
         }
     }
 
-    /// The same settings, for a path of this kind.
-    pub(crate) fn with_path_kind(self, kind: PathKind) -> Self {
-        match (self, kind) {
-            (Self::File(file), PathKind::Folder) => Self::Folder(folder::Settings {
-                folder: Folder::expected(&file.path),
-                cache_limit: file.cache_limit,
-                max_files: file.max_files,
-            }),
-            (settings, _) => settings,
-        }
+    /// Completes the settings by the answers to their probes; `None` if one is missing.
+    pub(crate) fn complete(self, findings: &Findings) -> Option<Self> {
+        Some(match self {
+            Self::Time(time) => {
+                let zone = findings.time_zones.get(&time.timezone)?.clone();
+                Self::Time(time::Settings { zone, ..time })
+            }
+            Self::File(file) => match findings.path_kinds.get(&file.path)? {
+                PathKind::File => Self::File(file),
+                PathKind::Folder => Self::Folder(folder::Settings {
+                    folder: Folder::expected(&file.path),
+                    cache_limit: file.cache_limit,
+                    max_files: file.max_files,
+                }),
+            },
+            settings @ (Self::Folder(_) | Self::Metrics) => settings,
+        })
     }
 }
 

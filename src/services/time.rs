@@ -1,5 +1,6 @@
 //! The time service: on connect, the time; to a datagram, the time in a datagram.
 
+use std::convert::Infallible;
 use std::io;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, SystemTime};
@@ -9,7 +10,7 @@ use jiff::tz::TimeZone;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::clock::{Format, Health, ReplyShapes, current_zone, find_zone};
-use crate::config_reader::{Reported, Table};
+use crate::config_reader::{Question, Reported, Table};
 use crate::fs::blocking_pool::{BlockingPool, UNANSWERED, if_slow};
 use crate::net::connection::{Broken, Connection, Stream};
 
@@ -38,12 +39,15 @@ impl Settings {
     /// If a fault was noted.
     pub fn read(table: &mut Table<'_>) -> Result<Self, Reported> {
         let format = table.text_or("format", "python", str::parse);
-        let zone = table.text_or("timezone", "local", |name| {
-            find_zone(name).map(|zone| (name.to_owned(), zone))
-        });
+        let timezone =
+            table.text_or("timezone", "local", |name| Ok::<_, Infallible>(name.to_owned()));
+        if let Ok(name) = &timezone {
+            table.probe("timezone", name, Question::TimeZone(name.clone()));
+        }
         let newline = table.boolean_or("newline", true);
-        let (timezone, zone) = zone?;
-        Ok(Self { format: format?, timezone, zone, newline: newline? })
+        // The probe stage replaces the zone.
+        let zone = TimeZone::UTC;
+        Ok(Self { format: format?, timezone: timezone?, zone, newline: newline? })
     }
 }
 
