@@ -86,9 +86,9 @@ fuzz_target!(|input: &[u8]| {
                     assert_eq!(digest, listed.map(str::to_ascii_lowercase));
                 }
             }
-            Err(faulty) => {
-                assert!(is_one_line(&faulty.what), "{faulty:?}");
-                assert!(is_one_line(&faulty.fault.to_string()), "{faulty:?}");
+            Err(invalid) => {
+                assert!(is_one_line(&invalid.what), "{invalid:?}");
+                assert!(is_one_line(&invalid.fault.to_string()), "{invalid:?}");
             }
         }
     }

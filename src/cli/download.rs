@@ -27,9 +27,9 @@ use crate::http::pointer::Pointer;
 use crate::http::tls::CaFile;
 use crate::mirror::download;
 use crate::mirror::download::{Done, Outcome, Terms};
-use crate::mirror::listing::{Entry, Faulty, Pointers};
+use crate::mirror::listing::{Entry, InvalidEntry, Pointers};
 use crate::mirror::sync;
-use crate::mirror::sync::{Error, Observer, Order, Source, Summary};
+use crate::mirror::sync::{Error, Observer, Source, Summary, SyncOptions};
 
 /// The longest listing that is taken.
 const MAX_FILES: usize = 100_000;
@@ -50,7 +50,7 @@ pub struct Downloaded {
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn order(arguments: &Download) -> Result<Order, clap::Error> {
+pub fn order(arguments: &Download) -> Result<SyncOptions, clap::Error> {
     let wrong = |problem: String| Cli::command().error(ErrorKind::ValueValidation, problem);
     let url = |text: &String| {
         egress::url(text).map_err(|error| {
@@ -82,7 +82,7 @@ pub fn order(arguments: &Download) -> Result<Order, clap::Error> {
         }
     };
     let proxy = arguments.proxy.as_ref().map(url).transpose()?;
-    Ok(Order {
+    Ok(SyncOptions {
         source,
         into: arguments.output.clone(),
         terms: Terms {
@@ -144,13 +144,13 @@ fn header(line: &str) -> Result<(HeaderName, HeaderValue), String> {
 /// # Errors
 /// If nothing could be done.
 pub async fn download(
-    order: &Order,
+    order: &SyncOptions,
     quiet: bool,
     stop: &CancellationToken,
 ) -> Result<Downloaded, Error> {
     let progress = Arc::new(Progress::new(&order.into, quiet));
     let observer: Arc<dyn Observer> = Arc::clone(&progress) as _;
-    let summary = sync::run(order, &observer, &mut None, stop).await?;
+    let summary = sync::sync(order, &observer, &mut None, stop).await?;
     progress.summary(&summary);
     Ok(Downloaded { lines: String::new(), complete: summary.failed == 0 })
 }
@@ -159,7 +159,7 @@ pub async fn download(
 ///
 /// # Errors
 /// If there is no listing.
-pub async fn dry_run(order: &Order, stop: &CancellationToken) -> Result<Downloaded, Error> {
+pub async fn dry_run(order: &SyncOptions, stop: &CancellationToken) -> Result<Downloaded, Error> {
     let progress = Progress::new(&order.into, false);
     let (client, reach) = sync::prepare(order)?;
     let listing = sync::list(order, &client, &reach, None, stop).await?;
@@ -179,8 +179,8 @@ pub async fn dry_run(order: &Order, stop: &CancellationToken) -> Result<Download
                 // Writing to a string does not fail.
                 let _ = writeln!(lines, "{place} from {}", shown(&entry.url));
             }
-            Err(faulty) => {
-                progress.faulty(faulty);
+            Err(invalid) => {
+                progress.invalid(invalid);
                 complete = false;
             }
         }
@@ -285,8 +285,8 @@ impl Observer for Progress {
         }
     }
 
-    fn faulty(&self, faulty: &Faulty) {
-        self.fail(&faulty.what, &faulty.fault.to_string());
+    fn invalid(&self, invalid: &InvalidEntry) {
+        self.fail(&invalid.what, &invalid.fault.to_string());
     }
 
     fn removed(&self, _: &str, _: io::Result<()>) {}

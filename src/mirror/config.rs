@@ -30,9 +30,9 @@ use crate::http::retry;
 use crate::http::tls::CaFile;
 use crate::mirror::download;
 use crate::mirror::download::{Done, Outcome, Terms};
-use crate::mirror::listing::{Entry, Faulty, Pointers};
+use crate::mirror::listing::{Entry, InvalidEntry, Pointers};
 use crate::mirror::sync;
-use crate::mirror::sync::{Error, Observer, Order, Source};
+use crate::mirror::sync::{Error, Observer, Source, SyncOptions};
 use crate::runtime::EventLoop;
 use crate::secret;
 use crate::telemetry::event::{Change, Event, EventSender, Kind};
@@ -56,7 +56,7 @@ const MAX_TOLD: usize = 100;
 pub(crate) struct Settings {
     name: Arc<str>,
     every: Duration,
-    order: Order,
+    order: SyncOptions,
 }
 
 impl Settings {
@@ -100,7 +100,7 @@ impl Settings {
         Ok(Self {
             name: name.into(),
             every: every?,
-            order: Order {
+            order: SyncOptions {
                 source,
                 into: into?,
                 terms: Terms {
@@ -344,7 +344,7 @@ async fn keep(
         let (order, end, listing) = (order.clone(), stop.clone(), Arc::clone(&listing));
         // Apart, so that a fault of the program ends a run and not the mirror.
         let run = tokio::spawn(async move {
-            sync::run(&order, &observer, &mut *listing.lock().await, &end).await
+            sync::sync(&order, &observer, &mut *listing.lock().await, &end).await
         });
         let next = match run.await.map_err(Error::from).and_then(|run| run) {
             Ok(summary) => {
@@ -499,8 +499,8 @@ impl Observer for Log {
         }
     }
 
-    fn faulty(&self, faulty: &Faulty) {
-        self.fail(&faulty.what, &faulty.fault);
+    fn invalid(&self, invalid: &InvalidEntry) {
+        self.fail(&invalid.what, &invalid.fault);
     }
 
     fn removed(&self, name: &str, result: io::Result<()>) {

@@ -30,7 +30,7 @@ use crate::http::codings::{Codings, codings};
 use crate::http::retry;
 use crate::mirror::listing::Entry;
 use crate::mirror::manifest;
-use crate::mirror::manifest::{Ask, Known, Validators, identity};
+use crate::mirror::manifest::{CachedFile, Precondition, Validators, source_id};
 use crate::mirror::target_dir::{Local, Part, Place, There};
 use crate::text::counted;
 
@@ -77,7 +77,7 @@ pub(crate) struct Done {
     /// What became of it.
     pub outcome: Outcome,
     /// What is known of it now.
-    pub known: Known,
+    pub known: CachedFile,
 }
 
 /// Why a file is not here, or is as it was before.
@@ -236,7 +236,7 @@ pub(crate) type Progress<'a> = &'a (dyn Fn(u64, Option<u64>) + Send + Sync);
 /// What is known about a part of a file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct About {
-    /// As [`identity`] has it.
+    /// As [`source_id`] has it.
     source: String,
     /// What makes it a part of the same content: for `If-Range`.
     validator: String,
@@ -260,7 +260,7 @@ struct Resume {
 pub(crate) async fn transfer(
     shared: &Arc<Shared>,
     entry: &Entry,
-    known: Option<&Known>,
+    known: Option<&CachedFile>,
     permit: OwnedSemaphorePermit,
     progress: Progress<'_>,
 ) -> Result<Done, Error> {
@@ -272,7 +272,7 @@ pub(crate) async fn transfer(
         }
         There::File(local) => Some(local),
     };
-    let source = identity(&entry.url);
+    let source = source_id(&entry.url);
     let deadline = Instant::now() + shared.terms.max_duration;
     let permit = Some(permit);
     Transfer { shared, entry, local, source, deadline, permit, progress, taken: 0, furthest: 0 }
@@ -295,8 +295,8 @@ struct Transfer<'a> {
 }
 
 impl Transfer<'_> {
-    async fn run(&mut self, known: Option<&Known>) -> Result<Done, Error> {
-        let mut ask = Ask::Always;
+    async fn run(&mut self, known: Option<&CachedFile>) -> Result<Done, Error> {
+        let mut ask = Precondition::Always;
         if let (Some(local), OverwritePolicy::Update) = (self.local, self.shared.terms.overwrite) {
             match self.entry.sha256 {
                 // The listing says itself whether it changed.
@@ -306,7 +306,7 @@ impl Transfer<'_> {
                     return Ok(self.unchanged(local, validators.unwrap_or_default()));
                 }
                 Some(_) => {}
-                None => ask = manifest::ask(known, &local, &self.source),
+                None => ask = manifest::precondition(known, &local, &self.source),
             }
         }
         // What is here makes room for what takes its place.
@@ -344,7 +344,7 @@ impl Transfer<'_> {
         self.shared.budget.give(std::mem::take(&mut self.taken));
     }
 
-    async fn attempts(&mut self, ask: &Ask) -> Result<Done, Error> {
+    async fn attempts(&mut self, ask: &Precondition) -> Result<Done, Error> {
         let mut retry = 0;
         if self.may_have_part() {
             self.furthest = self.shared.place.part_size(&self.entry.name);
@@ -372,7 +372,7 @@ impl Transfer<'_> {
         }
     }
 
-    async fn attempt(&mut self, ask: &Ask) -> Result<Done, Error> {
+    async fn attempt(&mut self, ask: &Precondition) -> Result<Done, Error> {
         self.give_back();
         let mut resume = self.resume()?;
         let mut ask = ask;
@@ -388,14 +388,14 @@ impl Transfer<'_> {
                     resume = None;
                     break response;
                 }
-                (304, None) if let Ask::IfChanged(validators) = ask => {
+                (304, None) if let Precondition::IfChanged(validators) = ask => {
                     let validators = validators_of(&response).or(validators);
                     return self
                         .local
                         .map(|local| self.unchanged(local, validators))
                         .ok_or(Error::Part);
                 }
-                (304, None) if let Ask::IfNotOf(time) = ask => {
+                (304, None) if let Precondition::IfModifiedAtOtherTime(time) = ask => {
                     let validators = validators_of(&response);
                     // Most servers say so of any file that is older, too.
                     if let Some(local) = self.local
@@ -403,7 +403,7 @@ impl Transfer<'_> {
                     {
                         return Ok(self.unchanged(local, validators));
                     }
-                    ask = &Ask::Always;
+                    ask = &Precondition::Always;
                 }
                 (206, None) => return Err(Error::Part),
                 _ => {
@@ -453,9 +453,9 @@ impl Transfer<'_> {
         }
     }
 
-    fn known(&self, local: Local, validators: Validators) -> Known {
+    fn known(&self, local: Local, validators: Validators) -> CachedFile {
         let Local { size, modified } = local;
-        Known { source: self.source.clone(), validators, size, modified }
+        CachedFile { source: self.source.clone(), validators, size, modified }
     }
 
     fn unchanged(&self, local: Local, validators: Validators) -> Done {
@@ -866,7 +866,7 @@ pub(crate) fn validators_of(response: &Response) -> Validators {
 }
 
 /// What is said of what is here.
-fn conditions(ask: &Ask, resume: Option<&Resume>) -> HeaderMap {
+fn conditions(ask: &Precondition, resume: Option<&Resume>) -> HeaderMap {
     let mut headers = match (resume, ask) {
         (Some(Resume { length, about, .. }), _) => {
             let mut headers = HeaderMap::new();
@@ -874,15 +874,15 @@ fn conditions(ask: &Ask, resume: Option<&Resume>) -> HeaderMap {
             say(&mut headers, IF_RANGE, &about.validator);
             headers
         }
-        (None, Ask::IfChanged(validators)) => if_changed(validators),
-        (None, Ask::IfNotOf(time)) => {
+        (None, Precondition::IfChanged(validators)) => if_changed(validators),
+        (None, Precondition::IfModifiedAtOtherTime(time)) => {
             let mut headers = HeaderMap::new();
             say(&mut headers, IF_MODIFIED_SINCE, time);
             headers
         }
-        (None, Ask::Always) => HeaderMap::new(),
+        (None, Precondition::Always) => HeaderMap::new(),
     };
-    headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+    headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("source_id"));
     headers
 }
 

@@ -296,18 +296,18 @@ pub struct Entry {
 
 /// An entry that cannot be used.
 #[derive(Debug)]
-pub struct Faulty {
+pub struct InvalidEntry {
     /// Its name, its URL or its number, as people are told.
     pub what: String,
     /// The name that its file would have, if that is known.
     pub name: Option<String>,
     /// Why.
-    pub fault: Fault,
+    pub fault: EntryError,
 }
 
 /// Why an entry cannot be used.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Fault {
+pub enum EntryError {
     /// Something is not there.
     #[error("the entry has no text at \"{0}\"")]
     Missing(Pointer),
@@ -349,7 +349,7 @@ pub fn read(
     max: usize,
     base: &Url,
     reach: &Reach,
-) -> Result<Vec<Result<Entry, Faulty>>, Error> {
+) -> Result<Vec<Result<Entry, InvalidEntry>>, Error> {
     let mut urls = 0;
     let mut entries = Vec::new();
     for (index, [url, name, sha256]) in raw_entries(json, pointers, max)?.into_iter().enumerate() {
@@ -363,7 +363,7 @@ pub fn read(
         if urls > MAX_URLS {
             return Err(Error::Large);
         }
-        entries.push(entry.map_err(|fault| Faulty { what: told, name: named, fault }));
+        entries.push(entry.map_err(|fault| InvalidEntry { what: told, name: named, fault }));
     }
     Ok(without_collisions(entries))
 }
@@ -394,19 +394,19 @@ fn entry(
     pointers: &Pointers,
     base: &Url,
     reach: &Reach,
-) -> Result<Entry, Fault> {
+) -> Result<Entry, EntryError> {
     let text = |found, pointer: Option<&Pointer>| match found {
         Found::Text(text) => Ok(text),
-        _ => Err(Fault::Missing(pointer.cloned().unwrap_or_default())),
+        _ => Err(EntryError::Missing(pointer.cloned().unwrap_or_default())),
     };
     let url = text(url, Some(&pointers.url))?;
     // A blank reference would be that of the listing (RFC 3986, 4.4).
     if url.trim().is_empty() {
-        return Err(Fault::Missing(pointers.url.clone()));
+        return Err(EntryError::Missing(pointers.url.clone()));
     }
     let url = egress::join(base, &url)?;
     if url == *base {
-        return Err(Fault::Listing);
+        return Err(EntryError::Listing);
     }
     reach.may_ask(&url)?;
     let name = match &pointers.filename {
@@ -415,32 +415,32 @@ fn entry(
     };
     let sha256 = match &pointers.sha256 {
         None => None,
-        pointer => Some(digest(&text(sha256, pointer.as_ref())?).ok_or(Fault::Digest)?),
+        pointer => Some(digest(&text(sha256, pointer.as_ref())?).ok_or(EntryError::Digest)?),
     };
     Ok(Entry { name, url, sha256 })
 }
 
 /// Entries for URLs that were named one by one.
-pub(crate) fn of_urls(urls: &[Url]) -> Vec<Result<Entry, Faulty>> {
+pub(crate) fn of_urls(urls: &[Url]) -> Vec<Result<Entry, InvalidEntry>> {
     let entry = |url: &Url| match name_of(url) {
         Ok(name) => Ok(Entry { name, url: url.clone(), sha256: None }),
-        Err(fault) => Err(Faulty { what: shown(url), name: None, fault }),
+        Err(fault) => Err(InvalidEntry { what: shown(url), name: None, fault }),
     };
     without_collisions(urls.iter().map(entry).collect())
 }
 
 /// The last segment of a URL's path, as a name.
-fn name_of(url: &Url) -> Result<String, Fault> {
+fn name_of(url: &Url) -> Result<String, EntryError> {
     let last = url.path_segments().and_then(Iterator::last).unwrap_or_default();
-    take_name(percent_decode_str(last).decode_utf8().map_err(|_| Fault::NotText)?.into_owned())
+    take_name(percent_decode_str(last).decode_utf8().map_err(|_| EntryError::NotText)?.into_owned())
 }
 
-fn take_name(name: String) -> Result<String, Fault> {
+fn take_name(name: String) -> Result<String, EntryError> {
     match file_name(&name) {
         Ok(_) => Ok(name),
         Err(cause) => {
             let told: String = name.chars().take(MAX_TOLD).collect();
-            Err(Fault::Name { name: escape(&told), cause })
+            Err(EntryError::Name { name: escape(&told), cause })
         }
     }
 }
@@ -457,7 +457,9 @@ fn digest(text: &str) -> Option<[u8; 32]> {
 }
 
 /// Of several entries with one name, the first has it.
-fn without_collisions(entries: Vec<Result<Entry, Faulty>>) -> Vec<Result<Entry, Faulty>> {
+fn without_collisions(
+    entries: Vec<Result<Entry, InvalidEntry>>,
+) -> Vec<Result<Entry, InvalidEntry>> {
     let mut names = std::collections::HashMap::new();
     let own = entries.into_iter().map(|entry| {
         let entry = entry?;
@@ -466,9 +468,9 @@ fn without_collisions(entries: Vec<Result<Entry, Faulty>>) -> Vec<Result<Entry, 
                 names.insert(entry.name.clone(), shown(&entry.url));
                 Ok(entry)
             }
-            Some(other) => Err(Faulty {
+            Some(other) => Err(InvalidEntry {
                 what: format!("{} ({})", escape(&entry.name), shown(&entry.url)),
-                fault: Fault::Collision(String::clone(other)),
+                fault: EntryError::Collision(String::clone(other)),
                 name: Some(entry.name),
             }),
         }
@@ -477,10 +479,10 @@ fn without_collisions(entries: Vec<Result<Entry, Faulty>>) -> Vec<Result<Entry, 
 }
 
 /// Every name that a listing has, also of entries that cannot be used.
-pub(crate) fn names<'a>(entries: &'a [Result<Entry, Faulty>]) -> HashSet<&'a str> {
-    let name = |entry: &'a Result<Entry, Faulty>| match entry {
+pub(crate) fn names<'a>(entries: &'a [Result<Entry, InvalidEntry>]) -> HashSet<&'a str> {
+    let name = |entry: &'a Result<Entry, InvalidEntry>| match entry {
         Ok(entry) => Some(entry.name.as_str()),
-        Err(faulty) => faulty.name.as_deref(),
+        Err(invalid) => invalid.name.as_deref(),
     };
     entries.iter().filter_map(name).collect()
 }
@@ -519,12 +521,12 @@ mod tests {
         Url::parse("https://api.example.org/v1/list").unwrap()
     }
 
-    fn entries(json: &Value, pointers: &Pointers) -> Vec<Result<Entry, Faulty>> {
+    fn entries(json: &Value, pointers: &Pointers) -> Vec<Result<Entry, InvalidEntry>> {
         let reach = Reach::new([&base()], [], false);
         read(json.to_string().as_bytes(), pointers, 100, &base(), &reach).unwrap()
     }
 
-    fn fault(entry: &Value) -> Fault {
+    fn fault(entry: &Value) -> EntryError {
         let mut entries = entries(&json!({"newslist": [entry]}), &pointers());
         entries.remove(0).unwrap_err().fault
     }
@@ -575,26 +577,29 @@ mod tests {
 
     #[test]
     fn each_entry_has_its_own_fault() {
-        assert_eq!(fault(&json!({"title": "a"})), Fault::Missing(pointer("/picUrl")));
-        assert_eq!(fault(&json!({"picUrl": "/a"})), Fault::Missing(pointer("/title")));
-        assert_eq!(fault(&json!({"picUrl": 3, "title": "a"})), Fault::Missing(pointer("/picUrl")));
-        assert_eq!(fault(&json!(7)), Fault::Missing(pointer("/picUrl")));
+        assert_eq!(fault(&json!({"title": "a"})), EntryError::Missing(pointer("/picUrl")));
+        assert_eq!(fault(&json!({"picUrl": "/a"})), EntryError::Missing(pointer("/title")));
+        assert_eq!(
+            fault(&json!({"picUrl": 3, "title": "a"})),
+            EntryError::Missing(pointer("/picUrl"))
+        );
+        assert_eq!(fault(&json!(7)), EntryError::Missing(pointer("/picUrl")));
         for blank in ["", " ", "\t\n", "\u{3000}"] {
             let entry = json!({"picUrl": blank, "title": "a"});
-            assert_eq!(fault(&entry), Fault::Missing(pointer("/picUrl")), "{blank:?}");
+            assert_eq!(fault(&entry), EntryError::Missing(pointer("/picUrl")), "{blank:?}");
         }
         for itself in
             ["#", "#top", "\0", "list", "./list", "/v1/list#x", "//api.example.org/v1/list"]
         {
             let entry = json!({"picUrl": itself, "title": "a"});
-            assert_eq!(fault(&entry), Fault::Listing, "{itself:?}");
+            assert_eq!(fault(&entry), EntryError::Listing, "{itself:?}");
         }
         let of = |url: &str| fault(&json!({"picUrl": url, "title": "a"}));
-        assert_eq!(of("ftp://api.example.org/"), Fault::Refused(Refused::Scheme));
-        assert!(matches!(of("https://evil.example/"), Fault::Refused(Refused::Host(_))));
+        assert_eq!(of("ftp://api.example.org/"), EntryError::Refused(Refused::Scheme));
+        assert!(matches!(of("https://evil.example/"), EntryError::Refused(Refused::Host(_))));
         for name in ["", "..", "../a", "a/b", "a\\b", ".hidden", "a\0", "a\u{202e}b", "a\n"] {
             let fault = fault(&json!({"picUrl": "/a", "title": name}));
-            assert!(matches!(fault, Fault::Name { .. }), "{name:?}: {fault:?}");
+            assert!(matches!(fault, EntryError::Name { .. }), "{name:?}: {fault:?}");
         }
     }
 
@@ -637,8 +642,8 @@ mod tests {
         let json = json!([{"title": "a", "picUrl": "/1"}, {"title": "a", "picUrl": "/2"}]);
         let read = entries(&json!({"newslist": json}), &pointers());
         assert_eq!(read[0].as_ref().unwrap().url.path(), "/1");
-        let faulty = read[1].as_ref().unwrap_err();
-        assert_eq!(faulty.fault, Fault::Collision("https://api.example.org/1".to_owned()));
+        let invalid = read[1].as_ref().unwrap_err();
+        assert_eq!(invalid.fault, EntryError::Collision("https://api.example.org/1".to_owned()));
         assert_eq!(names(&read), HashSet::from(["a"]));
     }
 

@@ -77,8 +77,8 @@ impl Validators {
 
 /// What is known of one file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Known {
-    /// Which URL it is from: see [`identity`].
+pub(crate) struct CachedFile {
+    /// Which URL it is from: see [`source_id`].
     pub source: String,
     /// What its server said of it.
     #[serde(flatten)]
@@ -89,7 +89,7 @@ pub(crate) struct Known {
     pub modified: (i64, i64),
 }
 
-impl Known {
+impl CachedFile {
     /// Whether it is what is known of this file, as it is now.
     pub(crate) fn is_of(&self, local: &Local) -> bool {
         self.size == local.size
@@ -112,7 +112,7 @@ fn is_rounded(stored: (i64, i64), exact: (i64, i64)) -> bool {
 }
 
 /// A URL so that it can be told from every other, and a query that may be a secret cannot be read.
-pub(crate) fn identity(url: &Url) -> String {
+pub(crate) fn source_id(url: &Url) -> String {
     let Some(query) = url.query() else { return url.to_string() };
     let digest = hex(&Sha256::digest(query.as_bytes()));
     let mut url = url.clone();
@@ -122,45 +122,49 @@ pub(crate) fn identity(url: &Url) -> String {
 
 /// On which conditions a file is asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Ask {
+pub(crate) enum Precondition {
     /// Whatever it is.
     Always,
     /// If it is not this any more.
     IfChanged(Validators),
     /// If it was not last modified at exactly this time, which is that of a file of which nothing
     /// else is known.
-    IfNotOf(String),
+    IfModifiedAtOtherTime(String),
 }
 
 /// On which conditions the file is asked for that is here as `local`, and is to be what is at
 /// `source`.
-pub(crate) fn ask(known: Option<&Known>, local: &Local, source: &str) -> Ask {
+pub(crate) fn precondition(
+    known: Option<&CachedFile>,
+    local: &Local,
+    source: &str,
+) -> Precondition {
     match known {
         // Another, or somebody has changed it.
-        Some(known) if known.source != source || !known.is_of(local) => Ask::Always,
+        Some(known) if known.source != source || !known.is_of(local) => Precondition::Always,
         Some(known) if known.validators != Validators::default() => {
-            Ask::IfChanged(known.validators.clone())
+            Precondition::IfChanged(known.validators.clone())
         }
         // The server says nothing of it.
-        Some(_) => Ask::Always,
+        Some(_) => Precondition::Always,
         // It has the server's time, which has no fraction, if it was saved by us.
         None => match local.modified() {
             Some(modified) if local.modified.1 == 0 => {
-                Ask::IfNotOf(httpdate::fmt_http_date(modified))
+                Precondition::IfModifiedAtOtherTime(httpdate::fmt_http_date(modified))
             }
-            _ => Ask::Always,
+            _ => Precondition::Always,
         },
     }
 }
 
 /// What is known of all files.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct State {
+pub(crate) struct Manifest {
     /// By name.
-    pub files: BTreeMap<String, Known>,
+    pub files: BTreeMap<String, CachedFile>,
 }
 
-impl State {
+impl Manifest {
     /// Reads it; what cannot be read is not known.
     pub(crate) fn load(place: &Place) -> Self {
         let read = place.read_small(Path::new(FILE), MAX_STATE);
@@ -196,9 +200,9 @@ mod tests {
 
     const DATE: &str = "Sun, 22 Nov 2026 13:46:01 GMT";
 
-    fn known(etag: Option<&str>, last_modified: Option<&str>) -> Known {
+    fn known(etag: Option<&str>, last_modified: Option<&str>) -> CachedFile {
         let validators = Validators::new(etag, last_modified);
-        Known { source: "http://a/".to_owned(), validators, size: 3, modified: (1, 2) }
+        CachedFile { source: "http://a/".to_owned(), validators, size: 3, modified: (1, 2) }
     }
 
     const LOCAL: Local = Local { size: 3, modified: (1, 2) };
@@ -207,19 +211,19 @@ mod tests {
     fn what_is_known_is_asked_for_only_if_it_changed() {
         let known = known(Some("W/\"x\""), Some(DATE));
         assert_eq!(
-            ask(Some(&known), &LOCAL, "http://a/"),
-            Ask::IfChanged(known.validators.clone())
+            precondition(Some(&known), &LOCAL, "http://a/"),
+            Precondition::IfChanged(known.validators.clone())
         );
-        assert_eq!(ask(Some(&known), &LOCAL, "http://b/"), Ask::Always);
+        assert_eq!(precondition(Some(&known), &LOCAL, "http://b/"), Precondition::Always);
         for touched in [Local { size: 4, ..LOCAL }, Local { modified: (1, 3), ..LOCAL }] {
-            assert_eq!(ask(Some(&known), &touched, "http://a/"), Ask::Always);
+            assert_eq!(precondition(Some(&known), &touched, "http://a/"), Precondition::Always);
         }
     }
 
     #[test]
     fn recognises_times_that_a_file_system_rounds() {
         let is_of = |stored, exact| {
-            let known = Known { modified: exact, ..known(None, None) };
+            let known = CachedFile { modified: exact, ..known(None, None) };
             known.is_of(&Local { modified: stored, ..LOCAL })
         };
         for (stored, exact) in [
@@ -241,12 +245,18 @@ mod tests {
 
     #[test]
     fn of_what_is_not_known_the_time_is_told() {
-        let at = |modified| ask(None, &Local { modified, ..LOCAL }, "http://a/");
-        assert_eq!(at((1, 0)), Ask::IfNotOf("Thu, 01 Jan 1970 00:00:01 GMT".to_owned()));
-        assert_eq!(at((-5, 0)), Ask::Always);
+        let at = |modified| precondition(None, &Local { modified, ..LOCAL }, "http://a/");
+        assert_eq!(
+            at((1, 0)),
+            Precondition::IfModifiedAtOtherTime("Thu, 01 Jan 1970 00:00:01 GMT".to_owned())
+        );
+        assert_eq!(at((-5, 0)), Precondition::Always);
         // No server says so much.
-        assert_eq!(at((1, 2)), Ask::Always);
-        assert_eq!(ask(Some(&known(None, None)), &LOCAL, "http://a/"), Ask::Always);
+        assert_eq!(at((1, 2)), Precondition::Always);
+        assert_eq!(
+            precondition(Some(&known(None, None)), &LOCAL, "http://a/"),
+            Precondition::Always
+        );
     }
 
     #[test]
@@ -263,27 +273,27 @@ mod tests {
 
     #[test]
     fn a_query_is_kept_as_a_digest() {
-        let identity = |url: &str| identity(&Url::parse(url).unwrap());
-        assert_eq!(identity("http://a/b"), "http://a/b");
-        let one = identity("http://a/b?key=secret");
+        let source_id = |url: &str| source_id(&Url::parse(url).unwrap());
+        assert_eq!(source_id("http://a/b"), "http://a/b");
+        let one = source_id("http://a/b?key=secret");
         assert!(one.starts_with("http://a/b?sha256=") && !one.contains("secret"), "{one}");
-        assert_ne!(one, identity("http://a/b?key=other"));
+        assert_ne!(one, source_id("http://a/b?key=other"));
     }
 
     #[test]
     fn it_is_read_as_it_was_written_and_junk_is_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let place = Place::open(folder.path()).unwrap();
-        assert_eq!(State::load(&place), State::default());
-        let mut state = State::default();
+        assert_eq!(Manifest::load(&place), Manifest::default());
+        let mut state = Manifest::default();
         state.files.insert("a".to_owned(), known(Some("\"x\""), None));
         state.save(&place).unwrap();
-        assert_eq!(State::load(&place), state);
+        assert_eq!(Manifest::load(&place), state);
         state.files.insert("../b".to_owned(), known(None, None));
         state.save(&place).unwrap();
-        assert_eq!(State::load(&place).files.len(), 1);
+        assert_eq!(Manifest::load(&place).files.len(), 1);
         std::fs::write(folder.path().join(FILE), "{\"files\":[").unwrap();
-        assert_eq!(State::load(&place), State::default());
+        assert_eq!(Manifest::load(&place), Manifest::default());
     }
 
     proptest! {

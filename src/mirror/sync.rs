@@ -28,9 +28,9 @@ use crate::http::tls::{CaFile, CaFileError};
 use crate::mirror::download;
 use crate::mirror::download::{Budget, Done, Outcome, Shared, Terms, transfer};
 use crate::mirror::listing;
-use crate::mirror::listing::{Entry, Fault, Faulty, Pointers};
+use crate::mirror::listing::{Entry, EntryError, InvalidEntry, Pointers};
 use crate::mirror::manifest;
-use crate::mirror::manifest::{Known, State, Validators};
+use crate::mirror::manifest::{CachedFile, Manifest, Validators};
 use crate::mirror::target_dir::{Folding, Place, There};
 use crate::secret::Secret;
 
@@ -69,7 +69,7 @@ impl Source {
 
 /// What a run is to do.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Order {
+pub struct SyncOptions {
     /// Where the files are from.
     pub source: Source,
     /// The folder that they go to.
@@ -113,7 +113,7 @@ pub(crate) struct Listing {
 }
 
 /// Entries, each of which may have a fault of its own.
-pub(crate) type Entries = Vec<Result<Entry, Faulty>>;
+pub(crate) type Entries = Vec<Result<Entry, InvalidEntry>>;
 
 /// Why nothing was done.
 #[derive(Debug, thiserror::Error)]
@@ -218,7 +218,7 @@ pub(crate) trait Observer: Send + Sync {
     /// It has ended.
     fn end(&self, id: usize, entry: &Entry, result: &Result<Done, download::Error>);
     /// An entry cannot be used.
-    fn faulty(&self, faulty: &Faulty);
+    fn invalid(&self, invalid: &InvalidEntry);
     /// A file that had left the listing was removed, or could not be.
     fn removed(&self, name: &str, result: io::Result<()>);
     /// Something else is wrong, which did not hinder.
@@ -245,7 +245,7 @@ pub(crate) fn read_token(path: &Path) -> Result<HeaderValue, String> {
 ///
 /// # Errors
 /// If a file that is needed cannot be used.
-pub(crate) fn prepare(order: &Order) -> Result<(Client, Arc<Reach>), Error> {
+pub(crate) fn prepare(order: &SyncOptions) -> Result<(Client, Arc<Reach>), Error> {
     let urls = order.source.urls();
     let reach = Arc::new(Reach::new(urls, &order.hosts, order.anybody));
     let mut headers = order.headers.clone();
@@ -274,7 +274,7 @@ pub(crate) fn prepare(order: &Order) -> Result<(Client, Arc<Reach>), Error> {
 /// # Errors
 /// If there is no listing.
 pub(crate) async fn list(
-    order: &Order,
+    order: &SyncOptions,
     client: &Client,
     reach: &Reach,
     before: Option<Listing>,
@@ -323,7 +323,7 @@ enum Asked {
 
 /// Asks for a listing until it comes, or is not worth another try.
 async fn ask(
-    order: &Order,
+    order: &SyncOptions,
     client: &Client,
     url: &Url,
     before: Option<&Listing>,
@@ -400,8 +400,8 @@ enum Decoder {
 impl Decoder {
     /// A decoder of what was compressed so many times.
     fn new(times: usize) -> Self {
-        let identity = Self::Identity(Bounded::default());
-        (0..times).fold(identity, |inner, _| Self::Gzip(Box::new(GzDecoder::new(inner))))
+        let source_id = Self::Identity(Bounded::default());
+        (0..times).fold(source_id, |inner, _| Self::Gzip(Box::new(GzDecoder::new(inner))))
     }
 
     fn finish(self) -> Result<Vec<u8>, SourceError> {
@@ -455,8 +455,8 @@ impl Write for Bounded {
 ///
 /// # Errors
 /// If nothing could be done.
-pub(crate) async fn run(
-    order: &Order,
+pub(crate) async fn sync(
+    order: &SyncOptions,
     observer: &Arc<dyn Observer>,
     listing: &mut Option<Listing>,
     cancel: &CancellationToken,
@@ -499,13 +499,13 @@ pub(crate) async fn run(
     Ok(summary)
 }
 
-type Opened = (Place, Option<State>, CreatedDirs, Folding);
+type Opened = (Place, Option<Manifest>, CreatedDirs, Folding);
 
 fn open(into: &Path, keep_state: bool, entries: &Entries) -> io::Result<Opened> {
     let created = CreatedDirs::create(into)?;
     let place = Place::open(into)?;
     let has_state = keep_state || !matches!(place.look(manifest::FILE)?, There::Nothing);
-    let state = has_state.then(|| State::load(&place));
+    let state = has_state.then(|| Manifest::load(&place));
     let mut names = listing::names(entries);
     names.extend(state.iter().flat_map(|state| state.files.keys()).map(String::as_str));
     let folded: HashSet<_> = names.iter().map(|name| Folding::ALL.fold(name)).collect();
@@ -513,19 +513,19 @@ fn open(into: &Path, keep_state: bool, entries: &Entries) -> io::Result<Opened> 
     Ok((place, state, created, folding))
 }
 
-fn alias_of(entry: &Entry, same: &Entry) -> Faulty {
-    Faulty {
+fn alias_of(entry: &Entry, same: &Entry) -> InvalidEntry {
+    InvalidEntry {
         what: format!("{} ({})", escape(&entry.name), shown(&entry.url)),
-        fault: Fault::Alias(escape(&same.name)),
+        fault: EntryError::Alias(escape(&same.name)),
         name: Some(entry.name.clone()),
     }
 }
 
 struct Run<'a> {
-    order: &'a Order,
+    order: &'a SyncOptions,
     shared: Arc<Shared>,
     observer: &'a Arc<dyn Observer>,
-    state: Option<State>,
+    state: Option<Manifest>,
     folding: Folding,
     summary: Summary,
 }
@@ -545,14 +545,14 @@ impl Run<'_> {
                     if let Some(same) = same {
                         first.insert(self.folding.fold(&entry.name), same);
                         self.summary.failed += 1;
-                        self.observer.faulty(&alias_of(entry, same));
+                        self.observer.invalid(&alias_of(entry, same));
                         continue;
                     }
                     entry.clone()
                 }
-                Err(faulty) => {
+                Err(invalid) => {
                     self.summary.failed += 1;
-                    self.observer.faulty(faulty);
+                    self.observer.invalid(invalid);
                     continue;
                 }
             };
@@ -602,7 +602,7 @@ impl Run<'_> {
         }
     }
 
-    fn count(&mut self, (name, done): (String, Option<(Outcome, Known)>)) {
+    fn count(&mut self, (name, done): (String, Option<(Outcome, CachedFile)>)) {
         let Some((outcome, known)) = done else {
             self.summary.failed += 1;
             return;
@@ -621,7 +621,7 @@ impl Run<'_> {
     fn remove(&mut self, entries: &Entries) {
         let (Some(state), true) = (&mut self.state, self.order.delete) else { return };
         // An entry without a name may be that of any file.
-        if entries.iter().any(|entry| matches!(entry, Err(Faulty { name: None, .. }))) {
+        if entries.iter().any(|entry| matches!(entry, Err(InvalidEntry { name: None, .. }))) {
             return;
         }
         let listed = listing::names(entries);
