@@ -269,6 +269,20 @@ mod tests {
         assert_eq!(diagnostics[0].to_string(), expected);
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn keeps_the_kind_of_served_paths_even_without_threads() {
+        let hung = (0..100).map(|number| Probe { text: number.to_string(), ..hanging() });
+        let path = PathBuf::from("/nowhere/served");
+        let served_probe = probe("served", Question::PathKind(path.clone()));
+        let served = HashMap::from([(path.clone(), PathKind::File)]);
+        let probes = hung.chain([served_probe]).collect();
+        let (findings, diagnostics) = run(probes, &Arc::default(), &served, &Arc::default()).await;
+        assert_eq!(
+            (findings.path_kinds.get(&path), diagnostics.len()),
+            (Some(&PathKind::File), 100)
+        );
+    }
+
     #[tokio::test]
     async fn resolves_names_and_opens_paths() {
         let dir = tempfile::tempdir().unwrap();

@@ -90,6 +90,9 @@ pub(crate) struct Daemon {
     notifier: Arc<Notifier>,
     grace: Duration,
     manager: ServiceManager,
+    /// Probes configurations. Apart from the manager's pool, as the probes of served paths that hang
+    /// remain in it.
+    probe_pool: Arc<BlockingPool>,
     mirrors: Mirrors,
     mirror_names: Vec<Arc<str>>,
     alerts: AlertDispatcher,
@@ -124,6 +127,7 @@ impl Daemon {
             notifier: Arc::new(Notifier::from_env()),
             grace,
             manager,
+            probe_pool: Arc::default(),
             mirrors: Mirrors::default(),
             mirror_names: Vec::new(),
             alerts,
@@ -153,8 +157,8 @@ impl Daemon {
         self.notifier.ready(&status);
 
         let mut summaries = interval_at(Instant::now() + SUMMARY_INTERVAL, SUMMARY_INTERVAL);
-        let mut looks = interval(health::CHECK_INTERVAL);
-        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut health_checks = interval(health::CHECK_INTERVAL);
+        health_checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut clock = ClockWatch::default();
         clock.check(self.serves_time());
         let result = loop {
@@ -163,11 +167,11 @@ impl Daemon {
                 error = self.manager.failure() => break Err(TaskFailed(error)),
                 _ = summaries.tick() => {
                     self.log_summaries();
-                    self.manager.instances().for_each(|served| served.note_limit_recovered());
+                    self.manager.instances().for_each(|instance| instance.note_limit_recovered());
                     self.manager.forget_drained();
                     clock.check(self.serves_time());
                 }
-                _ = looks.tick(), if !self.reported.is_empty() => self.check_health(),
+                _ = health_checks.tick(), if !self.reported.is_empty() => self.check_health(),
                 Some(waiting) = reloads.next() => tokio::select! {
                     () = orders.stop.cancelled() => break Ok(()),
                     reply = self.reload() => waiting.answer(&reply),
@@ -182,7 +186,7 @@ impl Daemon {
     }
 
     fn serves_time(&self) -> bool {
-        self.manager.instances().any(|served| served.service.datagrams().is_some())
+        self.manager.instances().any(|instance| instance.service.datagrams().is_some())
     }
 
     /// Applies the current configuration, or keeps the old one and returns the reason.
@@ -224,12 +228,11 @@ impl Daemon {
 
     async fn try_to_reload(&mut self) -> Result<Summary, ReloadError> {
         let (sources, running) = (self.sources.clone(), self.manager.settings());
-        let pool = Arc::clone(&self.manager.pool);
-        let reading = pool.run("", move || Validated::read(&sources));
+        let reading = self.manager.pool.run("", move || Validated::read(&sources));
         let reading =
             timeout(manager::READ_TIMEOUT, reading).await.map_err(|_| ReloadError::ReadTimedOut)?;
         let validated = reading.map_err(ReloadError::Read)?.map_err(ReloadError::Configuration)?;
-        let config = validated.probe_to_serve(&pool, &running).await;
+        let config = validated.probe_to_serve(&self.probe_pool, &running).await;
         let config = config.map_err(ReloadError::Configuration)?;
         let log = self.log.prepare(&config.log).map_err(ReloadError::Log)?;
         let prepared = self.manager.prepare(&config).await?;
@@ -255,8 +258,8 @@ impl Daemon {
             let cause = error.to_string();
             tracing::info!(
                 cause,
-                "nobody is told if the clock is not synchronized: its state may not be read \
-                 ({cause}; see clock-state.conf)"
+                "cannot report an unsynchronized clock: its state cannot be read: {cause}: \
+                 see clock-state.conf"
             );
         }
     }
@@ -269,12 +272,12 @@ impl Daemon {
     }
 
     fn change_mirrors(&mut self, wanted: &[MirrorSettings]) {
-        let had = !self.mirror_names.is_empty();
+        let had_mirrors = !self.mirror_names.is_empty();
         let mirrors::Summary { started, changed, ended, kept } =
             self.mirrors.change(wanted, &self.alerts.events());
         self.mirror_names = wanted.iter().map(|mirror| Arc::clone(mirror.name())).collect();
         self.manager.monitor.watch_mirrors(self.mirrors.counts());
-        if had || !wanted.is_empty() {
+        if had_mirrors || !wanted.is_empty() {
             tracing::info!(
                 started,
                 changed,
@@ -291,11 +294,9 @@ impl Daemon {
         if !self.reported.is_empty() {
             self.check_health();
         }
-        self.notifier.stopping(&format!(
-            "draining {}",
-            counted(self.manager.connections().len(), "connection")
-        ));
         let connections = self.manager.connections();
+        let draining = counted(connections.len(), "connection");
+        self.notifier.stopping(&format!("draining {draining}"));
         tokio::select! {
             () = self.manager.drain() => {}
             () = orders.stop_now.cancelled() => {}
@@ -323,7 +324,7 @@ impl Daemon {
     }
 
     fn log_summaries(&self) {
-        self.manager.instances().for_each(|served| served.sum_up());
+        self.manager.instances().for_each(|instance| instance.sum_up());
         let all = self.log.lost();
         let lost = all - self.manager.monitor.note_lost_lines(all);
         if lost > 0 {
@@ -334,7 +335,8 @@ impl Daemon {
 
     /// The status line of the service manager.
     fn status(&self) -> String {
-        let names: Vec<&str> = self.manager.instances().map(|served| &**served.name()).collect();
+        let names: Vec<&str> =
+            self.manager.instances().map(|instance| &**instance.name()).collect();
         let addresses = self.manager.address_count();
         let addresses = counted(addresses, "address");
         let serving = format!("serving {} on {addresses}", names.join(", "));
