@@ -2,8 +2,8 @@
 //!
 //! A client sends the line `reload` over a Unix socket. The daemon answers with one line, a
 //! [`Reply`] in JSON, at the end of the reload. Requests that are pending at the same time share
-//! one reload. The socket is for its owner and root: besides its mode, the credentials of each
-//! client are checked (`SO_PEERCRED` in unix(7)), as the file exists before its mode is set.
+//! one reload. The socket is for its owner and root: the daemon also checks the credentials of
+//! each client (`SO_PEERCRED` in unix(7)), as the file exists before its mode is set.
 
 use std::env;
 use std::io;
@@ -106,21 +106,19 @@ impl ReloadQueue {
     /// Waits for requests, and takes all that are pending; `None` if all senders are gone. Clients
     /// whose request is dropped without an answer learn that the daemon is stopping.
     pub(crate) async fn next(&mut self) -> Option<PendingRequests> {
-        let mut pending = PendingRequests(self.0.recv().await?.into_iter().collect());
-        while let Ok(request) = self.0.try_recv() {
-            pending.0.extend(request);
-        }
-        Some(pending)
+        let mut requests = Vec::new();
+        let count = self.0.recv_many(&mut requests, MAX_REQUESTS).await;
+        (count > 0).then_some(PendingRequests(requests))
     }
 }
 
-/// The clients of one reload.
+/// The requests of one reload.
 #[derive(Debug)]
-pub(crate) struct PendingRequests(Vec<oneshot::Sender<Reply>>);
+pub(crate) struct PendingRequests(Vec<Request>);
 
 impl PendingRequests {
     pub(crate) fn answer(self, reply: &Reply) {
-        for client in self.0 {
+        for client in self.0.into_iter().flatten() {
             // Fails only if the client has disconnected.
             let _ = client.send(reply.clone());
         }

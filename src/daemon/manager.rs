@@ -1,7 +1,7 @@
 //! The running services and their sockets, and how they become those of another configuration.
 //!
 //! A change is prepared as a whole: anything can fail, and nothing that runs is touched. Then it is
-//! applied, which cannot fail. [`crate::daemon::plan`] decides what has to change.
+//! applied, which cannot fail. [`crate::daemon::plan`] computes the changes.
 
 use std::io;
 use std::sync::Arc;

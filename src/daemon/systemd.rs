@@ -21,14 +21,14 @@ use tokio::time::sleep;
 /// Maximum length of a status in bytes. The manager ignores messages of 4096 bytes and more.
 const MAX_STATUS: usize = 1024;
 
-/// Interval of retries.
+/// Interval between two attempts to send pending messages.
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
 #[derive(Debug, Default)]
 pub(crate) struct Notifier {
     manager: Option<Manager>,
     state: Mutex<State>,
-    /// Notifies [`Self::retry_pending`].
+    /// Starts a retry.
     failed: Notify,
 }
 

@@ -23,7 +23,6 @@ fn daemon(grace: &str) -> (Daemon, Vec<u8>) {
     (daemon, content)
 }
 
-/// Starts a transfer.
 fn start_transfer(daemon: &Daemon) -> (TcpStream, Vec<u8>) {
     let mut stream = connect(daemon.tcp("file.picture"));
     let mut document = vec![0; 1000];
