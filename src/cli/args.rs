@@ -9,7 +9,6 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use jiff::tz::TimeZone;
 
-use crate::cli::manual::Page;
 use crate::client::Server;
 use crate::client::fetch::{Order, Output, Wanted};
 use crate::client::time::Question;
@@ -18,8 +17,8 @@ use crate::config::Sources;
 use crate::config_reader::values;
 use crate::fs::atomic::OverwritePolicy;
 
-/// The configuration file if nobody names one.
-pub(crate) const DEFAULT_CONFIG: &str = "/etc/handout/handout.toml";
+/// Default path of the configuration file.
+pub const DEFAULT_CONFIG: &str = "/etc/handout/handout.toml";
 
 /// Hands out the time and files over plain TCP to anything that can open a socket.
 #[derive(Debug, Parser)]
@@ -133,16 +132,6 @@ Examples:
     Completions {
         /// The shell
         shell: Shell,
-    },
-    /// Print a manual page
-    #[command(after_help = "\
-Examples:
-  handout manual | man -l -
-  handout manual handout.toml | man -l -")]
-    Manual {
-        /// The page
-        #[arg(value_enum, default_value_t)]
-        page: Page,
     },
 }
 

@@ -1,11 +1,11 @@
-//! Saves what is at URLs, or in a listing that is at one: the command beside a mirror, with the same
-//! engine.
+//! `handout download`: saves URLs or the entries of a listing, with the engine of mirrors.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -15,6 +15,8 @@ use indicatif::{HumanBytes, MultiProgress, ProgressBar};
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use tokio_util::sync::CancellationToken;
 
+use super::output::{fail, print};
+use super::runtime::{interrupted, run_client};
 use crate::cli::args::{Cli, Download};
 use crate::cli::progress::{draw_target, style};
 use crate::client::fetch::within;
@@ -37,9 +39,31 @@ const MAX_FILES: usize = 100_000;
 /// The largest file of headers, in bytes.
 const MAX_HEADERS: u64 = 64 << 10;
 
+pub(super) fn run(arguments: &Download) -> ExitCode {
+    let order = match order(arguments) {
+        Ok(order) => order,
+        Err(error) => error.exit(),
+    };
+    run_client(async |stop| {
+        let downloaded = if arguments.dry_run {
+            dry_run(&order, &stop).await
+        } else {
+            download(&order, arguments.quiet, &stop).await
+        };
+        match downloaded {
+            _ if stop.is_cancelled() => interrupted(),
+            Ok(downloaded) => {
+                let printed = print(downloaded.lines.as_bytes());
+                if downloaded.complete { printed } else { ExitCode::FAILURE }
+            }
+            Err(error) => fail(&error),
+        }
+    })
+}
+
 /// What was done.
 #[derive(Debug)]
-pub struct Downloaded {
+pub(crate) struct Downloaded {
     /// What is to be printed as the result.
     pub lines: String,
     /// Nothing failed.
@@ -50,7 +74,7 @@ pub struct Downloaded {
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn order(arguments: &Download) -> Result<SyncOptions, clap::Error> {
+pub(crate) fn order(arguments: &Download) -> Result<SyncOptions, clap::Error> {
     let wrong = |problem: String| Cli::command().error(ErrorKind::ValueValidation, problem);
     let url = |text: &String| {
         egress::url(text).map_err(|error| {
@@ -143,7 +167,7 @@ fn header(line: &str) -> Result<(HeaderName, HeaderValue), String> {
 ///
 /// # Errors
 /// If nothing could be done.
-pub async fn download(
+pub(crate) async fn download(
     order: &SyncOptions,
     quiet: bool,
     stop: &CancellationToken,
@@ -159,7 +183,10 @@ pub async fn download(
 ///
 /// # Errors
 /// If there is no listing.
-pub async fn dry_run(order: &SyncOptions, stop: &CancellationToken) -> Result<Downloaded, Error> {
+pub(crate) async fn dry_run(
+    order: &SyncOptions,
+    stop: &CancellationToken,
+) -> Result<Downloaded, Error> {
     let progress = Progress::new(&order.into, false);
     let (client, reach) = sync::prepare(order)?;
     let listing = sync::list(order, &client, &reach, None, stop).await?;

@@ -13,7 +13,7 @@ use crate::fs::filename::escape;
 
 /// Reports to standard error.
 #[derive(Debug)]
-pub struct Progress {
+pub(crate) struct Progress {
     bar: ProgressBar,
     begun: Instant,
     quiet: bool,
@@ -21,7 +21,7 @@ pub struct Progress {
 
 impl Progress {
     /// A quiet one says only what failed.
-    pub fn new(quiet: bool) -> Self {
+    pub(crate) fn new(quiet: bool) -> Self {
         let bar = ProgressBar::with_draw_target(None, draw_target(quiet));
         Self { bar, begun: Instant::now(), quiet }
     }

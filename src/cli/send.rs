@@ -1,35 +1,73 @@
-//! Sends a mail or an SMS through a configured channel: the commands beside alerts, with the same
-//! engine.
+//! `handout mail` and `handout sms`: send through a configured channel.
 
 use std::fs;
 use std::io::{self, Read};
 use std::path::Path;
+use std::process::ExitCode;
 use std::time::SystemTime;
 
 use bytesize::ByteSize;
 use clap::CommandFactory;
 use clap::error::ErrorKind;
 
+use super::output::{complain, fail, print, reject};
+use super::runtime::run_until_signal;
 use crate::alert::config;
 use crate::cli::args::{Cli, ConfigFile, Mail, Sms};
 use crate::config::load_part;
 use crate::config_reader::Diagnostics;
 use crate::fs::filename::escape;
 use crate::notify::address::EmailAddress;
-use crate::notify::channel::Channel;
+use crate::notify::channel::{Channel, Failure, Sent};
 use crate::notify::mime;
 use crate::notify::mime::{Attachment, Letter, Mailbox};
 use crate::notify::sms::Number;
 use crate::notify::{mail, sms};
 
-pub use crate::notify::channel::{Failure, Sent};
-
 /// The longest text that is read, in bytes.
 const MAX_TEXT: u64 = 1 << 20;
 
-/// Why nothing is sent.
+pub(super) fn run_mail(arguments: &Mail) -> ExitCode {
+    match mail(arguments) {
+        Ok(mail) if arguments.dry_run => print(mail.formatted()),
+        Ok(mail) => run_until_signal(async move { report(mail.send().await) }),
+        Err(error) => fail_before_sending(error),
+    }
+}
+
+pub(super) fn run_sms(arguments: &Sms) -> ExitCode {
+    match sms(arguments) {
+        Ok(sms) if arguments.dry_run => print(sms.show().as_bytes()),
+        Ok(sms) => run_until_signal(async move { report(sms.send().await) }),
+        Err(error) => fail_before_sending(error),
+    }
+}
+
+fn report(sent: Result<Sent, Failure>) -> ExitCode {
+    match sent {
+        Ok(sent) => {
+            let lines = sent.ids.iter().map(|id| format!("{id}\n"));
+            let printed = print(lines.collect::<String>().as_bytes());
+            for (to, failure) in &sent.refused {
+                complain(&format!("{}: {failure}", escape(to)));
+            }
+            if sent.refused.is_empty() { printed } else { ExitCode::FAILURE }
+        }
+        Err(failure) => fail(&failure),
+    }
+}
+
+fn fail_before_sending(error: Error) -> ExitCode {
+    match error {
+        Error::Usage(error) => error.exit(),
+        Error::Configuration(faults) => reject(&faults),
+        error @ Error::Other(_) => fail(&error),
+    }
+}
+
+/// The reason why nothing is sent.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// The command line is wrong.
     #[error(transparent)]
     Usage(#[from] clap::Error),
@@ -47,7 +85,7 @@ fn wrong(problem: impl std::fmt::Display) -> Error {
 
 /// A mail that is ready to go.
 #[derive(Debug)]
-pub struct ReadyMail {
+pub(crate) struct ReadyMail {
     channel: mail::Settings,
     id: String,
     to: Vec<EmailAddress>,
@@ -58,7 +96,7 @@ pub struct ReadyMail {
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn mail(arguments: &Mail) -> Result<ReadyMail, Error> {
+pub(crate) fn mail(arguments: &Mail) -> Result<ReadyMail, Error> {
     let Mail { config, name, subject, to, attach, text, .. } = arguments;
     mime::header_text(subject).map_err(|problem| wrong(format!("--subject: {problem}")))?;
     let to = to.iter().map(|to| {
@@ -89,7 +127,7 @@ pub fn mail(arguments: &Mail) -> Result<ReadyMail, Error> {
 
 impl ReadyMail {
     /// The mail as it goes.
-    pub fn formatted(&self) -> &[u8] {
+    pub(crate) fn formatted(&self) -> &[u8] {
         &self.message
     }
 
@@ -97,14 +135,14 @@ impl ReadyMail {
     ///
     /// # Errors
     /// If nobody got it, as far as is known.
-    pub async fn send(&self) -> Result<Sent, Failure> {
+    pub(crate) async fn send(&self) -> Result<Sent, Failure> {
         self.channel.send(&self.id, &self.to, &self.message).await
     }
 }
 
 /// An SMS that is ready to go.
 #[derive(Debug)]
-pub struct ReadySms {
+pub(crate) struct ReadySms {
     channel: sms::Settings,
     to: Vec<Number>,
     text: String,
@@ -114,7 +152,7 @@ pub struct ReadySms {
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn sms(arguments: &Sms) -> Result<ReadySms, Error> {
+pub(crate) fn sms(arguments: &Sms) -> Result<ReadySms, Error> {
     let Sms { config, name, to, text, .. } = arguments;
     let Channel::Sms(channel) = channel(config, "sms", name)? else {
         return Err(Error::Other(format!("sms.{name} is no SMS channel")));
@@ -130,7 +168,7 @@ pub fn sms(arguments: &Sms) -> Result<ReadySms, Error> {
 
 impl ReadySms {
     /// What would be asked of the provider, without secrets.
-    pub fn show(&self) -> String {
+    pub(crate) fn show(&self) -> String {
         self.channel.show(&self.to, &self.text)
     }
 
@@ -138,7 +176,7 @@ impl ReadySms {
     ///
     /// # Errors
     /// If nobody got it, as far as is known.
-    pub async fn send(&self) -> Result<Sent, Failure> {
+    pub(crate) async fn send(&self) -> Result<Sent, Failure> {
         self.channel.send(&self.to, &self.text).await
     }
 }

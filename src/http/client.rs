@@ -37,7 +37,7 @@ const KEEP_IDLE: Duration = Duration::from_secs(30);
 
 /// Why there is no client.
 #[derive(Debug, thiserror::Error)]
-pub enum BuildError {
+pub(crate) enum BuildError {
     /// The proxy's URL is none.
     #[error("the proxy's URL cannot be used")]
     Proxy,
@@ -48,7 +48,7 @@ pub enum BuildError {
 
 /// Why there is no reply, or no end of it.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// It may not be asked.
     #[error(transparent)]
     Refused(#[from] Refused),
@@ -85,7 +85,7 @@ pub enum Error {
 
 impl Error {
     /// Whether it may be better a little later.
-    pub fn is_temporary(&self) -> bool {
+    pub(crate) fn is_temporary(&self) -> bool {
         match self {
             Self::Refused(_) | Self::Nowhere | Self::Redirects | Self::Malformed(_) => false,
             Self::Tls(error) => error.kind == TlsErrorKind::Transient,

@@ -28,7 +28,7 @@ use crate::http::tls_error::RejectedCertificate;
 
 /// The file of certificates to trust in addition to the system's.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CaFile {
+pub(crate) struct CaFile {
     /// The file, if one is named.
     pub path: Option<PathBuf>,
     /// The option or the key that names it.
@@ -37,12 +37,12 @@ pub struct CaFile {
 
 impl CaFile {
     /// A file named in a configuration.
-    pub fn of_key(path: Option<PathBuf>) -> Self {
+    pub(crate) fn of_key(path: Option<PathBuf>) -> Self {
         Self { path, key: "ca-file" }
     }
 
     /// A file named on the command line.
-    pub fn of_option(path: Option<PathBuf>) -> Self {
+    pub(crate) fn of_option(path: Option<PathBuf>) -> Self {
         Self { path, key: "--ca-file" }
     }
 }
@@ -50,7 +50,7 @@ impl CaFile {
 /// Why a file of trusted certificates cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error("{key} {}: {problem}", .path.display())]
-pub struct CaFileError {
+pub(crate) struct CaFileError {
     key: &'static str,
     path: PathBuf,
     problem: String,

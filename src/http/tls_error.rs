@@ -23,7 +23,7 @@ const MAX_NAMES: usize = 5;
 /// Why there is no TLS connection, or no longer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
-pub struct TlsError {
+pub(crate) struct TlsError {
     /// The remedy.
     pub kind: TlsErrorKind,
     message: String,
@@ -31,7 +31,7 @@ pub struct TlsError {
 
 /// Consequence of a TLS error for the next attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TlsErrorKind {
+pub(crate) enum TlsErrorKind {
     /// The server's certificate is rejected.
     Certificate,
     /// The server does not speak TLS on this port.
@@ -44,7 +44,7 @@ pub enum TlsErrorKind {
 
 impl TlsError {
     /// The TLS error in an I/O error, if there is one.
-    pub fn of_io(error: &io::Error, host: &str) -> Option<Self> {
+    pub(crate) fn of_io(error: &io::Error, host: &str) -> Option<Self> {
         // Connectors wrap it again.
         let mut inner = error.get_ref()?;
         while let Some(error) = inner.downcast_ref::<io::Error>() {
@@ -54,7 +54,7 @@ impl TlsError {
     }
 
     /// Describes an error of a connection to `host`.
-    pub fn new(error: &Error, host: &str) -> Self {
+    pub(crate) fn new(error: &Error, host: &str) -> Self {
         let host = name(host);
         let (kind, message) = match error {
             Error::InvalidCertificate(CertificateError::Other(OtherError(cause)))

@@ -45,7 +45,7 @@ const PROGRESS: u64 = 1 << 20;
 
 /// What may be received, and what becomes of files that are there.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Terms {
+pub(crate) struct Terms {
     /// The largest file, in bytes.
     pub max_file: u64,
     /// What the operator calls that.
@@ -82,7 +82,7 @@ pub(crate) struct Done {
 
 /// Why a file is not here, or is as it was before.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// No reply, or no end of it.
     #[error(transparent)]
     Http(#[from] client::Error),
@@ -166,7 +166,7 @@ fn reason(status: u16) -> String {
 
 impl Error {
     /// Whether it may be better a little later.
-    pub fn is_temporary(&self) -> bool {
+    pub(crate) fn is_temporary(&self) -> bool {
         match self {
             Self::Http(error) => error.is_temporary(),
             Self::Status { status, .. } => retry::is_temporary(*status),
@@ -176,7 +176,7 @@ impl Error {
     }
 
     /// What the server asked to wait for.
-    pub fn asked_for(&self) -> Option<Duration> {
+    pub(crate) fn asked_for(&self) -> Option<Duration> {
         match self {
             Self::Status { retry_after, .. } => *retry_after,
             _ => None,

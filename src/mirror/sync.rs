@@ -45,7 +45,7 @@ const KEEP_PARTS: Duration = Duration::from_hours(7 * 24);
 
 /// Where files are from.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Source {
+pub(crate) enum Source {
     /// A JSON listing.
     Listing {
         /// Where it is.
@@ -59,7 +59,7 @@ pub enum Source {
 
 impl Source {
     /// The URLs that the operator has named.
-    pub fn urls(&self) -> &[Url] {
+    pub(crate) fn urls(&self) -> &[Url] {
         match self {
             Self::Listing { url, .. } => std::slice::from_ref(url),
             Self::Urls(urls) => urls,
@@ -69,7 +69,7 @@ impl Source {
 
 /// What a run is to do.
 #[derive(Debug, Clone, PartialEq)]
-pub struct SyncOptions {
+pub(crate) struct SyncOptions {
     /// Where the files are from.
     pub source: Source,
     /// The folder that they go to.
@@ -117,7 +117,7 @@ pub(crate) type Entries = Vec<Result<Entry, InvalidEntry>>;
 
 /// Why nothing was done.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// A file that is needed cannot be used.
     #[error("{key} {}: {problem}", .path.display())]
     File {
@@ -157,7 +157,7 @@ pub enum Error {
 
 /// Why a listing is of no use.
 #[derive(Debug, thiserror::Error)]
-pub enum SourceError {
+pub(crate) enum SourceError {
     /// It did not come.
     #[error(transparent)]
     Transfer(#[from] download::Error),
@@ -174,13 +174,13 @@ pub enum SourceError {
 
 impl Error {
     /// Whether it was ended from outside.
-    pub fn is_interruption(&self) -> bool {
+    pub(crate) fn is_interruption(&self) -> bool {
         let Self::Source { cause: SourceError::Transfer(error), .. } = self else { return false };
         matches!(error, download::Error::Interrupted)
     }
 
     /// How long the server asked to be left alone.
-    pub fn asked_for(&self) -> Option<Duration> {
+    pub(crate) fn asked_for(&self) -> Option<Duration> {
         match self {
             Self::Source { cause: SourceError::Transfer(error), .. } => error.asked_for(),
             _ => None,

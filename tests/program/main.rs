@@ -36,7 +36,7 @@ mod logs;
 mod lost_logs;
 #[cfg(feature = "gateway")]
 mod mail;
-mod manual;
+mod man;
 mod metrics;
 #[cfg(feature = "gateway")]
 mod mirror;

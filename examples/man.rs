@@ -1,17 +1,20 @@
-//! The manual pages, made from what else there is to say it: `handout.1` from the command line,
-//! `handout.toml.5` from the configuration as it is shipped.
+//! Generates the manual pages: `handout.1` from the command line, `handout.toml.5` from the shipped
+//! configuration.
+//!
+//! Usage: `cargo run --example man -- FOLDER`
 
+use std::fs;
 use std::io;
+use std::path::Path;
 
 use clap::builder::StyledStr;
-use clap::{Command, CommandFactory, ValueEnum};
+use clap::{Command, CommandFactory};
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, roman};
 
-use crate::cli::args::{Cli, DEFAULT_CONFIG};
+use handout::cli::args::{Cli, DEFAULT_CONFIG};
 
-/// The configuration as it is shipped.
-const CONFIGURATION: &str = include_str!("../../config/handout.toml");
+const CONFIGURATION: &str = include_str!("../config/handout.toml");
 
 const DESCRIPTION: &str = "\
 handout serve is a small daemon for machines whose clock is wrong, so that HTTPS cannot start; for \
@@ -22,7 +25,6 @@ const CONFIGURATION_DESCRIPTION: &str = "\
 The configuration is written in TOML. Below it stands as it is shipped: every key with its \
 default, and what it means.";
 
-/// What only a manual page says, by its section.
 const FILES: &[(&str, &str)] = &[
     (DEFAULT_CONFIG, "The configuration, unless another is named; see handout.toml(5)."),
     (
@@ -70,34 +72,15 @@ const SIGNALS: &[(&str, &str)] = &[
     ),
 ];
 
-/// The manual pages that there are.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
-pub enum Page {
-    /// The commands
-    #[default]
-    #[value(name = "handout")]
-    Commands,
-    /// The configuration
-    #[value(name = "handout.toml")]
-    Configuration,
-}
-
-impl Page {
-    /// The page for man(1).
-    ///
-    /// # Errors
-    /// None that is to be expected: it is written to memory.
-    pub fn render(self) -> io::Result<String> {
-        match self {
-            Self::Commands => commands(),
-            Self::Configuration => Ok(configuration()),
-        }
-        .map(|page| literal(&page))
-    }
+fn main() -> io::Result<()> {
+    let folder = std::env::args_os().nth(1).expect("the argument is a folder");
+    let folder = Path::new(&folder);
+    fs::write(folder.join("handout.1"), literal(&commands()?))?;
+    fs::write(folder.join("handout.toml.5"), literal(&configuration()))
 }
 
 fn commands() -> io::Result<String> {
-    // That --help and -V are there need not be said of every command.
+    // --help and -V are described once.
     let mut command = Cli::command()
         .disable_help_subcommand(true)
         .mut_subcommands(|command| command.disable_help_flag(true));
@@ -141,14 +124,14 @@ fn configuration() -> String {
     page.control("SH", ["NAME"]).text([roman("handout.toml - the configuration of handout(1)")]);
     page.control("SH", ["DESCRIPTION"]).text([roman(CONFIGURATION_DESCRIPTION)]);
     page.control("SH", ["THE FILE"]);
-    // Its lines are long: no indentation.
+    // The lines are long.
     page.control("in", ["0"]);
     example(&mut page, CONFIGURATION.lines());
     page.control("SH", ["SEE ALSO"]).text([roman("handout(1)")]);
     page.to_roff()
 }
 
-/// No date: the same source makes the same page.
+/// Without a date, so that builds are reproducible.
 fn title(name: &str, section: &str) -> Roff {
     let mut roff = Roff::new();
     let source = concat!("handout ", env!("CARGO_PKG_VERSION"));
@@ -156,7 +139,7 @@ fn title(name: &str, section: &str) -> Roff {
     roff
 }
 
-/// The options and arguments of a command, without the heading: they stand below its own.
+/// Returns the options of a command without the heading.
 fn options(command: &Command) -> io::Result<String> {
     let mut section = Vec::new();
     Man::new(command.clone()).render_options_section(&mut section)?;
@@ -165,7 +148,7 @@ fn options(command: &Command) -> io::Result<String> {
     Ok(options.unwrap_or_default().to_owned())
 }
 
-/// A section of terms and what they mean.
+/// Adds a section of terms with descriptions.
 fn entries(roff: &mut Roff, section: &str, entries: &[(&str, &str)]) {
     roff.control("SH", [section]);
     for (term, meaning) in entries {
@@ -173,7 +156,7 @@ fn entries(roff: &mut Roff, section: &str, entries: &[(&str, &str)]) {
     }
 }
 
-/// Text as --help has it: lines that are indented are examples, the others prose.
+/// Adds a text of --help, whose indented lines are examples.
 fn paragraphs(roff: &mut Roff, text: &str) {
     let lines: Vec<_> = text.lines().filter(|line| !line.is_empty()).collect();
     for block in lines.chunk_by(|a, b| a.starts_with(' ') == b.starts_with(' ')) {
@@ -187,7 +170,7 @@ fn paragraphs(roff: &mut Roff, text: &str) {
     }
 }
 
-/// Lines that stay as they are.
+/// Adds lines verbatim.
 fn example<'a>(roff: &mut Roff, lines: impl Iterator<Item = &'a str>) {
     roff.control("EX", []);
     for line in lines {
@@ -200,9 +183,9 @@ fn text(text: Option<&StyledStr>) -> String {
     text.map(ToString::to_string).unwrap_or_default()
 }
 
-/// Keeps typographic signs from taking the place of those that stand in a command or a string.
+/// Escapes characters that roff replaces by typographic ones.
 fn literal(page: &str) -> String {
-    // The first is how a page would say an apostrophe if it began with a definition of that name.
+    // The first is the apostrophe as written by the roff crate.
     [(r"\*(Aq", r"\(aq"), ("'", r"\(aq"), ("`", r"\(ga"), ("^", r"\(ha"), ("~", r"\(ti")]
         .iter()
         .fold(page.to_owned(), |page, (sign, escaped)| page.replace(sign, escaped))
@@ -213,7 +196,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn prose_is_filled_and_examples_stay_as_they_are() {
+    fn fills_prose_and_keeps_examples() {
         let mut roff = Roff::new();
         paragraphs(&mut roff, "Examples:\n  a  b\n  .c\n\nThe end.");
         let expected = ".PP\nExamples:\n.EX\n  a  b\n  .c\n.EE\n.PP\nThe end.\n";
@@ -221,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn what_roff_would_take_for_its_own_is_printed() {
+    fn escapes_characters_of_roff() {
         let mut roff = Roff::new();
         example(&mut roff, ["'a' `b` ~/c^d", "\\n-e", ".f", ""].into_iter());
         let expected = r".EX

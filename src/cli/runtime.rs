@@ -1,0 +1,66 @@
+//! Runs clients on one thread, and turns signals into requests to stop.
+
+use std::io;
+use std::process::ExitCode;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use super::output::{complain, fail};
+use crate::daemon::Orders;
+use crate::runtime;
+
+/// Runs a client until it ends. The first signal cancels its token, the second ends it.
+pub(super) fn run_client(client: impl AsyncFnOnce(CancellationToken) -> ExitCode) -> ExitCode {
+    let runtime = match runtime::event_loop() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&error),
+    };
+    let code = runtime.block_on(async {
+        let (orders, mut hangup) = match (orders(), signal(SignalKind::hangup())) {
+            (Ok(orders), Ok(hangup)) => (orders, hangup),
+            (Err(error), _) | (_, Err(error)) => return fail(&error),
+        };
+        let stop = orders.stop.clone();
+        tokio::spawn(async move {
+            hangup.recv().await;
+            stop.cancel();
+        });
+        tokio::select! {
+            code = client(orders.stop) => code,
+            () = orders.stop_now.cancelled() => interrupted(),
+        }
+    });
+    runtime.shutdown_timeout(runtime::END_TIME);
+    code
+}
+
+/// Runs a client that removes incomplete files when it is dropped, which the first signal does.
+pub(super) fn run_until_signal(client: impl Future<Output = ExitCode>) -> ExitCode {
+    run_client(async |stop| stop.run_until_cancelled(client).await.unwrap_or_else(interrupted))
+}
+
+pub(super) fn interrupted() -> ExitCode {
+    complain("interrupted");
+    ExitCode::FAILURE
+}
+
+/// Turns SIGTERM and SIGINT into orders: the first asks to stop, the second insists.
+pub(super) fn orders() -> io::Result<Orders> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    // Lets writes above RLIMIT_FSIZE fail instead of killing the process.
+    let _ = signal(SignalKind::from_raw(libc::SIGXFSZ))?;
+    let orders = Orders::default();
+    let tokens = orders.clone();
+    tokio::spawn(async move {
+        for token in [tokens.stop, tokens.stop_now] {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            token.cancel();
+        }
+    });
+    Ok(orders)
+}
