@@ -93,7 +93,7 @@ impl Secrets {
 }
 
 /// Returns the file of a secret: the credential of that name (systemd.exec(5), `LoadCredential=`), or
-/// a path relative to `folder`.
+/// a path relative to `folder`. The credentials are in memory, so this cannot hang.
 pub(crate) fn path(name: &str, folder: &Path, credentials: Option<&Path>) -> PathBuf {
     let credential = credentials.filter(|_| !name.contains('/')).map(|folder| folder.join(name));
     credential.filter(|path| path.is_file()).unwrap_or_else(|| folder.join(name))

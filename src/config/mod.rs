@@ -10,6 +10,7 @@ mod gateway;
 mod probe;
 mod service;
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
@@ -213,14 +214,15 @@ fn finish<T>(value: T, mut diagnostics: Vec<Diagnostic>) -> Result<T, Diagnostic
 fn block_on<T: Send>(
     stage: impl Future<Output = Result<T, Diagnostics>> + Send,
 ) -> Result<T, Diagnostics> {
-    let run = || {
-        let event_loop = runtime::event_loop().map_err(|error| Diagnostic {
-            is_transient: true,
-            ..Diagnostic::of_file("event loop".to_owned(), error.to_string())
-        })?;
-        event_loop.block_on(stage)
+    let no_thread = |error: io::Error| Diagnostic {
+        is_transient: true,
+        ..Diagnostic::of_file("configuration".to_owned(), format!("cannot be checked: {error}"))
     };
-    thread::scope(|scope| scope.spawn(run).join()).expect("no stage panics")
+    let run = || runtime::event_loop().map_err(no_thread)?.block_on(stage);
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().spawn_scoped(scope, run).map_err(no_thread)?;
+        thread.join().expect("no stage panics")
+    })
 }
 
 fn read_mirror(name: &str, table: Table<'_>) -> Result<MirrorSettings, Reported> {
