@@ -16,9 +16,6 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use toml::de::DeTable;
-
-use crate::config::arguments::Argument;
 use crate::config::probe::ConfigText;
 use crate::config::service::ServiceSpec;
 use crate::config_reader::{
@@ -118,9 +115,8 @@ impl Validated {
         let no_service = "no service; expected a table such as [time.clock] or [file.picture]";
         let no_service = Diagnostic::of_file(name.clone(), no_service);
         let source = Source::file(name, &text, base_dir);
-        let (entries, errors) = DeTable::parse_recoverable(&text);
-        report_syntax(&source, &errors);
-        let mut root = Table::new(&source, String::new(), entries.get_ref());
+        let entries = source.parse(&text);
+        let mut root = Table::root(&source, &entries);
 
         // A section with a fault counts as missing for the rest.
         let log = root.table("log").map(LogSettings::read);
@@ -139,28 +135,19 @@ impl Validated {
                 folders.push(folder);
             }
         }
-        let mut services = Vec::new();
-        for kind in KINDS {
-            for (name, table) in root.tables(kind.name) {
-                services.extend(ServiceSpec::read_named(kind, name, table, &limits));
-            }
-        }
+        let mut services = read_services(&mut root, &limits);
         let alerts = AlertSettings::read(&mut root);
         if let Some(table) = root.table(METRICS.name) {
             services.extend(ServiceSpec::read_metrics(&METRICS, table, &limits));
         }
         root.finish();
         let (mut diagnostics, mut probes) = source.into_parts();
-        for (number, Argument { source, kind, entries }) in
-            Argument::all(sources).into_iter().enumerate()
-        {
-            let name = format!("argument-{}", number + 1);
-            let table = Table::new(&source, format!("{}.{name}", kind.name), &entries);
-            services.extend(ServiceSpec::read_named(kind, &name, table, &limits));
-            let (of_argument, of_argument_probes) = source.into_parts();
-            diagnostics.extend(of_argument);
-            probes.extend(of_argument_probes);
-        }
+        let (text, source) = arguments::document(sources);
+        let entries = source.parse(&text);
+        services.extend(read_services(&mut Table::root(&source, &entries), &limits));
+        let of_arguments = source.into_parts();
+        diagnostics.extend(of_arguments.0);
+        probes.extend(of_arguments.1);
         let config = Config {
             log: log.and_then(Result::ok).unwrap_or_default(),
             daemon: daemon.and_then(Result::ok).unwrap_or_default(),
@@ -182,9 +169,7 @@ pub fn load_part<T: Send>(
 ) -> Result<T, Diagnostics> {
     let ConfigText { name, text, base_dir } = ConfigText::read(file)?;
     let source = Source::file(name, &text, base_dir);
-    let (entries, errors) = DeTable::parse_recoverable(&text);
-    report_syntax(&source, &errors);
-    let value = read(&mut Table::new(&source, String::new(), entries.get_ref()));
+    let value = read(&mut Table::root(&source, &source.parse(&text)));
     let (mut diagnostics, probes) = source.into_parts();
     block_on(async {
         let served = service::served_paths(&[]);
@@ -194,10 +179,14 @@ pub fn load_part<T: Send>(
     })
 }
 
-fn report_syntax(source: &Source, errors: &[toml::de::Error]) {
-    for error in errors {
-        source.report_syntax(error.span().unwrap_or_default().start, error.message());
+fn read_services(root: &mut Table<'_>, limits: &Limits) -> Vec<ServiceSpec> {
+    let mut services = Vec::new();
+    for kind in KINDS {
+        for (name, table) in root.tables(kind.name) {
+            services.extend(ServiceSpec::read_named(kind, name, table, limits));
+        }
     }
+    services
 }
 
 /// Returns `value` if there is no diagnostic.

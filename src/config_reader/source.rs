@@ -6,6 +6,8 @@ use std::fmt::{self, Display};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
+use toml::de::DeTable;
+
 use crate::config_reader::diagnostic::{Diagnostic, Position};
 use crate::config_reader::probe::{Probe, Question};
 
@@ -73,10 +75,12 @@ pub(crate) fn values_of<T>(spanned: Option<Vec<Spanned<T>>>) -> Vec<T> {
     spanned.into_iter().flatten().map(|spanned| spanned.value).collect()
 }
 
-/// A file or an argument, with the diagnostics and the probes that its tables raise.
+/// A file or the arguments, with the diagnostics and the probes that its tables raise.
 #[derive(Debug)]
 pub(crate) struct Source {
     kind: SourceKind,
+    /// Offsets of the line feeds in the text.
+    line_ends: Vec<usize>,
     base_dir: PathBuf,
     diagnostics: RefCell<Vec<Diagnostic>>,
     probes: RefCell<Vec<Probe>>,
@@ -84,28 +88,27 @@ pub(crate) struct Source {
 
 #[derive(Debug)]
 enum SourceKind {
-    File {
-        name: String,
-        /// Offsets of the line feeds in the text.
-        line_ends: Vec<usize>,
-    },
-    Argument(String),
+    File(String),
+    /// One for each line.
+    Arguments(Vec<String>),
 }
 
 impl Source {
     /// A file; its relative paths begin at `base_dir`.
     pub(crate) fn file(name: String, text: &str, base_dir: PathBuf) -> Self {
+        Self::new(SourceKind::File(name), text, base_dir)
+    }
+
+    /// Arguments of the command line, one for each line of `text`; relative paths begin at the
+    /// working directory.
+    pub(crate) fn arguments(arguments: Vec<String>, text: &str) -> Self {
+        Self::new(SourceKind::Arguments(arguments), text, PathBuf::new())
+    }
+
+    fn new(kind: SourceKind, text: &str, base_dir: PathBuf) -> Self {
         let line_ends = text.match_indices('\n').map(|(end, _)| end).collect();
-        Self::new(SourceKind::File { name, line_ends }, base_dir)
-    }
-
-    /// An argument of the command line; its relative paths begin at the working directory.
-    pub(crate) fn argument(argument: String) -> Self {
-        Self::new(SourceKind::Argument(argument), PathBuf::new())
-    }
-
-    fn new(kind: SourceKind, base_dir: PathBuf) -> Self {
-        Self { kind, base_dir, diagnostics: RefCell::default(), probes: RefCell::default() }
+        let (diagnostics, probes) = (RefCell::default(), RefCell::default());
+        Self { kind, line_ends, base_dir, diagnostics, probes }
     }
 
     pub(crate) fn base_dir(&self) -> &Path {
@@ -113,19 +116,26 @@ impl Source {
     }
 
     pub(super) fn origin(&self, offset: usize, key: String, is_default: bool) -> Origin {
+        let line = self.line_ends.partition_point(|end| *end < offset);
         let position = match &self.kind {
-            SourceKind::File { name, line_ends } => {
-                Position::Line(name.clone(), 1 + line_ends.partition_point(|end| *end < offset))
+            SourceKind::File(name) => Position::Line(name.clone(), line + 1),
+            SourceKind::Arguments(arguments) => {
+                let argument = arguments.get(line).expect("each line has an argument");
+                Position::Argument(argument.clone())
             }
-            SourceKind::Argument(argument) => Position::Argument(argument.clone()),
         };
         Origin { position, key, is_default }
     }
 
-    /// Reports that the text at `offset` is no TOML.
-    pub(crate) fn report_syntax(&self, offset: usize, message: &str) {
-        let origin = self.origin(offset, String::new(), false);
-        self.report(&origin, format_args!("not TOML: {message}"));
+    /// Parses the text of this source, and reports each error.
+    pub(crate) fn parse<'a>(&self, text: &'a str) -> DeTable<'a> {
+        let (table, errors) = DeTable::parse_recoverable(text);
+        for error in errors {
+            let offset = error.span().unwrap_or_default().start;
+            let origin = self.origin(offset, String::new(), false);
+            self.report(&origin, format_args!("not TOML: {}", error.message()));
+        }
+        table.into_inner()
     }
 
     pub(super) fn report(&self, origin: &Origin, message: impl Display) -> Reported {

@@ -32,9 +32,9 @@ pub struct Table<'a> {
 type Entry<'a> = Spanned<&'a DeValue<'a>>;
 
 impl<'a> Table<'a> {
-    /// The table at `path`; empty for the root of a file.
-    pub(crate) fn new(source: &'a Source, path: String, entries: &'a DeTable<'a>) -> Self {
-        Self { source, path, offset: 0, entries, known: Vec::new() }
+    /// The root of a file.
+    pub(crate) fn root(source: &'a Source, entries: &'a DeTable<'a>) -> Self {
+        Self { source, path: String::new(), offset: 0, entries, known: Vec::new() }
     }
 
     /// The folder of relative paths.
@@ -333,11 +333,8 @@ mod tests {
     /// Reads `text` by `read` and returns its value and the diagnostics.
     fn read<T>(text: &str, read: impl FnOnce(&mut Table<'_>) -> T) -> (T, Vec<Diagnostic>) {
         let source = Source::file("x.toml".to_owned(), text, "/base".into());
-        let (entries, errors) = DeTable::parse_recoverable(text);
-        for error in errors {
-            source.report_syntax(error.span().unwrap_or_default().start, error.message());
-        }
-        let mut table = Table::new(&source, String::new(), entries.get_ref());
+        let entries = source.parse(text);
+        let mut table = Table::root(&source, &entries);
         let value = read(&mut table);
         table.finish();
         (value, source.into_parts().0)
@@ -444,15 +441,15 @@ mod tests {
     #[test]
     fn leaves_paths_to_the_probe_stage() {
         let source = Source::file("x.toml".to_owned(), "", "/base".into());
-        let entries = DeTable::parse("ca = \"roots.pem\"").unwrap();
-        let mut table = Table::new(&source, "a".to_owned(), entries.get_ref());
+        let entries = source.parse("ca = \"roots.pem\"");
+        let mut table = Table::root(&source, &entries);
         let refuse = |path: &Path| Err::<(), _>(format!("{} is refused", path.display()));
         let path = table.checked_path("ca", refuse).unwrap();
         assert_eq!(path, Some("/base/roots.pem".into()));
         let (diagnostics, mut probes) = source.into_parts();
         assert!(diagnostics.is_empty());
         let probe = probes.remove(0);
-        assert_eq!((probe.origin.key.as_str(), probe.text.as_str()), ("a.ca", "roots.pem"));
+        assert_eq!((probe.origin.key.as_str(), probe.text.as_str()), ("ca", "roots.pem"));
         let Question::Check(check) = probe.question else { panic!() };
         assert_eq!(check(), Err("/base/roots.pem is refused".to_owned()));
     }
