@@ -73,7 +73,6 @@ pub struct Sources {
 }
 
 /// A configuration that passed the first two stages, or the diagnostics of those.
-#[derive(Debug)]
 pub(crate) struct Validated {
     /// The settings except for the services.
     config: Config,

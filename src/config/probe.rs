@@ -129,8 +129,7 @@ pub(super) async fn run(
         };
         let unanswered = unanswered(&question);
         let time_limit = if known.is_some() { SERVED_TIMEOUT } else { TIMEOUT };
-        let (pool, mirrored) = (Arc::clone(pool), Arc::clone(mirrored));
-        let name = format!("probe {question:?} {text}");
+        let (pool, mirrored, name) = (Arc::clone(pool), Arc::clone(mirrored), text.clone());
         let task = AbortOnDropHandle::new(tokio::spawn(async move {
             timeout(time_limit, pool.run(&name, move || answer(question, &mirrored))).await
         }));

@@ -3,7 +3,6 @@
 
 use core::net::SocketAddr;
 use std::collections::HashMap;
-use std::fmt;
 use std::path::PathBuf;
 
 use jiff::tz::TimeZone;
@@ -11,7 +10,6 @@ use jiff::tz::TimeZone;
 use crate::config_reader::source::Origin;
 
 /// A question with the value that raised it.
-#[derive(Debug)]
 pub(crate) struct Probe {
     pub origin: Origin,
     /// The value as it is written, for diagnostics.
@@ -38,18 +36,6 @@ pub(crate) enum Question {
     Folder(PathBuf),
     /// Any other check. Its error names the expected value.
     Check(Box<dyn FnOnce() -> Result<(), String> + Send>),
-}
-
-impl fmt::Debug for Question {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Resolve { host, port } => write!(f, "Resolve({host}:{port})"),
-            Self::PathKind(path) => write!(f, "PathKind({})", path.display()),
-            Self::TimeZone(name) => write!(f, "TimeZone({name})"),
-            Self::Folder(path) => write!(f, "Folder({})", path.display()),
-            Self::Check(_) => f.write_str("Check"),
-        }
-    }
 }
 
 /// The answers to all probes. Each section takes those to its questions.

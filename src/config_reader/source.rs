@@ -76,7 +76,6 @@ pub(crate) fn values_of<T>(spanned: Option<Vec<Spanned<T>>>) -> Vec<T> {
 }
 
 /// A file or the arguments, with the diagnostics and the probes that its tables raise.
-#[derive(Debug)]
 pub(crate) struct Source {
     kind: SourceKind,
     /// Offsets of the line feeds in the text.
@@ -86,7 +85,6 @@ pub(crate) struct Source {
     probes: RefCell<Vec<Probe>>,
 }
 
-#[derive(Debug)]
 enum SourceKind {
     File(String),
     /// One for each line.

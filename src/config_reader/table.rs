@@ -16,7 +16,6 @@ use crate::config_reader::probe::Question;
 use crate::config_reader::source::{Origin, Reported, Source, Spanned};
 
 /// A table that is being read.
-#[derive(Debug)]
 pub struct Table<'a> {
     source: &'a Source,
     /// The names of the tables around it and its own, as `time.clock`; empty for the root.
