@@ -67,12 +67,7 @@ impl BoundSocket {
         Inherited { socket, endpoint, name }: Inherited,
         loops: &mut impl Iterator<Item = &'a Handle>,
     ) -> io::Result<Self> {
-        let held = HeldSocket {
-            endpoint: endpoint.clone(),
-            inherited: Some(name),
-            service: None,
-            is_stale: false,
-        };
+        let held = HeldSocket::new(endpoint.clone(), Some(name));
         Self::new(vec![socket], endpoint, held, loops)
     }
 

@@ -231,12 +231,7 @@ impl ServiceManager {
             let endpoint = socket.endpoint(&configured).map_err(register)?;
             let queues = sockets::listen(socket, &configured, self.workers.loops().len())
                 .map_err(|source| bind_error(name, source))?;
-            let held = HeldSocket {
-                endpoint: configured.clone(),
-                inherited: None,
-                service: None,
-                is_stale: false,
-            };
+            let held = HeldSocket::new(configured.clone(), None);
             let socket = BoundSocket::new(queues, endpoint, held, &mut loops).map_err(register)?;
             sockets.push(socket.assigned_to(name));
         }

@@ -22,6 +22,13 @@ pub(crate) struct HeldSocket {
     pub is_stale: bool,
 }
 
+impl HeldSocket {
+    /// A socket without a service, with its name if it is inherited.
+    pub(crate) fn new(endpoint: Endpoint, inherited: Option<String>) -> Self {
+        Self { endpoint, inherited, service: None, is_stale: false }
+    }
+}
+
 /// The change of a service. Indices refer to the running services.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ServiceChange {
@@ -265,12 +272,7 @@ mod tests {
     }
 
     fn inherited(port: u16, name: &str) -> HeldSocket {
-        HeldSocket {
-            endpoint: tcp(port),
-            inherited: Some(name.to_owned()),
-            service: None,
-            is_stale: false,
-        }
+        HeldSocket::new(tcp(port), Some(name.to_owned()))
     }
 
     /// The held sockets after a plan was carried out.
@@ -279,12 +281,7 @@ mod tests {
             step.sockets.iter().map(|source| {
                 let socket = match source {
                     SocketSource::Held(index) => held[*index].clone(),
-                    SocketSource::Bind(endpoint) => HeldSocket {
-                        endpoint: endpoint.clone(),
-                        inherited: None,
-                        service: None,
-                        is_stale: false,
-                    },
+                    SocketSource::Bind(endpoint) => HeldSocket::new(endpoint.clone(), None),
                 };
                 HeldSocket { service: Some(Arc::clone(&service.name)), ..socket }
             })
