@@ -61,7 +61,7 @@ impl Settings {
         self.alert.is_some()
     }
 
-    pub(crate) fn told(&self) -> BTreeSet<Kind> {
+    pub(crate) fn event_kinds(&self) -> BTreeSet<Kind> {
         self.alert.as_ref().map(|alert| alert.policy.on.clone()).unwrap_or_default()
     }
 }

@@ -66,7 +66,7 @@ mod missing {
         }
 
         /// The kinds of events that are sent.
-        pub(crate) fn told(&self) -> BTreeSet<Kind> {
+        pub(crate) fn event_kinds(&self) -> BTreeSet<Kind> {
             BTreeSet::new()
         }
 

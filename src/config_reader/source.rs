@@ -87,7 +87,7 @@ pub(crate) struct Source {
 
 enum SourceKind {
     File(String),
-    /// One for each line.
+    /// In the order of the lines.
     Arguments(Vec<String>),
 }
 

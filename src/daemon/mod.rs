@@ -250,7 +250,7 @@ impl Daemon {
     fn change_alerts(&mut self, settings: &AlertSettings) {
         self.alerts.change(settings);
         self.manager.monitor.watch_alerts(self.alerts.counters());
-        self.reported = settings.told();
+        self.reported = settings.event_kinds();
         self.monitor.retain_kinds(&self.reported);
         if self.reported.contains(&Kind::ClockUnsynchronized)
             && let Err(error) = Health::read()

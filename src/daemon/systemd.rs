@@ -28,7 +28,7 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 pub(crate) struct Notifier {
     manager: Option<Manager>,
     state: Mutex<State>,
-    /// Starts a retry.
+    /// Signals [`Self::retry_pending`] that a message is pending.
     failed: Notify,
 }
 
