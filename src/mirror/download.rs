@@ -882,7 +882,7 @@ fn conditions(ask: &Precondition, resume: Option<&Resume>) -> HeaderMap {
         }
         (None, Precondition::Always) => HeaderMap::new(),
     };
-    headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("source_id"));
+    headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
     headers
 }
 
