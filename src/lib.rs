@@ -87,8 +87,8 @@ pub mod internals {
     #[cfg(feature = "gateway")]
     mod gateway {
         pub use crate::http::egress::{Host, Reach};
-        pub use crate::http::pointer::Pointer;
-        pub use crate::mirror::listing::{Error as ListingError, Pointers, read as read_listing};
+        pub use crate::http::pointer::parse as parse_pointer;
+        pub use crate::mirror::listing::{ParseError, Pointers, read as read_listing};
         pub use crate::notify::address::EmailAddress;
         pub use crate::notify::channel::{Failure, words};
         pub use crate::notify::mail::Settings as MailSettings;

@@ -3,7 +3,7 @@
 #[cfg(feature = "gateway")]
 pub(crate) use crate::alert::dispatcher::AlertDispatcher;
 #[cfg(feature = "gateway")]
-pub(crate) use crate::mirror::config::Mirrors;
+pub(crate) use crate::mirror::Mirrors;
 
 #[cfg(not(feature = "gateway"))]
 pub(crate) use missing::{AlertDispatcher, Mirrors};
@@ -15,8 +15,8 @@ mod missing {
     use std::sync::Arc;
 
     use crate::config::{AlertSettings, MirrorSettings};
-    use crate::daemon::mirrors::{self, Summary};
     use crate::telemetry::event::{ChannelCounters, EventSender};
+    use crate::telemetry::mirror_stats::MirrorStats;
 
     /// Mirrors, which this build has none of.
     #[derive(Debug, Default)]
@@ -27,11 +27,9 @@ mod missing {
             Ok(())
         }
 
-        pub(crate) fn change(&mut self, _: &[MirrorSettings], _: &EventSender) -> Summary {
-            Summary::default()
-        }
+        pub(crate) fn apply_config(&mut self, _: &[MirrorSettings], _: &EventSender) {}
 
-        pub(crate) fn counts(&self) -> Vec<Arc<mirrors::Counts>> {
+        pub(crate) fn stats(&self) -> Vec<Arc<MirrorStats>> {
             Vec::new()
         }
 

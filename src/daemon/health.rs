@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 
 use crate::clock::Health;
-use crate::daemon::mirrors;
 use crate::net::instance::Served;
 use crate::telemetry::counters::Ending;
 use crate::telemetry::event::{Change, Event, EventSender, Kind};
+use crate::telemetry::mirror_stats::MirrorStats;
 use crate::text::counted;
 
 /// Interval between two checks of everything.
@@ -63,7 +63,7 @@ impl HealthMonitor {
     pub(crate) fn check<'a>(
         &mut self,
         services: impl Iterator<Item = &'a Arc<Served>>,
-        mirrors: &[Arc<mirrors::Counts>],
+        mirrors: &[Arc<MirrorStats>],
         failed_reload: Option<&str>,
         kinds: &BTreeSet<Kind>,
     ) {
@@ -75,9 +75,10 @@ impl HealthMonitor {
         for mirror in mirrors {
             let subject = format!("mirror.{}", mirror.name);
             let reported = self.reported.get(&(Kind::MirrorFailed, subject.as_str().into()));
-            // Until its first run has ended, a changed mirror keeps its condition.
-            let unchanged = reported.filter(|_| !mirror.is_known()).cloned();
-            if let Some(description) = unchanged.or_else(|| mirror.trouble()) {
+            let last = mirror.last();
+            // Until its first sync has ended, a changed mirror keeps its condition.
+            let unchanged = reported.filter(|_| last.duration.is_none()).cloned();
+            if let Some(description) = unchanged.or(last.failure) {
                 add(Kind::MirrorFailed, subject, description);
             }
         }

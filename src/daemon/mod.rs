@@ -10,7 +10,6 @@ pub(crate) mod control;
 pub(crate) mod gateway;
 pub(crate) mod health;
 pub(crate) mod manager;
-pub(crate) mod mirrors;
 pub(crate) mod plan;
 pub(crate) mod systemd;
 
@@ -94,7 +93,6 @@ pub(crate) struct Daemon {
     /// remain in it.
     probe_pool: Arc<BlockingPool>,
     mirrors: Mirrors,
-    mirror_names: Vec<Arc<str>>,
     alerts: AlertDispatcher,
     monitor: HealthMonitor,
     /// The kinds of events that are reported to the operator.
@@ -129,7 +127,6 @@ impl Daemon {
             manager,
             probe_pool: Arc::default(),
             mirrors: Mirrors::default(),
-            mirror_names: Vec::new(),
             alerts,
             monitor,
             reported: BTreeSet::new(),
@@ -138,7 +135,7 @@ impl Daemon {
         daemon.mirrors.prepare(&config.mirrors).map_err(manager::Error::Mirrors)?;
         daemon.alerts.prepare(&config.alerts).map_err(manager::Error::Alerts)?;
         daemon.change_alerts(&config.alerts);
-        daemon.change_mirrors(&config.mirrors);
+        daemon.apply_mirrors(&config.mirrors);
         Ok(daemon)
     }
 
@@ -243,7 +240,7 @@ impl Daemon {
         self.log.change(log);
         self.grace = config.daemon.grace;
         self.change_alerts(&config.alerts);
-        self.change_mirrors(&config.mirrors);
+        self.apply_mirrors(&config.mirrors);
         Ok(self.manager.apply(prepared, self.grace))
     }
 
@@ -267,25 +264,13 @@ impl Daemon {
     /// Reports health changes to the operator.
     fn check_health(&mut self) {
         let reload = self.reload_fault.as_deref();
-        let (services, mirrors) = (self.manager.instances(), self.mirrors.counts());
+        let (services, mirrors) = (self.manager.instances(), self.mirrors.stats());
         self.monitor.check(services, &mirrors, reload, &self.reported);
     }
 
-    fn change_mirrors(&mut self, wanted: &[MirrorSettings]) {
-        let had_mirrors = !self.mirror_names.is_empty();
-        let mirrors::Summary { started, changed, ended, kept } =
-            self.mirrors.change(wanted, &self.alerts.events());
-        self.mirror_names = wanted.iter().map(|mirror| Arc::clone(mirror.name())).collect();
-        self.manager.monitor.watch_mirrors(self.mirrors.counts());
-        if had_mirrors || !wanted.is_empty() {
-            tracing::info!(
-                started,
-                changed,
-                ended,
-                kept,
-                "mirrors: {started} started, {changed} changed, {ended} ended, {kept} unchanged"
-            );
-        }
+    fn apply_mirrors(&mut self, wanted: &[MirrorSettings]) {
+        self.mirrors.apply_config(wanted, &self.alerts.events());
+        self.manager.monitor.watch_mirrors(self.mirrors.stats());
     }
 
     async fn stop(&mut self, orders: &Orders) {
@@ -340,8 +325,10 @@ impl Daemon {
         let addresses = self.manager.address_count();
         let addresses = counted(addresses, "address");
         let serving = format!("serving {} on {addresses}", names.join(", "));
-        let mirroring = format!("mirroring {}", self.mirror_names.join(", "));
-        match (names.is_empty(), self.mirror_names.is_empty()) {
+        let mirrors = self.mirrors.stats();
+        let mirrors: Vec<&str> = mirrors.iter().map(|stats| &*stats.name).collect();
+        let mirroring = format!("mirroring {}", mirrors.join(", "));
+        match (names.is_empty(), mirrors.is_empty()) {
             (_, true) => serving,
             (true, false) => mirroring,
             (false, false) => format!("{serving}, {mirroring}"),

@@ -309,22 +309,15 @@ impl Transfer<'_> {
                 None => ask = manifest::precondition(known, &local, &self.source),
             }
         }
-        // What is here makes room for what takes its place.
-        self.shared.budget.give(self.here());
+        // The stored file makes room for its successor.
+        let stored = known.map_or(0, |known| known.size);
+        self.shared.budget.give(stored);
         let done = self.attempts(&ask).await;
         if !matches!(done, Ok(Done { outcome: Outcome::New | Outcome::Changed, .. })) {
             self.give_back();
-            self.shared.budget.take_what_is_left(self.here());
+            self.shared.budget.take_what_is_left(stored);
         }
         done
-    }
-
-    /// How much of the disk its file and its part take.
-    fn here(&self) -> u64 {
-        let local = self.local.map_or(0, |local| local.size);
-        let name = &self.entry.name;
-        let part = if self.may_have_part() { self.shared.place.part_size(name) } else { 0 };
-        local.saturating_add(part)
     }
 
     /// Whether this or an earlier run may have left a part.

@@ -1,6 +1,6 @@
-//! What is known of the files here, so that a server is asked only for what changed.
+//! The manifest: metadata of the mirrored files, for conditional requests and change detection.
 //!
-//! It is kept in a hidden file beside them. Lost, it is found out again: at worst by a transfer.
+//! Stored as a hidden file in the folder. If it is lost, at worst every file is transferred again.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -13,54 +13,52 @@ use sha2::{Digest, Sha256};
 
 use crate::fs::atomic::SaveError;
 use crate::fs::filename::file_name;
-use crate::mirror::target_dir::{Local, Place, hex};
+use crate::mirror::target_dir::{Local, Place};
+use crate::text::to_hex;
 
-/// The file's name; hidden, so that no file service has it.
+/// The name of the manifest; hidden, so that no service serves it.
 pub(crate) const FILE: &str = ".handout-mirror.json";
 
-/// The largest state that is read, in bytes.
-const MAX_STATE: u64 = 64 << 20;
+/// Maximum size of a manifest, in bytes.
+const MAX_SIZE: u64 = 64 << 20;
 
-/// The longest validator that is kept, in bytes.
+/// Maximum length of a stored validator, in bytes.
 const MAX_VALIDATOR: usize = 1024;
 
-/// The identity of a content, as the server tells it (RFC 9110, 8.8).
+/// Resolutions of file times in nanoseconds: NTFS and CIFS, old NFS, exFAT, and FAT.
+const RESOLUTIONS: [i128; 5] = [100, 1_000, 10_000_000, 1_000_000_000, 2_000_000_000];
+
+/// Validators of a response as sent by the server (RFC 9110, 8.8).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Validators {
-    /// `ETag`, as it was sent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub etag: Option<String>,
-    /// `Last-Modified`, as it was sent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_modified: Option<String>,
 }
 
 impl Validators {
-    /// Takes what a server sent; what is too long is as if it had not been sent.
+    /// Ignores empty values and those longer than 1 KiB.
     pub(crate) fn new(etag: Option<&str>, last_modified: Option<&str>) -> Self {
-        let short = |text: &&str| !text.is_empty() && text.len() <= MAX_VALIDATOR;
-        Self {
-            etag: etag.filter(short).map(str::to_owned),
-            last_modified: last_modified.filter(short).map(str::to_owned),
-        }
+        let checked = |text: Option<&str>| {
+            text.filter(|text| (1..=MAX_VALIDATOR).contains(&text.len())).map(str::to_owned)
+        };
+        Self { etag: checked(etag), last_modified: checked(last_modified) }
     }
 
-    /// What two parts of one content have in common (RFC 9110, 8.8.1 and 13.1.5): a strong `ETag`, or
-    /// a date that is older than the reply (sent at `date`), as a content can change twice in a
-    /// second.
+    /// Returns a validator that is equal only for parts of the same content (RFC 9110, 8.8.1 and
+    /// 13.1.5): a strong `ETag`, or a `Last-Modified` before `date`, the time of the reply, as a
+    /// content can change twice in a second.
     pub(crate) fn strong(&self, date: Option<&str>) -> Option<String> {
-        match &self.etag {
-            Some(etag) if etag.starts_with('"') => return Some(etag.clone()),
-            _ => {}
+        if let Some(etag) = self.etag.as_ref().filter(|etag| etag.starts_with('"')) {
+            return Some(etag.clone());
         }
-        let last_modified = self.last_modified.as_ref()?;
-        let modified = httpdate::parse_http_date(last_modified).ok()?;
         let sent = httpdate::parse_http_date(date?).ok()?;
-        (sent > modified).then(|| last_modified.clone())
+        self.last_modified.clone().filter(|_| self.modified().is_some_and(|at| at < sent))
     }
 
-    /// These, and what was said `before` where they say nothing: a reply that sends no content, or
-    /// only a part of it, may leave them out (RFC 9110, 15.3.7 and 15.4.5).
+    /// Completes validators from an earlier reply: 206 and 304 may omit them (RFC 9110, 15.3.7 and
+    /// 15.4.5).
     #[must_use]
     pub(crate) fn or(self, before: &Self) -> Self {
         Self {
@@ -69,39 +67,35 @@ impl Validators {
         }
     }
 
-    /// The time of `Last-Modified`.
+    /// Returns the time of `Last-Modified`.
     pub(crate) fn modified(&self) -> Option<SystemTime> {
         httpdate::parse_http_date(self.last_modified.as_deref()?).ok()
     }
 }
 
-/// What is known of one file.
+/// Metadata of a mirrored file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct CachedFile {
-    /// Which URL it is from: see [`source_id`].
+    /// The [`source_id`] of the file's URL.
     pub source: String,
-    /// What its server said of it.
     #[serde(flatten)]
     pub validators: Validators,
-    /// Its size in bytes, and when it was modified, so that it is seen if somebody changes it.
+    /// In bytes.
     pub size: u64,
-    /// Seconds and nanoseconds.
+    /// Seconds and nanoseconds since 1970.
     pub modified: (i64, i64),
 }
 
 impl CachedFile {
-    /// Whether it is what is known of this file, as it is now.
-    pub(crate) fn is_of(&self, local: &Local) -> bool {
+    /// Whether the local file is unmodified since it was saved.
+    pub(crate) fn matches(&self, local: &Local) -> bool {
         self.size == local.size
             && (self.modified == local.modified || is_rounded(local.modified, self.modified))
     }
 }
 
-/// Resolutions of file times, in nanoseconds: NTFS and CIFS, old NFS, exFAT, and FAT.
-const RESOLUTIONS: [i128; 5] = [100, 1_000, 10_000_000, 1_000_000_000, 2_000_000_000];
-
-/// Whether a file system may have stored the time `exact` as `stored`. It shows only after the file
-/// system was mounted again.
+/// Whether a file system may have stored the time `exact` as `stored`, which shows only after it
+/// was mounted again.
 fn is_rounded(stored: (i64, i64), exact: (i64, i64)) -> bool {
     let [stored, exact] = [stored, exact].map(|(seconds, nanoseconds)| {
         i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds)
@@ -111,85 +105,70 @@ fn is_rounded(stored: (i64, i64), exact: (i64, i64)) -> bool {
         .any(|unit| stored % unit == 0 && stored.abs_diff(exact) < unit.unsigned_abs())
 }
 
-/// A URL so that it can be told from every other, and a query that may be a secret cannot be read.
+/// Returns the URL with its query, which may be a secret, replaced by a digest.
 pub(crate) fn source_id(url: &Url) -> String {
     let Some(query) = url.query() else { return url.to_string() };
-    let digest = hex(&Sha256::digest(query.as_bytes()));
+    let digest = to_hex(&Sha256::digest(query.as_bytes()));
     let mut url = url.clone();
     url.set_query(None);
     format!("{url}?sha256={digest}")
 }
 
-/// On which conditions a file is asked for.
+/// The condition of a request for a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Precondition {
-    /// Whatever it is.
     Always,
-    /// If it is not this any more.
     IfChanged(Validators),
-    /// If it was not last modified at exactly this time, which is that of a file of which nothing
-    /// else is known.
+    /// Unless the server's `Last-Modified` is exactly this time, that of a local file without
+    /// metadata.
     IfModifiedAtOtherTime(String),
 }
 
-/// On which conditions the file is asked for that is here as `local`, and is to be what is at
-/// `source`.
+/// Returns the condition of a request that updates `local` from `source`.
 pub(crate) fn precondition(
-    known: Option<&CachedFile>,
+    cached: Option<&CachedFile>,
     local: &Local,
     source: &str,
 ) -> Precondition {
-    match known {
-        // Another, or somebody has changed it.
-        Some(known) if known.source != source || !known.is_of(local) => Precondition::Always,
-        Some(known) if known.validators != Validators::default() => {
-            Precondition::IfChanged(known.validators.clone())
+    match (cached, local.modified()) {
+        (Some(cached), _)
+            if cached.source == source
+                && cached.matches(local)
+                && cached.validators != Validators::default() =>
+        {
+            Precondition::IfChanged(cached.validators.clone())
         }
-        // The server says nothing of it.
-        Some(_) => Precondition::Always,
-        // It has the server's time, which has no fraction, if it was saved by us.
-        None => match local.modified() {
-            Some(modified) if local.modified.1 == 0 => {
-                Precondition::IfModifiedAtOtherTime(httpdate::fmt_http_date(modified))
-            }
-            _ => Precondition::Always,
-        },
+        // A saved file has the server's time, which has no fraction of a second.
+        (None, Some(modified)) if local.modified.1 == 0 => {
+            Precondition::IfModifiedAtOtherTime(httpdate::fmt_http_date(modified))
+        }
+        _ => Precondition::Always,
     }
 }
 
-/// What is known of all files.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Manifest {
-    /// By name.
+    /// By file name.
     pub files: BTreeMap<String, CachedFile>,
 }
 
 impl Manifest {
-    /// Reads it; what cannot be read is not known.
-    pub(crate) fn load(place: &Place) -> Self {
-        let read = place.read_small(Path::new(FILE), MAX_STATE);
-        let mut state: Self =
-            read.ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
-        // Files are removed by these names: somebody may have written others.
-        state.files.retain(|name, _| file_name(name).is_ok());
-        state
+    /// Reads the manifest. An unreadable one counts as empty.
+    pub(crate) fn load(target: &Place) -> Self {
+        let read = target.read_small(Path::new(FILE), MAX_SIZE).ok();
+        let parsed = read.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let mut manifest: Self = parsed.unwrap_or_default();
+        // Files are removed by these names, so a modified manifest must not contain paths.
+        manifest.files.retain(|name, _| file_name(name).is_ok());
+        manifest
     }
 
-    /// Writes it if it is not what is there.
-    ///
-    /// # Errors
-    /// Whatever the disk says.
-    pub(crate) fn save_if_changed(&self, place: &Place) -> Result<(), SaveError> {
-        if Self::load(place) == *self { Ok(()) } else { self.save(place) }
-    }
-
-    /// Writes it, whole or not at all.
-    ///
-    /// # Errors
-    /// Whatever the disk says.
-    pub(crate) fn save(&self, place: &Place) -> Result<(), SaveError> {
+    pub(crate) fn save_if_changed(&self, target: &Place) -> Result<(), SaveError> {
+        if Self::load(target) == *self {
+            return Ok(());
+        }
         let json = serde_json::to_vec_pretty(self).map_err(io::Error::from)?;
-        place.write_small(FILE, &json)
+        target.write_small(FILE, &json)
     }
 }
 
@@ -200,7 +179,7 @@ mod tests {
 
     const DATE: &str = "Sun, 22 Nov 2026 13:46:01 GMT";
 
-    fn known(etag: Option<&str>, last_modified: Option<&str>) -> CachedFile {
+    fn cached(etag: Option<&str>, last_modified: Option<&str>) -> CachedFile {
         let validators = Validators::new(etag, last_modified);
         CachedFile { source: "http://a/".to_owned(), validators, size: 3, modified: (1, 2) }
     }
@@ -208,23 +187,23 @@ mod tests {
     const LOCAL: Local = Local { size: 3, modified: (1, 2) };
 
     #[test]
-    fn what_is_known_is_asked_for_only_if_it_changed() {
-        let known = known(Some("W/\"x\""), Some(DATE));
+    fn requests_unmodified_files_conditionally() {
+        let saved = cached(Some("W/\"x\""), Some(DATE));
         assert_eq!(
-            precondition(Some(&known), &LOCAL, "http://a/"),
-            Precondition::IfChanged(known.validators.clone())
+            precondition(Some(&saved), &LOCAL, "http://a/"),
+            Precondition::IfChanged(saved.validators.clone())
         );
-        assert_eq!(precondition(Some(&known), &LOCAL, "http://b/"), Precondition::Always);
+        assert_eq!(precondition(Some(&saved), &LOCAL, "http://b/"), Precondition::Always);
         for touched in [Local { size: 4, ..LOCAL }, Local { modified: (1, 3), ..LOCAL }] {
-            assert_eq!(precondition(Some(&known), &touched, "http://a/"), Precondition::Always);
+            assert_eq!(precondition(Some(&saved), &touched, "http://a/"), Precondition::Always);
         }
     }
 
     #[test]
     fn recognises_times_that_a_file_system_rounds() {
-        let is_of = |stored, exact| {
-            let known = CachedFile { modified: exact, ..known(None, None) };
-            known.is_of(&Local { modified: stored, ..LOCAL })
+        let matches = |stored, exact| {
+            let cached = CachedFile { modified: exact, ..cached(None, None) };
+            cached.matches(&Local { modified: stored, ..LOCAL })
         };
         for (stored, exact) in [
             ((1_700_000_000, 0), (1_700_000_001, 0)),
@@ -232,35 +211,35 @@ mod tests {
             ((5, 120_000_000), (5, 123_456_789)),
             ((5, 123_456_700), (5, 123_456_789)),
         ] {
-            assert!(is_of(stored, exact), "{stored:?} {exact:?}");
+            assert!(matches(stored, exact), "{stored:?} {exact:?}");
         }
         for (stored, exact) in [
             ((1_700_000_001, 0), (1_700_000_000, 0)),
             ((1_700_000_002, 0), (1_700_000_000, 0)),
             ((5, 123_456_788), (5, 123_456_789)),
         ] {
-            assert!(!is_of(stored, exact), "{stored:?} {exact:?}");
+            assert!(!matches(stored, exact), "{stored:?} {exact:?}");
         }
     }
 
     #[test]
-    fn of_what_is_not_known_the_time_is_told() {
+    fn requests_files_without_metadata_by_their_time() {
         let at = |modified| precondition(None, &Local { modified, ..LOCAL }, "http://a/");
         assert_eq!(
             at((1, 0)),
             Precondition::IfModifiedAtOtherTime("Thu, 01 Jan 1970 00:00:01 GMT".to_owned())
         );
         assert_eq!(at((-5, 0)), Precondition::Always);
-        // No server says so much.
+        // No server sends fractions of a second.
         assert_eq!(at((1, 2)), Precondition::Always);
         assert_eq!(
-            precondition(Some(&known(None, None)), &LOCAL, "http://a/"),
+            precondition(Some(&cached(None, None)), &LOCAL, "http://a/"),
             Precondition::Always
         );
     }
 
     #[test]
-    fn parts_are_of_one_content_by_a_strong_validator_only() {
+    fn matches_parts_by_strong_validators_only() {
         let strong = |etag, date, sent| Validators::new(etag, date).strong(sent);
         assert_eq!(strong(Some("\"x\""), Some(DATE), None), Some("\"x\"".to_owned()));
         assert_eq!(strong(Some("W/\"x\""), None, Some(DATE)), None);
@@ -272,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn a_query_is_kept_as_a_digest() {
+    fn stores_queries_as_digests() {
         let source_id = |url: &str| source_id(&Url::parse(url).unwrap());
         assert_eq!(source_id("http://a/b"), "http://a/b");
         let one = source_id("http://a/b?key=secret");
@@ -281,16 +260,16 @@ mod tests {
     }
 
     #[test]
-    fn it_is_read_as_it_was_written_and_junk_is_nothing() {
+    fn saves_and_loads_and_ignores_garbage() {
         let folder = tempfile::tempdir().unwrap();
         let place = Place::open(folder.path()).unwrap();
         assert_eq!(Manifest::load(&place), Manifest::default());
-        let mut state = Manifest::default();
-        state.files.insert("a".to_owned(), known(Some("\"x\""), None));
-        state.save(&place).unwrap();
-        assert_eq!(Manifest::load(&place), state);
-        state.files.insert("../b".to_owned(), known(None, None));
-        state.save(&place).unwrap();
+        let mut manifest = Manifest::default();
+        manifest.files.insert("a".to_owned(), cached(Some("\"x\""), None));
+        manifest.save_if_changed(&place).unwrap();
+        assert_eq!(Manifest::load(&place), manifest);
+        manifest.files.insert("../b".to_owned(), cached(None, None));
+        manifest.save_if_changed(&place).unwrap();
         assert_eq!(Manifest::load(&place).files.len(), 1);
         std::fs::write(folder.path().join(FILE), "{\"files\":[").unwrap();
         assert_eq!(Manifest::load(&place), Manifest::default());
@@ -298,7 +277,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_a_server_sends_is_no_panic(etag in ".{0,20}", date in ".{0,40}", sent in ".{0,40}") {
+        fn accepts_any_validator(etag in ".{0,20}", date in ".{0,40}", sent in ".{0,40}") {
             let validators = Validators::new(Some(&etag), Some(&date));
             if let Some(strong) = validators.strong(Some(&sent)) {
                 prop_assert!(strong.starts_with('"') || strong == date);

@@ -4,7 +4,6 @@
 //! whole has a hidden name that is made from the file's, so that a later run finds it.
 
 use std::collections::HashSet;
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -20,6 +19,7 @@ use crate::fs::atomic::{
     DirHandle, HIDDEN_PREFIX as PREFIX, NEW_FILE, OverwritePolicy, PendingFile, SaveError,
     log_unsupported, retry,
 };
+use crate::text::to_hex;
 
 /// How the name of a file that is not whole ends.
 const PART: &str = ".part";
@@ -103,16 +103,7 @@ impl Folding {
 
 fn hash(name: &str) -> String {
     // Enough that no two of a folder are the same.
-    hex(Sha256::digest(name.as_bytes()).iter().take(16))
-}
-
-/// Bytes as hexadecimal digits.
-pub(crate) fn hex<'a>(bytes: impl IntoIterator<Item = &'a u8>) -> String {
-    bytes.into_iter().fold(String::new(), |mut text, byte| {
-        // Writing to a string does not fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    to_hex(Sha256::digest(name.as_bytes()).first_chunk::<16>().expect("a digest of 32 bytes"))
 }
 
 fn hidden(name: &str, end: &str) -> PathBuf {

@@ -16,10 +16,10 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::clock::Health;
-use crate::daemon::mirrors;
 use crate::net::instance::Served;
 use crate::telemetry::counters::{Counter, Label};
 use crate::telemetry::event;
+use crate::telemetry::mirror_stats::MirrorStats;
 
 /// The media type of [`Monitor::metrics`].
 pub(crate) const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -42,7 +42,7 @@ impl Label for Reload {
 #[derive(Debug, Default)]
 pub struct Monitor {
     services: Mutex<Vec<Arc<Served>>>,
-    mirrors: Mutex<Vec<Arc<mirrors::Counts>>>,
+    mirrors: Mutex<Vec<Arc<MirrorStats>>>,
     alerts: Mutex<Vec<Arc<event::ChannelCounters>>>,
     reloads: Counter<Reload>,
     last_reload_failed: AtomicBool,
@@ -57,7 +57,7 @@ impl Monitor {
     }
 
     /// These are the mirrors from now on.
-    pub fn watch_mirrors(&self, mirrors: Vec<Arc<mirrors::Counts>>) {
+    pub(crate) fn watch_mirrors(&self, mirrors: Vec<Arc<MirrorStats>>) {
         *self.mirrors.lock().unwrap_or_else(PoisonError::into_inner) = mirrors;
     }
 
@@ -122,7 +122,7 @@ impl Monitor {
 #[derive(Debug)]
 struct Snapshot {
     services: Vec<Arc<Served>>,
-    mirrors: Vec<Arc<mirrors::Counts>>,
+    mirrors: Vec<Arc<MirrorStats>>,
     alerts: Vec<Arc<event::ChannelCounters>>,
     reloads: Vec<(Reload, u64)>,
     last_reload_successful: bool,
@@ -209,7 +209,7 @@ impl Snapshot {
 
     fn mirrors(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let kind = MetricType::Counter;
-        let help = "Files of mirrors, by what became of them in a run";
+        let help = "Files of mirrors, by the outcome of each sync";
         let mut files = to.encode_descriptor("mirror_files", help, None, kind)?;
         for mirror in &self.mirrors {
             for (outcome, count) in mirror.files.each() {
@@ -217,34 +217,35 @@ impl Snapshot {
                 ConstCounter::new(count).encode(files.encode_family(&labels)?)?;
             }
         }
-        let help = "Runs of mirrors, by how they ended";
+        let help = "Syncs of mirrors, by outcome";
         let mut runs = to.encode_descriptor("mirror_runs", help, None, kind)?;
         for mirror in &self.mirrors {
-            for (outcome, count) in mirror.runs.each() {
+            for (outcome, count) in mirror.syncs.each() {
                 let labels = [("mirror", &*mirror.name), ("outcome", outcome.name())];
                 ConstCounter::new(count).encode(runs.encode_family(&labels)?)?;
             }
         }
-        let help = "Bytes of files that mirrors have received";
+        let help = "Bytes of files received by mirrors";
         let mut received =
             to.encode_descriptor("mirror_received", help, Some(&Unit::Bytes), kind)?;
         for mirror in &self.mirrors {
             let labels = [("mirror", &*mirror.name)];
-            ConstCounter::new(mirror.received()).encode(received.encode_family(&labels)?)?;
+            ConstCounter::new(mirror.received.load(Ordering::Relaxed))
+                .encode(received.encode_family(&labels)?)?;
         }
         let (kind, unit) = (MetricType::Gauge, Some(&Unit::Seconds));
-        let help = "When a mirror's last run without a failure ended, since 1970";
+        let help = "End of the last complete sync of a mirror, since 1970";
         let mut last = to.encode_descriptor("mirror_last_success_timestamp", help, unit, kind)?;
         for mirror in &self.mirrors {
-            if let Some(seconds) = mirror.last_success() {
+            if let Some(seconds) = mirror.last().success {
                 let labels = [("mirror", &*mirror.name)];
                 ConstGauge::new(seconds).encode(last.encode_family(&labels)?)?;
             }
         }
-        let help = "How long a mirror's last run took";
+        let help = "Duration of the last sync of a mirror";
         let mut took = to.encode_descriptor("mirror_run", help, unit, kind)?;
         for mirror in &self.mirrors {
-            if let Some(duration) = mirror.last_duration() {
+            if let Some(duration) = mirror.last().duration {
                 let labels = [("mirror", &*mirror.name)];
                 ConstGauge::new(duration.as_secs_f64()).encode(took.encode_family(&labels)?)?;
             }

@@ -11,3 +11,4 @@ mod journald;
 mod log_queue;
 pub(crate) mod logging;
 pub(crate) mod metrics;
+pub(crate) mod mirror_stats;

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::config_reader::{Reported, Table};
 use crate::document::without_bom;
-use crate::http::pointer::Pointer;
+use crate::http::pointer;
 use crate::http::retry;
 use crate::notify::channel::{Failure, Lasting};
 
@@ -43,10 +43,10 @@ pub(super) struct Provider {
     pub(super) kind: Kind,
     pub(super) fields: Vec<(String, Template)>,
     /// Value that reports success; without one, the presence of the ID does.
-    success: Option<(Pointer, String)>,
-    id: Option<Pointer>,
+    success: Option<(String, String)>,
+    id: Option<String>,
     /// Pointers to the code and the text of an error.
-    error: Option<(Pointer, Pointer)>,
+    error: Option<(String, String)>,
 }
 
 impl Provider {
@@ -58,7 +58,7 @@ impl Provider {
             };
             fields.iter().map(parse).collect()
         };
-        let pointer = |text: &str| text.parse().expect("presets are valid pointers");
+        let pointer = str::to_owned;
         match kind {
             Kind::Ihuyi => Some((
                 Self {
@@ -125,7 +125,7 @@ impl Provider {
             let lasting = if status < 300 { Lasting::Doubtful } else { meaning_of(status) };
             Failure { lasting, words: format!("HTTP {status} and no JSON: {}", text.trim()) }
         })?;
-        let at = |pointer: &Pointer| pointer.find(&json).and_then(plain);
+        let at = |pointer: &String| json.pointer(pointer).and_then(plain);
         let id = self.id.as_ref().and_then(at);
         let is_accepted = match &self.success {
             Some((pointer, expected)) => at(pointer).as_ref() == Some(expected),
@@ -188,8 +188,8 @@ fn plain(value: &Value) -> Option<String> {
 /// The keys of `provider = "form"`.
 pub(super) struct FormKeys {
     fields: Result<Vec<(String, Template)>, Reported>,
-    success: Result<Option<(Pointer, String)>, Reported>,
-    id: Result<Option<Pointer>, Reported>,
+    success: Result<Option<(String, String)>, Reported>,
+    id: Result<Option<String>, Reported>,
     /// The first of the keys that is present.
     pub(super) present: Option<&'static str>,
 }
@@ -200,10 +200,10 @@ impl FormKeys {
         let fields = table.entries("fields", |name, value| {
             value.parse().map(|template| (name.to_owned(), template))
         });
-        let id = table.text("id", str::parse::<Pointer>);
+        let id = table.text("id", pointer::parse);
         let success = table.table("success").map(|mut success| {
             let expected = "where it stands in the reply, as \"/status\"";
-            let pointer = success.required("pointer", expected, str::parse::<Pointer>);
+            let pointer = success.required("pointer", expected, pointer::parse);
             let equals = success.required("equals", "what stands there if it was sent", |text| {
                 Ok::<_, String>(text.to_owned())
             });
