@@ -16,7 +16,7 @@ use crate::strace::Strace;
 
 /// System calls with the errors that the kernel can return. `mmap` is not included, because no
 /// program continues without memory.
-const FAULTS: [(&str, &[&str]); 28] = [
+const FAULTS: [(&str, &[&str]); 26] = [
     (
         "accept4",
         &["EMFILE", "ENFILE", "ENOMEM", "ENOBUFS", "EINTR", "ECONNABORTED", "EPERM", "EPROTO"],
@@ -34,7 +34,6 @@ const FAULTS: [(&str, &[&str]); 28] = [
     ("memfd_create", &["EMFILE", "ENFILE", "ENOMEM"]),
     ("openat", &["EMFILE", "ENFILE", "ENOMEM", "EINTR", "EIO", "EACCES"]),
     ("openat2", &["EMFILE", "ENFILE", "ENOMEM", "EINTR", "EIO", "EACCES", "EAGAIN"]),
-    ("pipe2", &["EMFILE", "ENFILE"]),
     ("ppoll", &["EINTR", "ENOMEM"]),
     ("pread64", &["EINTR", "EIO", "ENOMEM"]),
     ("preadv2", &["EINTR", "EIO", "EOPNOTSUPP"]),
@@ -46,14 +45,13 @@ const FAULTS: [(&str, &[&str]); 28] = [
     ("setsockopt", &["ENOMEM", "ENOBUFS"]),
     ("shutdown", &["ENOTCONN"]),
     ("socket", &["EMFILE", "ENFILE", "ENOMEM", "ENOBUFS", "EACCES"]),
-    ("splice", &["EINTR", "EIO", "ENOMEM"]),
     ("statx", &["EACCES", "EIO", "ENOMEM", "EINTR"]),
 ];
 
 /// Maximum number of calls per fault; more indicate a busy loop.
 const MANY_CALLS: usize = 20_000;
 
-/// Files served by write, by page references, by sendfile, and from the disk.
+/// Files served by write, by sendfile in one call, by sendfile in several, and from the disk.
 const FILES: [(&str, usize); 4] =
     [("small", 10_000), ("picture", 150_000), ("large", 400_000), ("streamed", 1_200_000)];
 

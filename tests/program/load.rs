@@ -1,9 +1,8 @@
-//! A good client is served beside a crowd that is connected all at the same time; and what the crowd
-//! took of the daemon, it gives back: sockets, files and threads, and memory but for what the
-//! allocator keeps.
+//! Load: a well-behaved client is served beside thousands of connected clients, and the daemon then
+//! releases all their sockets, files and threads, and the memory that the allocator returns.
 //!
-//! The full crowd takes minutes and is not part of the test suite: `tests/load [MINUTES]`. A small one
-//! is. What [`crate::soak`] shows of limits that are reached, this shows of numbers within them.
+//! The test suite runs a small crowd; `tests/load [MINUTES]` runs the full one, which takes minutes.
+//! [`crate::soak`] exceeds the limits, these tests remain within them.
 
 use std::fs;
 use std::io;
@@ -25,7 +24,7 @@ use crate::common::{DEADLINE, Daemon, eventually, mebibytes, read_all};
 use crate::good::{ask_time, content, internet, pushed, wrong};
 use crate::soak::garbage;
 
-/// Who idles may do so for as long as all this takes.
+/// Time-outs longer than the test, so that idle clients are kept.
 const CONFIG: &str = "
 [log]
 format = \"json\"
@@ -57,23 +56,23 @@ const REQUEST: &[u8] = b"one.bin\n";
 const SEGMENT: u32 = 536;
 const BUFFER: usize = 4096;
 
-/// How many addresses the crowd has, as each has only so many ports, and so many places.
+/// Addresses of the crowd: the ports of an address, and its share of the permits, are limited.
 const ADDRESSES: usize = 61;
 
-/// Descriptors that are needed for something else, here and in the daemon.
+/// Descriptors for other purposes, in this process and in the daemon.
 const OTHERS: usize = 1000;
 
-/// How long one abuse takes at most, and the pause after it.
+/// Maximum duration of one abusive connection, and the pause after it.
 const ABUSE: Duration = Duration::from_millis(300);
 const ABUSE_PAUSE: Duration = Duration::from_millis(500);
 
-/// How many clients there are of each kind, at one time.
+/// Simultaneous clients of each kind.
 #[derive(Clone, Copy)]
 struct Crowd {
     idle: usize,
     slow: usize,
     abusive: usize,
-    /// How long a slow one waits before it reads the next KiB.
+    /// Time between two reads of 1 KiB by a slow client.
     pace: Duration,
 }
 
@@ -108,7 +107,7 @@ fn load(crowd: Crowd, length: Duration) {
     let unused = Settled::now(&daemon);
     let places = Arc::new(Places::of(&daemon));
 
-    // The same crowd twice: what is there once for all is there after the first.
+    // Caches are filled after the first crowd, so only the second is compared.
     run(&daemon, &places, crowd, Duration::ZERO).assert_that_all_is_well();
     let begin = Settled::wait(&daemon, unused);
     println!("at the beginning: {begin:?}");
@@ -121,13 +120,13 @@ fn load(crowd: Crowd, length: Duration) {
     assert!(end.memory <= allowed, "memory grew: more than {:.1} MiB", mebibytes(allowed));
     assert!(daemon.stop().success());
     for line in daemon.lines() {
-        // A panic's own words are the only thing that is not JSON.
+        // Only the message of a panic is not JSON.
         assert!(line.is_object() && line["level"] != "ERROR", "{line}");
     }
 }
 
-/// What the memory may have grown by, besides a tenth: the allocator keeps free pieces, and does not
-/// keep the same ones each time. A leak of a hundred bytes for each connection is far more.
+/// Allowed growth of memory in bytes, in addition to a tenth: the free memory that the allocator keeps
+/// varies. A leak of a hundred bytes per connection exceeds it by far.
 const TOLERANCE: u64 = 4 << 20;
 
 /// The daemon's resources while no client is connected.
@@ -135,14 +134,14 @@ const TOLERANCE: u64 = 4 << 20;
 pub struct Settled {
     memory: u64,
     sockets: usize,
-    /// Descriptors that are not sockets: files in memory, their pipes, the event loops'.
+    /// Descriptors that are not sockets: files in memory and those of the event loops.
     others: usize,
     threads: u64,
 }
 
 impl Settled {
-    /// Measures while no file is read: a thread that reads is one more, and so is its file. Files
-    /// are checked twice a second.
+    /// Measures while no file is read, as a read takes a thread and a descriptor. Files are checked
+    /// twice a second.
     pub fn now(daemon: &Daemon) -> Self {
         let mut settled = None;
         eventually("a moment in which no file is read", || {
@@ -155,27 +154,20 @@ impl Settled {
         settled.unwrap()
     }
 
-    /// Waits until clients hold nothing any more that they did not hold at `begin`.
-    ///
-    /// Equality would be too much: each event loop keeps a spare pipe from the first time it needs
-    /// one, which may be at any time, and a thread is counted before it bears its name.
+    /// Waits until clients hold no more resources than at `begin`.
     pub fn wait(daemon: &Daemon, begin: Self) -> Self {
         let mut settled = begin;
         eventually("every descriptor to be closed, and every thread to end", || {
             settled = Self::now(daemon);
             settled.sockets <= begin.sockets
-                && settled.others <= begin.others + 2 * event_loops()
+                && settled.others <= begin.others
                 && settled.threads <= begin.threads
         });
         settled
     }
 }
 
-fn event_loops() -> usize {
-    thread::available_parallelism().map_or(1, std::num::NonZero::get)
-}
-
-/// How many sockets the daemon has open, and how many other descriptors.
+/// Open sockets of the daemon, and its other descriptors.
 fn descriptors(daemon: &Daemon) -> (usize, usize) {
     let open = fs::read_dir(format!("/proc/{}/fd", daemon.child.id())).unwrap();
     // A descriptor that was closed meanwhile has no target.
@@ -185,14 +177,14 @@ fn descriptors(daemon: &Daemon) -> (usize, usize) {
     (sockets.len(), others.len())
 }
 
-/// How many threads read files at this moment.
+/// Threads that currently read files.
 fn readers(daemon: &Daemon) -> usize {
     let tasks = fs::read_dir(format!("/proc/{}/task", daemon.child.id())).unwrap();
     let names = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok());
     names.filter(|name| name.trim() == "reader").count()
 }
 
-/// Where the services are, and what they send.
+/// Addresses of the services and their expected replies.
 struct Places {
     clock: SocketAddr,
     small: SocketAddr,
@@ -200,7 +192,7 @@ struct Places {
     folder: SocketAddr,
     /// The reply to [`REQUEST`].
     reply: Vec<u8>,
-    /// How long the slow clients' document is.
+    /// Length of the document for slow clients, in bytes.
     length: usize,
 }
 
@@ -224,23 +216,23 @@ fn ask(folder: SocketAddr) -> io::Result<Vec<u8>> {
     Ok(reply)
 }
 
-/// What all the clients share.
+/// State shared by all clients.
 struct Load {
     places: Arc<Places>,
     crowd: Crowd,
     over: CancellationToken,
-    /// How many are connected at this moment.
+    /// Currently connected clients.
     idle: AtomicUsize,
     slow: AtomicUsize,
-    /// How many documents slow clients have read to their end.
+    /// Documents that slow clients have read completely.
     read: AtomicUsize,
     abuses: AtomicUsize,
-    /// How long the good client waited, each time.
+    /// Response times of the well-behaved client.
     waits: Mutex<Vec<Duration>>,
     failures: Mutex<Vec<String>>,
 }
 
-/// Has the crowd come, waits for so long when all are there, and has it leave.
+/// Connects the crowd, keeps it for `length` and disconnects it.
 fn run(daemon: &Daemon, places: &Arc<Places>, crowd: Crowd, length: Duration) -> Arc<Load> {
     let load = Arc::new(Load {
         places: Arc::clone(places),
@@ -260,7 +252,7 @@ fn run(daemon: &Daemon, places: &Arc<Places>, crowd: Crowd, length: Duration) ->
         scope.spawn(|| load.be_the_crowd());
         let here = || load.idle.load(Ordering::Relaxed) + load.slow.load(Ordering::Relaxed);
         eventually("the crowd", || load.failed() || here() == crowd.idle + crowd.slow);
-        // Only what it waited beside all of them counts.
+        // Only response times beside the complete crowd count.
         load.waits.lock().unwrap().clear();
         let (start, mut told) = (Instant::now(), Duration::ZERO);
         while start.elapsed() < length && !load.failed() {
@@ -289,7 +281,7 @@ impl Load {
         assert!(failures.is_empty(), "{failures:#?}");
     }
 
-    /// How it goes.
+    /// The progress as one line.
     fn line(&self, daemon: &Daemon) -> String {
         let count = |counter: &AtomicUsize| counter.load(Ordering::Relaxed);
         let (memory, descriptors) = daemon.usage();
@@ -306,7 +298,7 @@ impl Load {
         )
     }
 
-    /// How long the good client waited.
+    /// Percentiles of the response times.
     fn waited(&self) -> String {
         let mut waits = self.waits.lock().unwrap().clone();
         waits.sort_unstable();
@@ -321,7 +313,7 @@ impl Load {
         )
     }
 
-    /// The good client: in turn the time, a document and a file of a folder, over and over.
+    /// The well-behaved client: requests the time, a document and a file of a folder in turn.
     fn ask_again_and_again(&self) {
         for round in 0_u64.. {
             let begun = Instant::now();
@@ -348,7 +340,7 @@ impl Load {
         if right { Ok(()) } else { Err(wrong(format!("{} bytes, not the file", reply.len()))) }
     }
 
-    /// Everybody else, on one thread.
+    /// Runs all other clients on one thread.
     fn be_the_crowd(self: &Arc<Self>) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let Crowd { idle, slow, abusive, .. } = self.crowd;
@@ -374,7 +366,7 @@ impl Load {
         });
     }
 
-    /// Says nothing for as long as it lasts, and is served when it asks at last.
+    /// Is silent until the end, then sends a request, which is answered.
     async fn idle(&self, number: usize) -> io::Result<()> {
         let mut stream = connect(number, self.places.folder).await?;
         self.idle.fetch_add(1, Ordering::Relaxed);
@@ -389,7 +381,7 @@ impl Load {
         self.check(&reply)
     }
 
-    /// Reads a document a KiB at a time, to its end, and then the next.
+    /// Reads documents in steps of 1 KiB, one after the other.
     async fn read_slowly(&self, number: usize) -> io::Result<()> {
         let mut buffer = [0; 1024];
         while !self.over.is_cancelled() {
@@ -419,7 +411,7 @@ impl Load {
         Ok(())
     }
 
-    /// Does one bad thing after the other. What comes of it is not the point.
+    /// Abuses the services in turn; the replies are ignored.
     async fn abuse(&self, number: usize) {
         for turn in number.. {
             drop(timeout(ABUSE, self.abuse_once(number, turn)).await);
@@ -437,9 +429,9 @@ impl Load {
         match turn % 5 {
             // Resets at once.
             0 => SockRef::from(&connect(number, to).await?).set_linger(Some(Duration::ZERO)),
-            // Half-closes, and leaves.
+            // Half-closes and disconnects.
             1 => connect(number, to).await?.shutdown().await,
-            // Sends megabytes, as far as they are taken.
+            // Sends megabytes, until the daemon reads no more.
             2 => {
                 let mut stream = connect(number, to).await?;
                 for _ in 0..64 {
@@ -447,7 +439,7 @@ impl Load {
                 }
                 Ok(())
             }
-            // Asks for far more than it takes.
+            // Requests far more than it reads.
             3 => {
                 let mut stream = connect(number, folder).await?;
                 stream.write_all(&REQUEST.repeat(1000)).await
