@@ -74,7 +74,7 @@ pub mod internals {
         Broken, Connection, Deadlines, Next, Peer, Shutdown, Stream, Terms,
     };
     pub use crate::net::memfd::MemoryFile;
-    pub use crate::net::proxy_protocol::{Beginning, MAX_HEADER};
+    pub use crate::net::proxy_protocol::{MAX_HEADER, ParsedHeader};
     pub use crate::net::udp_filter::may_be_answered;
     pub use crate::secret::{Secret, Secrets};
     pub use crate::services::folder::{FolderService, Settings as FolderSettings};

@@ -1,8 +1,7 @@
-//! Datagrams: what one service answers with is not answered by another, whatever their formats, zones
-//! and clocks; and no answer goes where more than one host, or a service, would get it.
+//! Datagrams: no service answers the reply of another, whatever their formats, zones and clocks, and
+//! no reply goes to more than one host or to the port of a service.
 //!
-//! Input: the format in the first line, the zone in the second, the seconds since 1970 in the third;
-//! the datagram behind them, and before it the address that it claims to be from.
+//! Input: four lines with format, zone, seconds since 1970 and source address, then the datagram.
 #![no_main]
 
 use std::net::{IpAddr, SocketAddr};
@@ -16,11 +15,11 @@ const NAMED: [&str; 6] = ["python", "rfc3339", "daytime", "nist", "unix", "json"
 
 const YEAR: i64 = 31_556_952;
 
-/// Where it listens.
+/// The port of the service.
 const PORT: u16 = 6789;
 
-/// The time of a clock that a kernel would keep, from 1973 to 2232. Until 1972, the offset of one zone
-/// had seconds, and replies in it have a shape that nothing else has.
+/// Maps the number to a time from 1973 to 2232. Until 1972, one zone had an offset with seconds,
+/// which gives its replies a unique shape.
 fn clock(text: &str) -> Option<Timestamp> {
     let (seconds, fraction) = text.split_once('.').unwrap_or((text, "0"));
     let fraction: i32 = fraction.parse().ok()?;
@@ -28,7 +27,7 @@ fn clock(text: &str) -> Option<Timestamp> {
     Timestamp::new((3 * YEAR) + seconds.rem_euclid(259 * YEAR), micros * 1000).ok()
 }
 
-/// Whether an answer to this address could only reach one host's client.
+/// Whether a reply to this address can reach only a client on a single host.
 fn is_a_client(source: SocketAddr) -> bool {
     let one_host = match source.ip().to_canonical() {
         IpAddr::V4(v4) => !(v4.is_unspecified() || v4.is_multicast() || v4.is_broadcast()),
@@ -62,13 +61,13 @@ fuzz_target!(|input: &[u8]| {
     };
     assert!(!answered(source, datagram) || is_a_client(source), "{source}");
 
-    // The other has any named format, in any zone, or is set up as this one is.
+    // The other service has any named format in either zone, or the same settings.
     let named = NAMED.map(|name| name.parse().unwrap());
     let utc = TimeZone::UTC;
     let others = named.iter().flat_map(|other| [(other, &zone), (other, &utc)]);
     for (other, zone) in others.chain([(&format, &zone)]) {
         let mut reply = Vec::new();
-        // What cannot be told is not sent.
+        // Times that the format cannot express are not sent.
         if other.write(now, zone, true, &mut reply).is_ok() {
             let said = reply.escape_ascii();
             assert!(!answered(source, &reply), "{format} answers what {other} says: {said}");

@@ -1,27 +1,27 @@
-//! The PROXY header of a balancer: what is taken is what another implementation takes, and however the
-//! bytes are split, it is the same; nobody waits for more than the longest header.
+//! PROXY headers: accepts only headers that `proxy-header` accepts, with the same result however the
+//! bytes are split, and never waits for more than the maximum length.
 #![no_main]
 
-use handout::internals::{Beginning, MAX_HEADER};
+use handout::internals::{MAX_HEADER, ParsedHeader};
 use libfuzzer_sys::fuzz_target;
 use proxy_header::{ParseConfig, ProxyHeader};
 
 fuzz_target!(|input: &[u8]| {
-    let whole = Beginning::of(input);
+    let whole = ParsedHeader::parse(input);
     let known = (0..=input.len()).find_map(|length| {
-        let beginning = Beginning::of(&input[..length]);
-        (beginning != Beginning::Incomplete).then_some((beginning, length))
+        let parsed = ParsedHeader::parse(&input[..length]);
+        (parsed != ParsedHeader::Incomplete).then_some((parsed, length))
     });
     match (known, &whole) {
         (None, _) => assert!(input.len() < MAX_HEADER),
         (Some((found, known)), _) => {
             assert_eq!(found, whole);
-            if let Beginning::Header { length, .. } = found {
+            if let ParsedHeader::Header { length, .. } = found {
                 assert!(length == known && length <= MAX_HEADER);
             }
         }
     }
-    if let Beginning::Header { client: Some(client), length } = whole {
+    if let ParsedHeader::Header { client: Some(client), length } = whole {
         let (header, taken) = ProxyHeader::parse(input, ParseConfig::default()).unwrap();
         let source = header.proxied_address().unwrap().source;
         assert_eq!((source.ip().to_canonical(), source.port()), (client.ip(), client.port()));

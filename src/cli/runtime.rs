@@ -31,7 +31,7 @@ pub(super) fn run_client(client: impl AsyncFnOnce(CancellationToken) -> ExitCode
             () = orders.stop_now.cancelled() => interrupted(),
         }
     });
-    runtime.shutdown_timeout(runtime::END_TIME);
+    runtime.shutdown_timeout(runtime::SHUTDOWN_TIMEOUT);
     code
 }
 

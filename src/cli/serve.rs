@@ -84,7 +84,7 @@ fn run_daemon(
             Some(daemon) => Ok(daemon?.run(orders, queue).await?),
         }
     });
-    runtime.shutdown_timeout(runtime::END_TIME);
+    runtime.shutdown_timeout(runtime::SHUTDOWN_TIMEOUT);
     served
 }
 

@@ -1,116 +1,113 @@
-//! The PROXY protocol, versions 1 and 2: with whose words a balancer begins a connection, so that
-//! the client keeps its own address behind it.
+//! Parser for the PROXY protocol, versions 1 and 2, in which a load balancer reports the address of
+//! the client (<https://www.haproxy.org/download/2.8/doc/proxy-protocol.txt>).
 //!
-//! It is read as its document says
-//! (<https://www.haproxy.org/download/2.8/doc/proxy-protocol.txt>), and what may be read one way or
-//! the other is refused. Whose headers are believed is not decided here.
+//! Ambiguous headers are invalid. The caller decides which peers may send a header.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
-/// The longest header that is taken: the one of version 2 with the longest addresses, and room for
-/// as much again in fields that we do not ask for.
+/// Maximum length of a header: version 2 with the longest addresses and about as many bytes of
+/// extension fields.
 pub const MAX_HEADER: usize = 536;
 
-/// The longest line of version 1, with its end.
+/// Maximum length of a header of version 1 with its CRLF.
 const MAX_LINE: usize = 107;
 
-/// What version 1 begins with.
-const LINE: &[u8] = b"PROXY ";
+/// First bytes of version 1.
+const LINE_PREFIX: &[u8] = b"PROXY ";
 
-/// What version 2 begins with; no text, and no request of ours.
+/// First bytes of version 2.
 const SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
 
-/// The signature, the command, the family, and how much follows.
-const FIXED: usize = 16;
+/// Length of the fixed part of version 2: signature, command, family, length of the rest.
+const FIXED_LEN: usize = 16;
 
-/// What the bytes at the beginning of a connection are. Once they are more than `Incomplete`,
-/// whatever follows changes nothing.
+/// Result of parsing the first bytes of a connection. Further bytes change only `Incomplete`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Beginning {
-    /// They can become a header.
+pub enum ParsedHeader {
+    /// A proper prefix of a possible header.
     Incomplete,
-    /// A whole header.
+    /// A complete header.
     Header {
-        /// The client's address, with a v4-mapped IPv6 address unmapped; none if the balancer speaks
-        /// for itself, or for somebody without an Internet address.
+        /// The client's address, with a v4-mapped IPv6 address unmapped; `None` for a health check
+        /// of the balancer or a client without an Internet address.
         client: Option<SocketAddr>,
-        /// How many of the bytes are the header.
+        /// The length of the header.
         length: usize,
     },
-    /// They are none, whatever follows.
+    /// Not a header, whatever follows.
     Invalid,
 }
 
-use Beginning::{Header, Incomplete, Invalid};
+use ParsedHeader::{Header, Incomplete, Invalid};
 
-impl Beginning {
-    /// Reads the bytes with which a connection begins.
-    pub fn of(bytes: &[u8]) -> Self {
-        if could_begin_with(bytes, LINE) {
-            Self::of_line(bytes)
-        } else if could_begin_with(bytes, SIGNATURE) {
-            Self::of_binary(bytes)
+impl ParsedHeader {
+    /// Parses the first bytes of a connection.
+    pub fn parse(bytes: &[u8]) -> Self {
+        if matches_prefix(bytes, LINE_PREFIX) {
+            Self::parse_line(bytes)
+        } else if matches_prefix(bytes, SIGNATURE) {
+            Self::parse_binary(bytes)
         } else {
             Invalid
         }
     }
 
-    fn of_line(bytes: &[u8]) -> Self {
+    fn parse_line(bytes: &[u8]) -> Self {
         let bytes = bytes.get(..MAX_LINE).unwrap_or(bytes);
         let Some(end) = memchr::memchr(b'\n', bytes) else {
             return if bytes.len() < MAX_LINE { Incomplete } else { Invalid };
         };
         let length = end + 1;
-        let line = bytes.get(LINE.len()..end).and_then(|line| line.strip_suffix(b"\r"));
+        let line = bytes.get(LINE_PREFIX.len()..end).and_then(|line| line.strip_suffix(b"\r"));
         let text = line.and_then(|line| str::from_utf8(line).ok());
         let mut words = text.unwrap_or_default().split(' ');
         let client = match words.next() {
-            // The rest is to be ignored.
+            // The specification ignores the rest of the line.
             Some("UNKNOWN") => return Header { client: None, length },
-            Some("TCP4") => client_of_line::<Ipv4Addr>(words),
-            Some("TCP6") => client_of_line::<Ipv6Addr>(words),
+            Some("TCP4") => source_of_line::<Ipv4Addr>(words),
+            Some("TCP6") => source_of_line::<Ipv6Addr>(words),
             _ => None,
         };
         client.map_or(Invalid, |client| Header { client: Some(client), length })
     }
 
-    fn of_binary(bytes: &[u8]) -> Self {
-        let Some((fixed, rest)) = bytes.split_first_chunk::<FIXED>() else { return Incomplete };
+    fn parse_binary(bytes: &[u8]) -> Self {
+        let Some((fixed, rest)) = bytes.split_first_chunk::<FIXED_LEN>() else { return Incomplete };
         let [.., command, family, high, low] = *fixed;
         let announced = usize::from(u16::from_be_bytes([high, low]));
-        // Who announces more than the addresses may add fields, which are skipped.
+        // Extension fields may follow the addresses; they are skipped.
         let addresses = match (command, family) {
-            // The balancer itself, as when it looks whether we are there; or nobody knows who.
+            // LOCAL, as in a health check, or an unspecified address family.
             (0x20, _) | (0x21, 0x00) => 0,
             (0x21, 0x11 | 0x12) => 12,
             (0x21, 0x21 | 0x22) => 36,
             (0x21, 0x31 | 0x32) => 216,
             _ => return Invalid,
         };
-        if announced < addresses || FIXED + announced > MAX_HEADER {
+        if announced < addresses || FIXED_LEN + announced > MAX_HEADER {
             return Invalid;
         }
         if rest.len() < announced {
             return Incomplete;
         }
         let client = match (command, family) {
-            (0x21, 0x11) => client_of_binary::<4, Ipv4Addr>(rest),
-            (0x21, 0x21) => client_of_binary::<16, Ipv6Addr>(rest),
-            // Also datagrams, which are not what came.
+            (0x21, 0x11) => source_of_binary::<4, Ipv4Addr>(rest),
+            (0x21, 0x21) => source_of_binary::<16, Ipv6Addr>(rest),
+            // Unix sockets and datagrams.
             _ => None,
         };
-        Header { client, length: FIXED + announced }
+        Header { client, length: FIXED_LEN + announced }
     }
 }
 
-/// Whether the bytes begin with `start`, as far as they go.
-fn could_begin_with(bytes: &[u8], start: &[u8]) -> bool {
-    bytes.iter().zip(start).all(|(byte, expected)| byte == expected)
+/// Whether `bytes` begin with `prefix`, or are too short to differ from it.
+fn matches_prefix(bytes: &[u8], prefix: &[u8]) -> bool {
+    bytes.iter().zip(prefix).all(|(byte, expected)| byte == expected)
 }
 
-/// The client's address, from the addresses and then the ports of both sides.
-fn client_of_line<'a, A: FromStr + Into<IpAddr>>(
+/// Reads source and destination addresses, then both ports; returns the source.
+fn source_of_line<'a, A: FromStr + Into<IpAddr>>(
     mut words: impl Iterator<Item = &'a str>,
 ) -> Option<SocketAddr> {
     let client: A = words.next()?.parse().ok()?;
@@ -121,14 +118,14 @@ fn client_of_line<'a, A: FromStr + Into<IpAddr>>(
     words.next().is_none().then_some(client)
 }
 
-/// A port, which has no sign.
+/// Parses a port; unlike `u16::from_str`, refuses a plus sign.
 fn port(word: &str) -> Option<u16> {
     let digits = word.bytes().all(|byte| byte.is_ascii_digit());
     if digits { word.parse().ok() } else { None }
 }
 
-/// The client's address, of `N` bytes, from the addresses and ports of both sides.
-fn client_of_binary<const N: usize, A: From<[u8; N]> + Into<IpAddr>>(
+/// Reads source and destination addresses of `N` bytes, then both ports; returns the source.
+fn source_of_binary<const N: usize, A: From<[u8; N]> + Into<IpAddr>>(
     addresses: &[u8],
 ) -> Option<SocketAddr> {
     let (client, rest) = addresses.split_first_chunk::<N>()?;
@@ -143,11 +140,11 @@ mod tests {
     use proptest::prelude::*;
     use proxy_header::{ParseConfig, ProxiedAddress, ProxyHeader, Tlv};
 
-    fn header(client: &str, length: usize) -> Beginning {
+    fn header(client: &str, length: usize) -> ParsedHeader {
         Header { client: Some(client.parse().unwrap()), length }
     }
 
-    fn unknown(length: usize) -> Beginning {
+    fn unknown(length: usize) -> ParsedHeader {
         Header { client: None, length }
     }
 
@@ -160,20 +157,20 @@ mod tests {
     const V4: [u8; 12] = [192, 0, 2, 7, 10, 0, 0, 1, 0x10, 0xe1, 0x1a, 0x85];
 
     #[test]
-    fn a_line_tells_the_client() {
+    fn reads_the_client_from_a_line() {
         let line = b"PROXY TCP4 192.0.2.7 10.0.0.1 4321 6789\r\n";
-        assert_eq!(Beginning::of(line), header("192.0.2.7:4321", line.len()));
+        assert_eq!(ParsedHeader::parse(line), header("192.0.2.7:4321", line.len()));
         let line = b"PROXY TCP6 2001:db8::7 2001:db8::1 65535 0\r\nhello.txt\n";
-        assert_eq!(Beginning::of(line), header("[2001:db8::7]:65535", line.len() - 10));
+        assert_eq!(ParsedHeader::parse(line), header("[2001:db8::7]:65535", line.len() - 10));
         let line = b"PROXY TCP6 ::ffff:192.0.2.7 ::ffff:10.0.0.1 4321 6789\r\n";
-        assert_eq!(Beginning::of(line), header("192.0.2.7:4321", line.len()));
-        assert_eq!(Beginning::of(b"PROXY UNKNOWN\r\n"), unknown(15));
+        assert_eq!(ParsedHeader::parse(line), header("192.0.2.7:4321", line.len()));
+        assert_eq!(ParsedHeader::parse(b"PROXY UNKNOWN\r\n"), unknown(15));
         let line = b"PROXY UNKNOWN ffff::1 ffff::2 65535 65535\r\n";
-        assert_eq!(Beginning::of(line), unknown(line.len()));
+        assert_eq!(ParsedHeader::parse(line), unknown(line.len()));
     }
 
     #[test]
-    fn a_line_that_is_not_quite_one_is_refused() {
+    fn refuses_malformed_lines() {
         for line in [
             "\n",
             "GET / HTTP/1.1\r\n",
@@ -195,76 +192,76 @@ mod tests {
             "PROXY UNKNOWN2\r\n",
             "PROXY TCP4 localhost 10.0.0.1 4321 6789\r\n",
         ] {
-            assert_eq!(Beginning::of(line.as_bytes()), Invalid, "{line:?}");
+            assert_eq!(ParsedHeader::parse(line.as_bytes()), Invalid, "{line:?}");
         }
-        assert_eq!(Beginning::of(b"PROXY UNKNOWN \xff\r\n"), Invalid);
+        assert_eq!(ParsedHeader::parse(b"PROXY UNKNOWN \xff\r\n"), Invalid);
     }
 
     #[test]
-    fn a_line_has_its_end_in_107_bytes() {
+    fn limits_lines_to_107_bytes() {
         let line = |length: usize| format!("PROXY UNKNOWN{}\r\n", " ".repeat(length - 15));
-        assert_eq!(Beginning::of(line(107).as_bytes()), unknown(107));
-        assert_eq!(Beginning::of(line(108).as_bytes()), Invalid);
-        assert_eq!(Beginning::of(&line(108).as_bytes()[..106]), Incomplete);
+        assert_eq!(ParsedHeader::parse(line(107).as_bytes()), unknown(107));
+        assert_eq!(ParsedHeader::parse(line(108).as_bytes()), Invalid);
+        assert_eq!(ParsedHeader::parse(&line(108).as_bytes()[..106]), Incomplete);
     }
 
     #[test]
-    fn a_binary_header_tells_the_client() {
+    fn reads_the_client_from_a_binary_header() {
         let bytes = binary(0x21, 0x11, 12, &V4);
-        assert_eq!(Beginning::of(&bytes), header("192.0.2.7:4321", 28));
+        assert_eq!(ParsedHeader::parse(&bytes), header("192.0.2.7:4321", 28));
         let (client, ours) = ("2001:db8::7".parse::<Ipv6Addr>().unwrap(), Ipv6Addr::LOCALHOST);
         let v6 = [&client.octets()[..], &ours.octets(), &V4[8..], b"list\n"].concat();
         let bytes = binary(0x21, 0x21, 36, &v6);
-        assert_eq!(Beginning::of(&bytes), header("[2001:db8::7]:4321", 52));
+        assert_eq!(ParsedHeader::parse(&bytes), header("[2001:db8::7]:4321", 52));
         let mapped = Ipv4Addr::new(192, 0, 2, 7).to_ipv6_mapped();
         let v6 = [&mapped.octets()[..], &ours.octets(), &V4[8..]].concat();
-        assert_eq!(Beginning::of(&binary(0x21, 0x21, 36, &v6)), header("192.0.2.7:4321", 52));
+        assert_eq!(ParsedHeader::parse(&binary(0x21, 0x21, 36, &v6)), header("192.0.2.7:4321", 52));
     }
 
     #[test]
-    fn a_balancer_may_speak_for_itself_and_of_others_without_an_address() {
+    fn accepts_headers_without_an_internet_address() {
         // LOCAL, whatever else it says; no address, Unix sockets, datagrams.
-        assert_eq!(Beginning::of(&binary(0x20, 0x00, 0, b"")), unknown(16));
-        assert_eq!(Beginning::of(&binary(0x20, 0x11, 0, b"")), unknown(16));
-        assert_eq!(Beginning::of(&binary(0x20, 0xff, 3, b"abc")), unknown(19));
-        assert_eq!(Beginning::of(&binary(0x21, 0x00, 0, b"")), unknown(16));
-        assert_eq!(Beginning::of(&binary(0x21, 0x31, 216, &[0; 216])), unknown(232));
-        assert_eq!(Beginning::of(&binary(0x21, 0x12, 12, &V4)), unknown(28));
+        assert_eq!(ParsedHeader::parse(&binary(0x20, 0x00, 0, b"")), unknown(16));
+        assert_eq!(ParsedHeader::parse(&binary(0x20, 0x11, 0, b"")), unknown(16));
+        assert_eq!(ParsedHeader::parse(&binary(0x20, 0xff, 3, b"abc")), unknown(19));
+        assert_eq!(ParsedHeader::parse(&binary(0x21, 0x00, 0, b"")), unknown(16));
+        assert_eq!(ParsedHeader::parse(&binary(0x21, 0x31, 216, &[0; 216])), unknown(232));
+        assert_eq!(ParsedHeader::parse(&binary(0x21, 0x12, 12, &V4)), unknown(28));
     }
 
     #[test]
-    fn a_binary_header_that_is_not_quite_one_is_refused() {
+    fn refuses_malformed_binary_headers() {
         // Version 1 or 3, an unknown command, an unknown family or transport, too short.
         for (command, family) in [(0x11, 0x11), (0x31, 0x11), (0x22, 0x11), (0x21, 0x41)] {
-            assert_eq!(Beginning::of(&binary(command, family, 12, &V4)), Invalid);
+            assert_eq!(ParsedHeader::parse(&binary(command, family, 12, &V4)), Invalid);
         }
-        assert_eq!(Beginning::of(&binary(0x21, 0x13, 12, &V4)), Invalid);
-        assert_eq!(Beginning::of(&binary(0x21, 0x11, 11, &V4)), Invalid);
-        assert_eq!(Beginning::of(&binary(0x21, 0x21, 35, &[0; 36])), Invalid);
-        assert_eq!(Beginning::of(b"\r\n\r\n\0\r\nQUIT\r"), Invalid);
+        assert_eq!(ParsedHeader::parse(&binary(0x21, 0x13, 12, &V4)), Invalid);
+        assert_eq!(ParsedHeader::parse(&binary(0x21, 0x11, 11, &V4)), Invalid);
+        assert_eq!(ParsedHeader::parse(&binary(0x21, 0x21, 35, &[0; 36])), Invalid);
+        assert_eq!(ParsedHeader::parse(b"\r\n\r\n\0\r\nQUIT\r"), Invalid);
     }
 
     #[test]
-    fn fields_are_skipped_up_to_the_longest_header() {
-        let rest = [&V4[..], &[0xea; MAX_HEADER - FIXED - 12]].concat();
+    fn skips_extension_fields_up_to_the_maximum_length() {
+        let rest = [&V4[..], &[0xea; MAX_HEADER - FIXED_LEN - 12]].concat();
         let longest = binary(0x21, 0x11, rest.len(), &rest);
-        assert_eq!(Beginning::of(&longest), header("192.0.2.7:4321", MAX_HEADER));
-        // What is announced is enough to refuse it.
-        assert_eq!(Beginning::of(&binary(0x21, 0x11, rest.len() + 1, b"")), Invalid);
-        assert_eq!(Beginning::of(&binary(0x20, 0x00, 0xffff, b"")), Invalid);
+        assert_eq!(ParsedHeader::parse(&longest), header("192.0.2.7:4321", MAX_HEADER));
+        // The announced length suffices to refuse it.
+        assert_eq!(ParsedHeader::parse(&binary(0x21, 0x11, rest.len() + 1, b"")), Invalid);
+        assert_eq!(ParsedHeader::parse(&binary(0x20, 0x00, 0xffff, b"")), Invalid);
     }
 
-    /// What is found when the bytes come one by one: as soon as it is known, and how soon.
-    fn byte_by_byte(bytes: &[u8]) -> (Beginning, usize) {
+    /// Parses ever longer prefixes; returns the first final result and the length of its prefix.
+    fn byte_by_byte(bytes: &[u8]) -> (ParsedHeader, usize) {
         let known = (0..=bytes.len()).find_map(|length| {
-            let beginning = Beginning::of(&bytes[..length]);
-            (beginning != Incomplete).then_some((beginning, length))
+            let parsed = ParsedHeader::parse(&bytes[..length]);
+            (parsed != Incomplete).then_some((parsed, length))
         });
         known.unwrap_or((Incomplete, bytes.len()))
     }
 
-    /// Bytes that resemble a header: one, with some changed.
-    fn nearly() -> impl Strategy<Value = Vec<u8>> {
+    /// Headers with a few changed bytes.
+    fn mutated_headers() -> impl Strategy<Value = Vec<u8>> {
         let lines = prop::sample::select(vec![
             b"PROXY TCP4 192.0.2.7 10.0.0.1 4321 6789\r\nhello.txt\n".to_vec(),
             b"PROXY TCP6 2001:db8::7 2001:db8::1 1 2\r\n".to_vec(),
@@ -284,21 +281,20 @@ mod tests {
 
     proptest! {
         #[test]
-        fn however_the_bytes_are_split_they_mean_the_same(
-            bytes in prop_oneof![nearly(), prop::collection::vec(any::<u8>(), 0..600)],
+        fn gives_the_same_result_however_the_bytes_are_split(
+            bytes in prop_oneof![mutated_headers(), prop::collection::vec(any::<u8>(), 0..600)],
         ) {
             let (found, length) = byte_by_byte(&bytes);
-            prop_assert_eq!(found, Beginning::of(&bytes));
-            if let Header { length: told, .. } = found {
-                prop_assert_eq!(told, length);
-                prop_assert!(told <= MAX_HEADER);
+            prop_assert_eq!(found, ParsedHeader::parse(&bytes));
+            if let Header { length: parsed, .. } = found {
+                prop_assert_eq!(parsed, length);
+                prop_assert!(parsed <= MAX_HEADER);
             }
-            // Nobody waits for more than the longest header.
             prop_assert!(found != Incomplete || bytes.len() < MAX_HEADER);
         }
 
         #[test]
-        fn what_another_implementation_writes_is_understood(
+        fn reads_headers_written_by_proxy_header(
             client: SocketAddr,
             port: u16,
             version_2: bool,
@@ -318,12 +314,12 @@ mod tests {
             let length = bytes.len();
             bytes.extend(follows);
             let canonical = SocketAddr::new(client.ip().to_canonical(), client.port());
-            prop_assert_eq!(Beginning::of(&bytes), Header { client: Some(canonical), length });
+            prop_assert_eq!(ParsedHeader::parse(&bytes), Header { client: Some(canonical), length });
         }
 
         #[test]
-        fn what_is_taken_is_what_another_implementation_takes(bytes in nearly()) {
-            if let Header { client: Some(client), length } = Beginning::of(&bytes) {
+        fn agrees_with_proxy_header_on_accepted_headers(bytes in mutated_headers()) {
+            if let Header { client: Some(client), length } = ParsedHeader::parse(&bytes) {
                 let (header, taken) = ProxyHeader::parse(&bytes, ParseConfig::default()).unwrap();
                 let source = header.proxied_address().unwrap().source;
                 prop_assert_eq!(source.ip().to_canonical(), client.ip());

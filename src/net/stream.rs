@@ -20,7 +20,7 @@ use tokio::task::coop;
 
 use crate::net::connection::{Heard, Next, Stream};
 use crate::net::memfd::MemoryFile;
-use crate::net::proxy_protocol::{Beginning, MAX_HEADER};
+use crate::net::proxy_protocol::{MAX_HEADER, ParsedHeader};
 use crate::sys;
 use crate::sys::Watched;
 
@@ -130,11 +130,13 @@ impl AcceptedSocket {
             let room = header.get_mut(length..).unwrap_or_default();
             let (more, _) = recv(socket, room, RecvFlags::PEEK | RecvFlags::DONTWAIT)?;
             let (taken, whole) =
-                match Beginning::of(header.get(..length + more).unwrap_or_default()) {
+                match ParsedHeader::parse(header.get(..length + more).unwrap_or_default()) {
                     // All of it belongs to the header. Taken, it leaves the end to be seen.
-                    Beginning::Incomplete if more > 0 => (more, None),
-                    Beginning::Header { client, length: whole } => (whole - length, Some(client)),
-                    Beginning::Incomplete | Beginning::Invalid => return Err(Errno::PROTO),
+                    ParsedHeader::Incomplete if more > 0 => (more, None),
+                    ParsedHeader::Header { client, length: whole } => {
+                        (whole - length, Some(client))
+                    }
+                    ParsedHeader::Incomplete | ParsedHeader::Invalid => return Err(Errno::PROTO),
                 };
             let room = header.get_mut(length..length + taken).unwrap_or_default();
             recv(socket, room, RecvFlags::DONTWAIT)?;

@@ -1,19 +1,16 @@
-//! Which datagrams are answered: none that could be part of a loop or of an amplification.
-//!
-//! A datagram's sender is forged with ease. An answer goes to whoever the datagram names, so that
-//! a careless server can be set on a victim, on another server or on itself.
+//! Filter against reply loops and reflection: source addresses of datagrams are easily forged, so
+//! a reply must reach neither another service nor more than one host.
 
 use std::net::{IpAddr, SocketAddr};
 
-/// Ports below this one belong to services, which would take the answer for a question; among
-/// them are chargen, daytime and DNS.
+/// Lower ports belong to services such as chargen, daytime and DNS, which would answer the reply.
 const FIRST_CLIENT_PORT: u16 = 1024;
 
-/// Whether a datagram that `source` sent to `destination`, with `payload`, may be answered.
+/// Whether a datagram from `source` to `destination` may be answered.
 ///
-/// `own_ports` are the UDP ports of this daemon, and so, by custom, of others like it;
-/// `resembles_reply` tells what could be such a daemon's reply. `destination` is unknown if the
-/// kernel does not say.
+/// `own_ports` are the UDP ports of this daemon, which other instances of it are likely to use too;
+/// `resembles_reply` recognizes their replies. `destination` is `None` if the kernel does not
+/// report it.
 pub fn may_be_answered(
     source: SocketAddr,
     destination: Option<IpAddr>,
@@ -27,8 +24,8 @@ pub fn may_be_answered(
         && !resembles_reply()
 }
 
-/// Whether an address belongs to one host. A network's own broadcast address cannot be told from
-/// outside; the kernel does not send there from a socket that did not ask for it.
+/// Whether an address belongs to one host. Broadcast addresses of subnets look like any other
+/// address; the kernel refuses to send to them without `SO_BROADCAST`.
 fn is_one_host(address: IpAddr) -> bool {
     match address.to_canonical() {
         IpAddr::V4(v4) => {
@@ -48,14 +45,14 @@ mod tests {
     }
 
     #[test]
-    fn a_client_is_answered() {
+    fn answers_clients() {
         assert!(answered("192.0.2.7:1024"));
         assert!(answered("192.0.2.7:65535"));
         assert!(answered("[2001:db8::7]:40000"));
     }
 
     #[test]
-    fn ports_of_services_and_our_own_are_not() {
+    fn ignores_ports_of_services_and_of_this_daemon() {
         for source in ["192.0.2.7:0", "192.0.2.7:37", "192.0.2.7:1023", "[2001:db8::7]:123"] {
             assert!(!answered(source), "{source}");
         }
@@ -65,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn sources_that_are_not_one_host_are_not() {
+    fn ignores_sources_that_are_not_one_host() {
         for source in [
             "0.0.0.0:4000",
             "0.1.2.3:4000",
@@ -81,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn datagrams_sent_to_many_hosts_are_not() {
+    fn ignores_datagrams_to_many_hosts() {
         let to = |destination: &str| {
             let source = "192.0.2.7:4000".parse().unwrap();
             may_be_answered(source, Some(destination.parse().unwrap()), &[], || false)
@@ -93,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn what_resembles_a_reply_is_not() {
+    fn ignores_datagrams_that_resemble_replies() {
         let source = "192.0.2.7:4000".parse().unwrap();
         assert!(!may_be_answered(source, None, &[], || true));
     }
