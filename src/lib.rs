@@ -90,10 +90,10 @@ pub mod internals {
         pub use crate::http::pointer::parse as parse_pointer;
         pub use crate::mirror::listing::{ParseError, Pointers, read as read_listing};
         pub use crate::notify::address::EmailAddress;
-        pub use crate::notify::channel::{Failure, words};
         pub use crate::notify::mail::Settings as MailSettings;
+        pub use crate::notify::outcome::{Failure, printable};
         pub use crate::notify::sms::Settings as SmsSettings;
-        pub use crate::notify::smtp::{Doing, start_tls};
-        pub use crate::notify::smtp_client::SmtpClient;
+        pub use crate::notify::smtp::start_tls;
+        pub use crate::notify::smtp_client::{SharedStage, SmtpClient};
     }
 }

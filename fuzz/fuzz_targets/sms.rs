@@ -1,13 +1,12 @@
-//! What a provider of SMS says: it is taken for success only if it is one, as `serde_json` reads it;
-//! and what is told of it is a short line.
+//! Replies of SMS providers: success is read like `serde_json` reads it, and messages are short lines.
 //!
-//! Input: the provider and the HTTP status in a byte each, and the body.
+//! Input: one byte each for the provider and the HTTP status, then the body.
 #![no_main]
 
 use std::fs;
 use std::sync::LazyLock;
 
-use handout::internals::{Secrets, SmsSettings as Settings, load_part, words};
+use handout::internals::{Secrets, SmsSettings as Settings, load_part, printable};
 use handout_fuzz::{folder, is_one_line};
 use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
@@ -37,8 +36,8 @@ id = "/id"
 
 const STATUS: [u16; 12] = [200, 201, 204, 299, 302, 400, 401, 404, 408, 429, 500, 503];
 
-/// What a server has said takes up to 500 characters, each of them up to ten if it is escaped.
-const LONGEST: usize = 5100;
+/// Maximum length of a message: 500 characters of the server, each up to ten bytes when escaped.
+const MAX_MESSAGE: usize = 5100;
 
 static PROVIDERS: LazyLock<Vec<Settings>> = LazyLock::new(|| {
     let file = folder().join("handout.toml");
@@ -51,13 +50,13 @@ static PROVIDERS: LazyLock<Vec<Settings>> = LazyLock::new(|| {
     read.unwrap()
 });
 
-/// Whether a reply says that the text was taken.
+/// Independent check whether a reply reports success.
 fn is_success(provider: usize, status: u16, reply: &[u8]) -> bool {
     let text = reply.strip_prefix("\u{feff}".as_bytes()).unwrap_or(reply);
     let Ok(json) = serde_json::from_slice::<Value>(text) else { return false };
     match provider {
         0 => status < 300 && (json["code"] == 2 || json["code"] == "2"),
-        1 => matches!(status, 200 | 201) && !(json["sid"].is_null() || is_many(&json["sid"])),
+        1 => matches!(status, 200 | 201) && !(json["sid"].is_null() || is_container(&json["sid"])),
         _ => {
             let found = json.pointer("/r/0/status");
             status < 300 && found.is_some_and(|found| *found == 1 || *found == "1")
@@ -65,7 +64,7 @@ fn is_success(provider: usize, status: u16, reply: &[u8]) -> bool {
     }
 }
 
-fn is_many(value: &Value) -> bool {
+fn is_container(value: &Value) -> bool {
     value.is_array() || value.is_object()
 }
 
@@ -75,9 +74,9 @@ fuzz_target!(|input: &[u8]| {
     let status = STATUS[usize::from(*status) % STATUS.len()];
     let read = PROVIDERS[provider].read_reply(status, reply);
     assert_eq!(read.is_ok(), is_success(provider, status, reply), "{read:?}");
-    let told = match read {
-        Ok(id) => words(&id),
-        Err(failure) => failure.told(&Secrets::default()).words,
+    let message = match read {
+        Ok(id) => printable(&id),
+        Err(failure) => failure.redacted(&Secrets::default()).message,
     };
-    assert!(is_one_line(&told) && told.chars().count() <= LONGEST, "{told:?}");
+    assert!(is_one_line(&message) && message.chars().count() <= MAX_MESSAGE, "{message:?}");
 });

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use crate::alert::grouping::Policy;
 use crate::config_reader::{Reported, Table, values};
 
-use crate::notify::channel::Channel;
+use crate::notify::Channel;
 use crate::notify::{mail, sms};
 use crate::telemetry::counters::Label;
 use crate::telemetry::event::Kind;

@@ -8,8 +8,9 @@ use std::time::{Duration, SystemTime};
 use crate::alert::outbox::Message;
 use crate::fs::file::OpenFile;
 use crate::fs::filename::escape;
-use crate::notify::channel::{Channel, Failure, Lasting, Sent};
-use crate::notify::mime::{self, Attachment, Letter};
+use crate::notify::Channel;
+use crate::notify::mime::{self, Attachment, Email};
+use crate::notify::outcome::{Failure, FailureKind, Sent};
 use crate::notify::{mail, sms};
 use crate::text::counted;
 
@@ -17,7 +18,7 @@ pub(super) async fn deliver(channel: &Channel, message: Message) -> Result<Sent,
     match channel {
         Channel::Mail(mail) => deliver_mail(mail, message).await,
         Channel::Sms(sms) => {
-            let number = sms::Number::from_str(&message.to).map_err(Failure::refused)?;
+            let number = sms::Number::from_str(&message.to).map_err(Failure::rejected)?;
             sms.send(&[number], &sms.shorten(&message.text)).await
         }
     }
@@ -25,19 +26,19 @@ pub(super) async fn deliver(channel: &Channel, message: Message) -> Result<Sent,
 
 async fn deliver_mail(mail: &mail::Settings, message: Message) -> Result<Sent, Failure> {
     let Message { id, to, subject, mut text, date, files, .. } = message;
-    let to = [to.parse().map_err(Failure::refused)?];
+    let to = [to.parse().map_err(Failure::rejected)?];
     let max = mail.max_attachment;
     let (attachments, problems) =
         tokio::task::spawn_blocking(move || read_attachments(&files, max))
             .await
-            .map_err(|error| Failure::temporary(error.to_string()))?;
+            .map_err(|error| Failure::transient(error.to_string()))?;
     for problem in problems {
         text.push_str(&format!("\nNot attached: {problem}"));
     }
     let attached = attachments.len();
     let date = SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(date).unwrap_or(0));
     let build = |text: &str, attachments| {
-        let mail = mime::compose(Letter {
+        let mail = mime::build_message(Email {
             from: &mail.from,
             to: &mail.to,
             subject: &subject,
@@ -47,13 +48,13 @@ async fn deliver_mail(mail: &mail::Settings, message: Message) -> Result<Sent, F
             date,
             automatic: true,
         });
-        mail.map_err(Failure::refused)
+        mail.map_err(Failure::rejected)
     };
     let sent = mail.send(&id, &to, &build(&text, attachments)?).await;
     match sent {
-        Err(Failure { lasting: Lasting::Refused, words }) if attached > 0 => {
+        Err(Failure { kind: FailureKind::Rejected, message }) if attached > 0 => {
             let files = counted(attached, "file");
-            text.push_str(&format!("\nNot attached: {files}, which the server refuses: {words}"));
+            text.push_str(&format!("\nNot attached: {files}, which the server refuses: {message}"));
             mail.send(&id, &to, &build(&text, Vec::new())?).await
         }
         sent => sent,

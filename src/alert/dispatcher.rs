@@ -21,8 +21,9 @@ use crate::alert::grouping::{AlertGrouper, HourlyLimit, Notification};
 use crate::alert::outbox::{MAX_QUEUED, Message, OpenError, Outbox};
 use crate::fs::filename::escape;
 use crate::http::retry;
-use crate::notify::channel::{Channel, Failure, Lasting, Sent};
+use crate::notify::Channel;
 use crate::notify::mime;
+use crate::notify::outcome::{Failure, FailureKind, Sent};
 use crate::runtime::EventLoop;
 use crate::telemetry::event::{AlertOutcome, Change, ChannelCounters, Event, EventSender, Kind};
 use crate::text::counted;
@@ -463,7 +464,7 @@ impl DispatchTask {
         self.attempts.spawn(async move {
             // A separate task, so that a panic fails the attempt only.
             let result = tokio::spawn(async move { deliver(&channel, message).await }).await;
-            let panicked = |_| Err(Failure::temporary("a fault of the program; see the log"));
+            let panicked = |_| Err(Failure::transient("a fault of the program; see the log"));
             (attempt, result.unwrap_or_else(panicked))
         });
     }
@@ -492,9 +493,9 @@ impl DispatchTask {
 
     fn finish_failed(&mut self, attempt: &Attempt, failure: Failure) {
         let Attempt { channel: name, id, subject, rejections } = attempt;
-        let Failure { lasting, words: error } = failure;
+        let Failure { kind, message: error } = failure;
         let (now, channel) = (self.now(), &**name);
-        let rejections = rejections + u32::from(lasting.is_bounded());
+        let rejections = rejections + u32::from(kind.limits_attempts());
         let backoff = |failures: u32| {
             let longest = BACKOFF.0.saturating_mul(2_u32.saturating_pow(failures)).min(BACKOFF.1);
             retry::around(longest, fastrand::f64())
@@ -520,7 +521,7 @@ impl DispatchTask {
         let Some(state) = self.channels.get_mut(name) else { return };
         state.counters.outcomes.add(AlertOutcome::Failed);
         // A rejection concerns the message, every other failure the channel.
-        let pause = if lasting.is_bounded() {
+        let pause = if kind.limits_attempts() {
             let pause = backoff(rejections - 1);
             self.outbox.update(id, |message| {
                 (message.rejections, message.retry_at) = (rejections, now + pause);
@@ -540,8 +541,8 @@ impl DispatchTask {
             "alert not sent over {channel}: {error} ({subject})"
         );
         let failing_for = now.saturating_sub(*state.failing_since.get_or_insert(now));
-        let is_failed = lasting == Lasting::Unusable || failing_for >= FAILED_AFTER;
-        if is_failed && !lasting.is_bounded() {
+        let is_failed = kind == FailureKind::ChannelBroken || failing_for >= FAILED_AFTER;
+        if is_failed && !kind.limits_attempts() {
             let event = channel_failed(Arc::clone(name), Change::Begun(error));
             let at = event.at.checked_sub(failing_for).unwrap_or(event.at);
             self.add(Event { at, ..event });
@@ -693,10 +694,10 @@ mod tests {
     #[tokio::test]
     async fn bounds_the_attempts_of_rejected_and_unconfirmed_messages_only() {
         for (failure, is_bounded) in [
-            (Failure::doubtful("late"), true),
-            (Failure::refused("no"), true),
-            (Failure::temporary("later"), false),
-            (Failure::unusable("no login"), false),
+            (Failure::unconfirmed("late"), true),
+            (Failure::rejected("no"), true),
+            (Failure::transient("later"), false),
+            (Failure::channel_broken("no login"), false),
         ] {
             let mut task = task_with_message();
             let mut attempts = 0;
@@ -721,7 +722,7 @@ mod tests {
         assert!(task.outbox.add(Message { id: "2".to_owned(), ..message() }));
         let (id, subject) = ("1".to_owned(), "gone".to_owned());
         let attempt = Attempt { channel: "mail.a".into(), id, subject, rejections: 0 };
-        task.finish_attempt(&attempt, Err(Failure::refused("no")));
+        task.finish_attempt(&attempt, Err(Failure::rejected("no")));
         assert_eq!(task.outbox.next("mail.a").unwrap().id, "2");
         task.send_next(&"mail.a".into(), task.now(), false);
         assert_eq!(task.attempts.len(), 1);

@@ -41,7 +41,7 @@ fn connect(config: Config) -> ExitCode {
         }
         for channel in &config.alerts.channels {
             let name = channel.name();
-            match channel.try_out().await {
+            match channel.check().await {
                 Ok(done) => {
                     let _ = print(format!("{name}: {done}\n").as_bytes());
                 }

@@ -17,10 +17,11 @@ use crate::cli::args::{Cli, ConfigFile, Mail, Sms};
 use crate::config::load_part;
 use crate::config_reader::Diagnostics;
 use crate::fs::filename::escape;
+use crate::notify::Channel;
 use crate::notify::address::EmailAddress;
-use crate::notify::channel::{Channel, Failure, Sent};
 use crate::notify::mime;
-use crate::notify::mime::{Attachment, Letter, Mailbox};
+use crate::notify::mime::{Attachment, Email, Mailbox};
+use crate::notify::outcome::{Failure, Sent};
 use crate::notify::sms::Number;
 use crate::notify::{mail, sms};
 
@@ -110,7 +111,7 @@ pub(crate) fn mail(arguments: &Mail) -> Result<ReadyMail, Error> {
     let text = read_text(text.as_deref())?;
     let id = mime::new_id(&channel.from);
     let to = if to.is_empty() { &channel.to } else { &to };
-    let letter = Letter {
+    let letter = Email {
         from: &channel.from,
         to,
         subject,
@@ -120,7 +121,7 @@ pub(crate) fn mail(arguments: &Mail) -> Result<ReadyMail, Error> {
         date: SystemTime::now(),
         automatic: false,
     };
-    let message = mime::compose(letter).map_err(Error::Other)?;
+    let message = mime::build_message(letter).map_err(Error::Other)?;
     let to = to.iter().map(|to| to.address.clone()).collect();
     Ok(ReadyMail { channel, id, to, message })
 }

@@ -1,7 +1,7 @@
-//! `[mail.NAME]`: its table, and sending.
-//!
-//! Some recipients may be refused and others not: those get the mail, and these are named.
+//! Mail channels: `[mail.NAME]`, and sending. Rejected recipients do not keep the others from
+//! receiving the mail.
 
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,38 +15,37 @@ use crate::http::ca_certs;
 use crate::http::egress;
 use crate::http::tls::CaFile;
 use crate::notify::address::EmailAddress;
-use crate::notify::channel::{Failure, Lasting, Sent};
 use crate::notify::helo;
 use crate::notify::mime::{Mailbox, header_text};
+use crate::notify::outcome::{Failure, FailureKind, Sent};
 use crate::notify::smtp;
-use crate::notify::smtp::{Doing, Login, Place, Security};
-use crate::notify::smtp_client::{SmtpClient, TRANSFER};
+use crate::notify::smtp::{Connection, Login, RelayConfig, Security};
+use crate::notify::smtp_client::{SharedStage, SmtpClient, SmtpStage};
 use crate::secret;
 use crate::text::counted;
 
-/// The most recipients of a mail; servers take that many at least (RFC 5321, 4.5.3.1.8).
+/// Maximum number of recipients; servers accept at least as many (RFC 5321, 4.5.3.1.8).
 const MAX_RECIPIENTS: usize = 100;
 
-/// The checked settings of a mail channel.
+/// The validated settings of a mail channel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
-    /// Its kind and name, as `mail.ops`.
-    pub name: Arc<str>,
-    place: Place,
-    /// Who writes.
-    pub from: Mailbox,
-    /// To whom, unless somebody else is named.
-    pub to: Vec<Mailbox>,
+    /// Kind and name, such as `mail.ops`.
+    pub(crate) name: Arc<str>,
+    relay: RelayConfig,
+    pub(crate) from: Mailbox,
+    /// Default recipients.
+    pub(crate) to: Vec<Mailbox>,
     timeout: Duration,
-    /// How much may be attached to one mail, in bytes.
-    pub max_attachment: u64,
+    /// Maximum total size of attachments, in bytes.
+    pub(crate) max_attachment: u64,
 }
 
 impl Settings {
-    /// Reads `[mail.NAME]`, and reports what is wrong to the table.
+    /// Reads `[mail.NAME]`.
     ///
     /// # Errors
-    /// If something is.
+    /// The table has a fault.
     pub fn read(name: &str, mut table: Table<'_>) -> Result<Self, Reported> {
         let expected = "the server, as \"smtp.example.org:465\"";
         let server = table.required("server", expected, Server::from_str);
@@ -70,23 +69,12 @@ impl Settings {
             }
             Some(to) => Ok(to.into_iter().map(|to| to.value).collect()),
         });
-        let login = match (username?, password_file?) {
-            (Some(username), Some(password_file)) => Ok(Some(Login { username, password_file })),
-            (None, None) => Ok(None),
-            (Some(_), None) => Err(table.report(
-                "password-file",
-                "missing; expected the file with the password of `username`, or the credential of \
-                 that name",
-            )),
-            (None, Some(_)) => {
-                Err(table.report("username", "missing; expected whose password it is"))
-            }
-        };
+        let login = read_login(username?, password_file?, &table);
         let (server, security, allow_plaintext) = (server?, security?, allow_plaintext?);
-        let far = security == Security::Plaintext
+        let is_unprotected = security == Security::Plaintext
             && !allow_plaintext
             && !egress::is_loopback(server.host());
-        let far = far.then(|| {
+        let unprotected = is_unprotected.then(|| {
             table.report(
                 "security",
                 "none is for this machine only (127.0.0.1, ::1, localhost); expected tls or \
@@ -97,11 +85,11 @@ impl Settings {
         let (from, to, login) = (from?, to?, login?);
         let (timeout, ca_file, max_attachment) = (timeout?, ca_file?, max_attachment?);
         let helo = helo?;
-        match far {
-            Some(noted) => Err(noted),
+        match unprotected {
+            Some(reported) => Err(reported),
             None => Ok(Self {
                 name: format!("mail.{name}").into(),
-                place: Place {
+                relay: RelayConfig {
                     server,
                     security,
                     allow_plaintext,
@@ -117,33 +105,24 @@ impl Settings {
         }
     }
 
-    /// Who is connected to.
-    pub fn server(&self) -> &Server {
-        &self.place.server
+    pub(crate) fn server(&self) -> &Server {
+        &self.relay.server
     }
 
-    /// Goes as far as a mail can go without being sent: connects, encrypts, logs in, and names the
-    /// sender and every recipient. Returns what was done.
-    ///
-    /// # Errors
-    /// If a step fails or the server refuses a recipient.
-    pub async fn try_out(&self) -> Result<String, Failure> {
-        let doing = Doing::default();
+    /// Connects, logs in, and names the sender and every recipient without sending a mail. Returns the
+    /// steps that succeeded.
+    pub(crate) async fn check_server(&self) -> Result<String, Failure> {
         let to: Vec<_> = self.to.iter().map(|to| to.address.clone()).collect();
-        let try_out = async {
-            let mut connection = smtp::connect(&self.place, self.timeout, &doing).await?;
-            let begun = connection.begin_mail(&self.from.address, &to, &doing).await;
-            Ok((connection, begun))
-        };
-        let late = |_| Err(Failure::late(self.timeout, doing.get()));
-        let (connection, begun) = timeout(self.timeout, try_out).await.unwrap_or_else(late)?;
-        // QUIT takes back what was begun (RFC 5321, 4.1.1.10).
-        smtp::leave(connection).await;
-        let refused = begun?;
-        if !refused.is_empty() {
-            return Err(Failure::of_all(&refused));
+        let rejected = self
+            .in_session(|mut connection| async {
+                let rejected = connection.begin_mail(&self.from.address, &to).await;
+                (connection, rejected)
+            })
+            .await?;
+        if !rejected.is_empty() {
+            return Err(Failure::of_all(&rejected));
         }
-        let Place { server, security, login, .. } = &self.place;
+        let RelayConfig { server, security, login, .. } = &self.relay;
         let encrypted = match security {
             Security::Tls => ", encrypted",
             Security::StartTls => ", encrypted after STARTTLS",
@@ -154,57 +133,94 @@ impl Settings {
         Ok(format!("connected to {server}{encrypted}{logged_in}, {recipients} accepted"))
     }
 
-    /// Sends a mail, which is known by `id`, to these recipients. One that is larger than the server
-    /// takes is not begun.
+    /// Sends a mail with the Message-ID `id`.
     ///
     /// # Errors
-    /// If nobody got it, as far as is known.
-    pub async fn send(&self, id: &str, to: &[EmailAddress], mail: &[u8]) -> Result<Sent, Failure> {
-        let doing = Doing::default();
-        let deliver = async {
-            let mut connection = smtp::connect(&self.place, self.timeout, &doing).await?;
-            let delivered = match connection.max_size() {
-                Some(max) if mail.len() as u64 > max => Err(too_large(mail.len(), max)),
-                _ => self.deliver(&mut connection, to, mail, &doing).await,
-            };
-            Ok((connection, delivered))
-        };
-        let late = |_| {
-            let late = Failure::late(self.timeout, doing.get());
-            Err(if doing.get() == TRANSFER { Failure::doubtful(late.words) } else { late })
-        };
-        let (connection, delivered) = timeout(self.timeout, deliver).await.unwrap_or_else(late)?;
-        // What the server has said is certain, whether it hears us go or not.
-        smtp::leave(connection).await;
-        Ok(Sent { ids: vec![id.to_owned()], refused: delivered? })
+    /// No recipient was accepted, or the mail is larger than the server permits.
+    pub(crate) async fn send(
+        &self,
+        id: &str,
+        to: &[EmailAddress],
+        mail: &[u8],
+    ) -> Result<Sent, Failure> {
+        let refused = self
+            .in_session(|mut connection| async {
+                let delivered = match connection.max_size() {
+                    Some(max) if mail.len() as u64 > max => Err(too_large(mail.len(), max)),
+                    _ => self.deliver(&mut connection, to, mail).await,
+                };
+                (connection, delivered)
+            })
+            .await?;
+        Ok(Sent { ids: vec![id.to_owned()], refused })
     }
 
-    /// Sends a mail over a connection that stands; returns for whom it was not taken.
+    /// Connects, runs `dialogue` and quits, within the timeout of the channel.
+    async fn in_session<T, F>(&self, dialogue: impl FnOnce(Connection) -> F) -> Result<T, Failure>
+    where
+        F: Future<Output = (Connection, Result<T, Failure>)>,
+    {
+        let stage = SharedStage::default();
+        let session =
+            async { Ok(dialogue(smtp::connect(&self.relay, self.timeout, &stage).await?).await) };
+        let on_timeout = |_| {
+            let stage = *stage.lock();
+            let failure = Failure::timed_out(self.timeout, stage);
+            Err(match stage {
+                SmtpStage::Transfer => Failure::unconfirmed(failure.message),
+                _ => failure,
+            })
+        };
+        let (connection, result) =
+            timeout(self.timeout, session).await.unwrap_or_else(on_timeout)?;
+        // Outside of the timeout: the result is known, whether the server replies to QUIT or not.
+        smtp::quit(connection).await;
+        result
+    }
+
+    /// Sends a mail over an open connection. Returns the rejected recipients.
     ///
     /// # Errors
-    /// If nobody got it, as far as is known.
+    /// No recipient was accepted.
     pub async fn deliver<S: AsyncRead + AsyncWrite + Unpin>(
         &self,
         connection: &mut SmtpClient<S>,
         to: &[EmailAddress],
         mail: &[u8],
-        doing: &Doing,
     ) -> Result<Vec<(String, Failure)>, Failure> {
-        let refused = connection.begin_mail(&self.from.address, to, doing).await?;
-        if refused.len() == to.len() {
-            let Failure { lasting, words } = Failure::of_all(&refused);
+        let rejected = connection.begin_mail(&self.from.address, to).await?;
+        if rejected.len() == to.len() {
+            let mut failure = Failure::of_all(&rejected);
             // Without another recipient, the channel cannot deliver anything.
-            let is_only = self.to.len() == 1 && lasting == Lasting::Refused;
-            let lasting = if is_only { Lasting::Unusable } else { lasting };
-            return Err(Failure { lasting, words });
+            if self.to.len() == 1 && failure.kind == FailureKind::Rejected {
+                failure.kind = FailureKind::ChannelBroken;
+            }
+            return Err(failure);
         }
-        connection.send_content(mail, doing).await?;
-        Ok(refused)
+        connection.send_content(mail).await?;
+        Ok(rejected)
+    }
+}
+
+fn read_login(
+    username: Option<String>,
+    password_file: Option<PathBuf>,
+    table: &Table<'_>,
+) -> Result<Option<Login>, Reported> {
+    match (username, password_file) {
+        (Some(username), Some(password_file)) => Ok(Some(Login { username, password_file })),
+        (None, None) => Ok(None),
+        (Some(_), None) => Err(table.report(
+            "password-file",
+            "missing; expected the file with the password of `username`, or the credential of that \
+             name",
+        )),
+        (None, Some(_)) => Err(table.report("username", "missing; expected whose password it is")),
     }
 }
 
 fn too_large(size: usize, max: u64) -> Failure {
-    Failure::refused(format!(
+    Failure::rejected(format!(
         "the mail has {size} bytes, the server takes at most {max}: less has to be attached"
     ))
 }

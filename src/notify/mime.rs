@@ -31,10 +31,10 @@ const MAX_LINE: usize = 76;
 
 /// A person: a name, if one is said, and an address.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mailbox {
+pub(crate) struct Mailbox {
     name: Option<String>,
     /// The address.
-    pub address: EmailAddress,
+    pub(crate) address: EmailAddress,
 }
 
 impl FromStr for Mailbox {
@@ -99,7 +99,7 @@ pub(crate) struct Attachment {
 
 /// What is to be told.
 #[derive(Debug, Clone)]
-pub(crate) struct Letter<'a> {
+pub(crate) struct Email<'a> {
     /// Who tells it.
     pub from: &'a Mailbox,
     /// To whom.
@@ -158,8 +158,8 @@ pub(crate) fn attachment_name(name: &str) -> Result<(), String> {
 ///
 /// # Errors
 /// Says what is wrong with it.
-pub(crate) fn compose(letter: Letter<'_>) -> Result<Vec<u8>, String> {
-    let Letter { from, to, subject, text, attachments, id, date, automatic } = letter;
+pub(crate) fn build_message(letter: Email<'_>) -> Result<Vec<u8>, String> {
+    let Email { from, to, subject, text, attachments, id, date, automatic } = letter;
     header_text(subject).map_err(|problem| format!("subject: {problem}"))?;
     for attachment in &attachments {
         attachment_name(&attachment.name)
@@ -261,7 +261,7 @@ mod tests {
 
     fn composed(subject: &str, text: &str, attachments: Vec<Attachment>) -> Result<String, String> {
         let (from, to) = (mailbox("a@example.org"), [mailbox("汇总 <hui@example.com>")]);
-        let letter = Letter {
+        let letter = Email {
             from: &from,
             to: &to,
             subject,
@@ -271,7 +271,7 @@ mod tests {
             date: SystemTime::UNIX_EPOCH,
             automatic: true,
         };
-        compose(letter).map(|message| String::from_utf8(message).unwrap())
+        build_message(letter).map(|message| String::from_utf8(message).unwrap())
     }
 
     /// The value of a header, unfolded.

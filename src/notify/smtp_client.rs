@@ -1,33 +1,71 @@
 //! The client's side of an SMTP dialogue (RFC 5321) over any stream: greeting, EHLO, STARTTLS
 //! (RFC 3207), AUTH (RFC 4954), and one mail at a time.
 //!
-//! Lenient where the standard asks for it: a reply needs no text, keywords come in any case, lines
-//! may end in a bare LF. Bounded everywhere: the length of a line, and all that a server sends. The
-//! caller bounds the time.
+//! Accepts replies without text, keywords in any case and lines that end in a bare LF. Limits the length
+//! of a line and the total size of all replies. The caller limits the time.
+
+use std::fmt;
+use std::sync::Arc;
 
 use base64::prelude::{BASE64_STANDARD, Engine as _};
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::notify::address::EmailAddress;
-use crate::notify::channel::{Failure, words};
-use crate::notify::smtp::Doing;
+use crate::notify::outcome::{Failure, printable};
 use crate::secret::{Secret, Secrets};
 
-/// The longest line of a reply, in bytes. RFC 5321, 4.5.3.1.5 allows 512, but some send more.
+/// Maximum length of a reply line, in bytes. RFC 5321, 4.5.3.1.5 allows 512, but some send more.
 const MAX_LINE: usize = 64 << 10;
 
-/// The most that a server may send in one connection, in bytes.
+/// Maximum number of bytes received per connection.
 const MAX_RECEIVED: usize = 1 << 20;
 
-/// The longest command line without its end, in bytes (RFC 5321, 4.5.3.1.4).
+/// Maximum length of a command without its line end, in bytes (RFC 5321, 4.5.3.1.4).
 const MAX_COMMAND: usize = 510;
 
-/// The stage from the first byte of a mail to the reply to its end. A mail may have been accepted if
-/// the dialogue breaks off here.
-pub(crate) const TRANSFER: &str =
-    "waiting until the mail is taken, which it may be, although the server does not say so";
+/// The current step of sending; a timeout reports it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum SmtpStage {
+    #[default]
+    ReadingFiles,
+    Connecting,
+    TlsHandshake,
+    Greeting,
+    Ehlo,
+    StartTls,
+    Login,
+    MailFrom,
+    RcptTo,
+    Data,
+    /// From the first byte of the mail to the reply to its end. The server may have accepted the mail
+    /// if the dialogue ends here.
+    Transfer,
+}
 
-/// A reply: its code and the text of its lines.
+impl fmt::Display for SmtpStage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ReadingFiles => "reading the files that it needs",
+            Self::Connecting => "connecting",
+            Self::TlsHandshake => "agreeing on the encryption (TLS)",
+            Self::Greeting => "waiting for the server's greeting",
+            Self::Ehlo => "waiting for the reply to EHLO",
+            Self::StartTls => "waiting for the reply to STARTTLS",
+            Self::Login => "logging in",
+            Self::MailFrom => "waiting for the reply to MAIL",
+            Self::RcptTo => "waiting for the reply to RCPT",
+            Self::Data => "waiting for the reply to DATA",
+            Self::Transfer => {
+                "waiting until the mail is taken, which it may be, although the server does not say so"
+            }
+        })
+    }
+}
+
+/// A stage that outlives a dialogue which a timeout cancels.
+pub type SharedStage = Arc<Mutex<SmtpStage>>;
+
 #[derive(Debug)]
 struct Reply {
     code: u16,
@@ -40,8 +78,8 @@ impl Reply {
     }
 }
 
-/// The code, whether another line follows, and the text of a line (RFC 5321, 4.2). The code alone is
-/// a line, too.
+/// Returns the code, whether another line follows, and the text (RFC 5321, 4.2). The text may be
+/// missing.
 fn parse_line(line: &[u8]) -> Option<(u16, bool, &[u8])> {
     let (code, rest) = line.split_at_checked(3)?;
     let code =
@@ -60,57 +98,48 @@ pub struct SmtpClient<S> {
     stream: S,
     /// The name or address literal that EHLO announces.
     helo: String,
-    /// Secrets that the server may know, also from earlier connections. No failure message repeats
-    /// them.
     secrets: Secrets,
+    stage: SharedStage,
     /// Bytes received and not yet read as a reply.
     unread: Vec<u8>,
-    /// How many more bytes the server may send.
+    /// Remaining bytes of `MAX_RECEIVED`.
     allowance: usize,
-    /// The keywords that EHLO was answered with, each with its parameters.
+    /// Keywords of the reply to EHLO with their parameters.
     extensions: Vec<String>,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
-    /// A client that announces itself as `helo`.
-    pub fn new(stream: S, helo: String) -> Self {
+    /// Creates a client that announces itself as `helo`. No message contains `secrets`, also before
+    /// the login: the server may know them from an earlier connection.
+    pub fn new(stream: S, helo: String, secrets: Secrets, stage: SharedStage) -> Self {
         Self {
             stream,
             helo,
-            secrets: Secrets::default(),
+            secrets,
+            stage,
             unread: Vec::new(),
             allowance: MAX_RECEIVED,
             extensions: Vec::new(),
         }
     }
 
-    /// Keeps `secrets` out of failure messages from the greeting on: a server may know them from an
-    /// earlier connection.
-    #[must_use]
-    pub fn with_secrets(self, secrets: Secrets) -> Self {
-        Self { secrets, ..self }
+    fn enter(&self, stage: SmtpStage) {
+        *self.stage.lock() = stage;
     }
 
-    /// Waits for the greeting.
-    ///
-    /// # Errors
-    /// If the server refuses to talk.
-    pub async fn greeting(&mut self, doing: &Doing) -> Result<(), Failure> {
-        doing.set("waiting for the server's greeting");
+    /// Reads the greeting.
+    pub async fn greeting(&mut self) -> Result<(), Failure> {
+        self.enter(SmtpStage::Greeting);
         let greeting = self.read_reply().await?;
-        self.expect_positive(&greeting, Failure::unusable)
+        self.expect_positive(&greeting, Failure::channel_broken)
     }
 
-    /// Says EHLO. A server that does not know it is greeted with HELO (RFC 5321, 3.2), unless it is
-    /// asked for something that only EHLO can offer.
-    ///
-    /// # Errors
-    /// If the server refuses to talk to us.
-    pub async fn hello(&mut self, needs_extensions: bool, doing: &Doing) -> Result<(), Failure> {
-        doing.set("waiting for the reply to EHLO");
+    /// Sends EHLO, or HELO if the server rejects EHLO (RFC 5321, 3.2) and no extension is needed.
+    pub async fn hello(&mut self, needs_extensions: bool) -> Result<(), Failure> {
+        self.enter(SmtpStage::Ehlo);
         self.extensions.clear();
         let reply = self.command(&format!("EHLO {}", self.helo)).await?;
-        let Err(refused) = self.expect_positive(&reply, Failure::unusable) else {
+        let Err(rejected) = self.expect_positive(&reply, Failure::channel_broken) else {
             // The first line is the server's name.
             self.extensions = reply.lines.into_iter().skip(1).collect();
             return Ok(());
@@ -121,10 +150,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
                 return Ok(());
             }
         }
-        Err(refused)
+        Err(rejected)
     }
 
-    /// The parameters of an extension, once for each time it is offered.
+    /// Returns the parameters of each line that offers an extension.
     fn extension(&self, keyword: &str) -> impl Iterator<Item = &str> {
         self.extensions.iter().filter_map(move |line| {
             // `AUTH=LOGIN` is how some offered it before RFC 2554.
@@ -134,49 +163,43 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
         })
     }
 
-    /// The largest mail that the server accepts, in bytes, if it says so (RFC 1870).
+    /// Returns the maximum size of a mail in bytes, if the server announces one (RFC 1870).
     pub fn max_size(&self) -> Option<u64> {
         let size = self.extension("SIZE").find_map(|size| size.trim().parse().ok());
         size.filter(|size| *size > 0)
     }
 
-    /// Asks for STARTTLS after EHLO, and returns the stream at the point where TLS begins.
+    /// Requests STARTTLS after EHLO. Returns the stream at the point where TLS begins.
     ///
     /// # Errors
-    /// If the server does not agree, or has sent more than its agreement: that could be taken for
-    /// part of the encrypted dialogue.
-    pub async fn start_tls(mut self, doing: &Doing) -> Result<S, Failure> {
+    /// The server refuses, or sent more than its reply: the rest could be taken for encrypted text.
+    pub async fn start_tls(mut self) -> Result<S, Failure> {
         if self.extension("STARTTLS").next().is_none() {
             self.quit().await;
-            return Err(Failure::unusable(
+            return Err(Failure::channel_broken(
                 "the server offers no STARTTLS, and without encryption nothing is sent to it",
             ));
         }
-        doing.set("waiting for the reply to STARTTLS");
+        self.enter(SmtpStage::StartTls);
         let reply = self.command("STARTTLS").await?;
-        self.expect_positive(&reply, Failure::unusable)?;
+        self.expect_positive(&reply, Failure::channel_broken)?;
         if reply.code != 220 {
-            return Err(Failure::unusable(format!("STARTTLS is answered with {}", reply.code)));
+            return Err(Failure::channel_broken(format!(
+                "STARTTLS is answered with {}",
+                reply.code
+            )));
         }
         if !self.unread.is_empty() {
-            return Err(Failure::unusable(
+            return Err(Failure::channel_broken(
                 "something was said between STARTTLS and the encryption",
             ));
         }
         Ok(self.stream)
     }
 
-    /// Logs in with AUTH PLAIN (RFC 4616), or LOGIN if the server does not offer that.
-    ///
-    /// # Errors
-    /// If the server offers neither, or refuses the login.
-    pub async fn log_in(
-        &mut self,
-        username: &str,
-        password: &Secret,
-        doing: &Doing,
-    ) -> Result<(), Failure> {
-        doing.set("logging in");
+    /// Logs in with AUTH PLAIN (RFC 4616), or AUTH LOGIN if the server does not offer PLAIN.
+    pub async fn log_in(&mut self, username: &str, password: &Secret) -> Result<(), Failure> {
+        self.enter(SmtpStage::Login);
         let password = password.reveal();
         let offered: Vec<_> = self.extension("AUTH").flat_map(str::split_whitespace).collect();
         let is_offered = |name: &str| offered.iter().any(|one| one.eq_ignore_ascii_case(name));
@@ -200,12 +223,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
             let reply = self.authenticate("AUTH LOGIN", &responses).await?;
             return self.expect_login(&reply);
         }
-        let neither = || Failure::unusable("the server offers neither AUTH PLAIN nor AUTH LOGIN");
+        let neither =
+            || Failure::channel_broken("the server offers neither AUTH PLAIN nor AUTH LOGIN");
         Err(refused.unwrap_or_else(neither))
     }
 
-    /// Answers one prompt after the other. Their order determines the answer; their text, for
-    /// which there is no standard, may be anything.
+    /// Answers the prompts in order; their text is not standardised.
     async fn authenticate(
         &mut self,
         command: &str,
@@ -222,24 +245,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
         if reply.code == 334 { self.command("*").await } else { Ok(reply) }
     }
 
-    /// Begins a mail: MAIL, and RCPT for each recipient. Returns the recipients that were refused.
-    ///
-    /// # Errors
-    /// If the sender or every recipient is refused, or the dialogue breaks off.
+    /// Sends MAIL, and RCPT for each recipient. Returns the rejected recipients.
     pub async fn begin_mail(
         &mut self,
         from: &EmailAddress,
         to: &[EmailAddress],
-        doing: &Doing,
     ) -> Result<Vec<(String, Failure)>, Failure> {
-        doing.set("waiting for the reply to MAIL");
+        self.enter(SmtpStage::MailFrom);
         let reply = self.command(&format!("MAIL FROM:<{from}>")).await?;
-        self.expect_positive(&reply, Failure::unusable)?;
-        doing.set("waiting for the reply to RCPT");
+        self.expect_positive(&reply, Failure::channel_broken)?;
+        self.enter(SmtpStage::RcptTo);
         let mut refused = Vec::new();
         for recipient in to {
             let reply = self.command(&format!("RCPT TO:<{recipient}>")).await?;
-            let accepted = self.expect_positive(&reply, Failure::refused);
+            let accepted = self.expect_positive(&reply, Failure::rejected);
             let Err(failure) = accepted else { continue };
             // The server closes the connection (RFC 5321, 3.8).
             if reply.code == 421 {
@@ -250,27 +269,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
         Ok(refused)
     }
 
-    /// Sends the content of the mail that was begun.
-    ///
-    /// # Errors
-    /// If the server does not accept it, or nothing is known of that.
-    pub async fn send_content(&mut self, mail: &[u8], doing: &Doing) -> Result<(), Failure> {
-        doing.set("waiting for the reply to DATA");
+    /// Sends the content after [`Self::begin_mail`].
+    pub async fn send_content(&mut self, mail: &[u8]) -> Result<(), Failure> {
+        self.enter(SmtpStage::Data);
         let reply = self.command("DATA").await?;
         if reply.code != 354 {
-            self.expect_positive(&reply, Failure::refused)?;
+            self.expect_positive(&reply, Failure::rejected)?;
             return Err(self.unexpected(&reply));
         }
-        doing.set(TRANSFER);
+        self.enter(SmtpStage::Transfer);
         let reply = self.exchange(&dot_stuffed(mail)).await;
-        let reply = reply.map_err(|failure| Failure::doubtful(failure.words))?;
+        let reply = reply.map_err(|failure| Failure::unconfirmed(failure.message))?;
         match reply.code / 100 {
-            3 => Err(Failure::doubtful(self.unexpected(&reply).words)),
-            _ => self.expect_positive(&reply, Failure::refused),
+            3 => Err(Failure::unconfirmed(self.unexpected(&reply).message)),
+            _ => self.expect_positive(&reply, Failure::rejected),
         }
     }
 
-    /// Says goodbye, which also takes back a mail that was begun. The answer does not matter.
+    /// Sends QUIT, which also cancels an unfinished mail (RFC 5321, 4.1.1.10). Ignores the reply.
     pub async fn quit(&mut self) {
         let _ = self.command("QUIT").await;
     }
@@ -280,15 +296,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
     }
 
     async fn exchange(&mut self, bytes: &[u8]) -> Result<Reply, Failure> {
-        // A server that refuses and closes before it has read everything has still replied, so
-        // that a failed write says less than the reply.
+        // A server may reply and close before it has read everything: prefer its reply to the write
+        // error.
         let written = match self.stream.write_all(bytes).await {
             Ok(()) => self.stream.flush().await,
             failed => failed,
         };
         let reply = self.read_reply().await;
         match written {
-            Err(error) if reply.is_err() => Err(Failure::lost(&error)),
+            Err(error) if reply.is_err() => Err(Failure::connection_lost(&error)),
             _ => reply,
         }
     }
@@ -301,7 +317,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
             let Some((code, is_continued, text)) = parse_line(line) else {
                 let line = String::from_utf8_lossy(line);
                 let message = format!("the server does not speak SMTP: {line}");
-                return Err(Failure::temporary(message).told(&self.secrets));
+                return Err(Failure::transient(message).redacted(&self.secrets));
             };
             lines.push(String::from_utf8_lossy(text).into_owned());
             if !is_continued {
@@ -310,25 +326,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
         }
     }
 
-    /// Reads a line with its end, which the last one before the server closes may lack: its code
-    /// counts all the same.
+    /// Reads a line with its end, which may be missing if the server closes after it.
     async fn read_line(&mut self) -> Result<Vec<u8>, Failure> {
         loop {
             let end = memchr::memchr(b'\n', &self.unread);
             let length = end.map_or(self.unread.len(), |end| end + 1);
             if length > MAX_LINE.min(self.allowance) {
-                return Err(Failure::temporary("the server says too much"));
+                return Err(Failure::transient("the server says too much"));
             }
             if end.is_some() {
                 self.allowance -= length;
                 return Ok(self.unread.drain(..length).collect());
             }
             let received = self.stream.read_buf(&mut self.unread).await;
-            if received.map_err(|error| Failure::lost(&error))? == 0 {
+            if received.map_err(|error| Failure::connection_lost(&error))? == 0 {
                 if !self.unread.is_empty() {
                     return Ok(std::mem::take(&mut self.unread));
                 }
-                return Err(Failure::lost(&std::io::ErrorKind::UnexpectedEof.into()));
+                return Err(Failure::connection_lost(&std::io::ErrorKind::UnexpectedEof.into()));
             }
         }
     }
@@ -341,7 +356,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
         match reply.code / 100 {
             2 => Ok(()),
             5 => Err(permanent(self.text_of(reply))),
-            4 => Err(Failure::temporary(self.text_of(reply))),
+            4 => Err(Failure::transient(self.text_of(reply))),
             _ => Err(self.unexpected(reply)),
         }
     }
@@ -352,24 +367,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
         let is_status =
             |text: &&str| text.len() <= 9 && text.bytes().all(|b| b.is_ascii_digit() || b == b'.');
         let lines = status.filter(is_status).map(str::to_owned).into_iter().collect();
-        self.expect_positive(&Reply { code: reply.code, lines }, Failure::unusable).map_err(
+        self.expect_positive(&Reply { code: reply.code, lines }, Failure::channel_broken).map_err(
             |mut failure| {
-                failure.words = format!("the login is refused: {}", failure.words.trim_end());
+                failure.message = format!("the login is refused: {}", failure.message.trim_end());
                 failure
             },
         )
     }
 
     fn text_of(&self, Reply { code, lines }: &Reply) -> String {
-        words(&format!("{code} {}", self.secrets.withhold(&lines.join(" "))))
+        printable(&format!("{code} {}", self.secrets.withhold(&lines.join(" "))))
     }
 
     fn unexpected(&self, reply: &Reply) -> Failure {
-        Failure::temporary(format!("unexpected reply: {}", self.text_of(reply)))
+        Failure::transient(format!("unexpected reply: {}", self.text_of(reply)))
     }
 }
 
-/// The mail as DATA carries it: no line begins with a single dot but the last, which ends it.
+/// Returns the mail as DATA carries it: with doubled leading dots and the final dot.
 fn dot_stuffed(mail: &[u8]) -> Vec<u8> {
     let mut stuffed = Vec::with_capacity(mail.len() + mail.len() / 64 + 8);
     for line in mail.split_inclusive(|byte| *byte == b'\n') {
@@ -391,10 +406,10 @@ mod tests {
     use tokio::task::JoinHandle;
 
     use super::*;
-    use crate::notify::channel::Lasting;
+    use crate::notify::outcome::FailureKind;
 
-    /// A client of a server that sends `script` at once, however many bytes fit at a time, and
-    /// returns what it heard.
+    /// A client of a server that sends `script` in pieces of `size` bytes, and the text that the server
+    /// receives.
     fn client_of(script: &str, size: usize) -> (SmtpClient<DuplexStream>, JoinHandle<String>) {
         let (server, stream) = duplex(size);
         let (mut reader, mut writer) = tokio::io::split(server);
@@ -409,28 +424,31 @@ mod tests {
             read.unwrap();
             String::from_utf8(heard).unwrap()
         });
-        (SmtpClient::new(stream, "[192.0.2.1]".to_owned()), heard)
+        (client(stream, Secrets::default()), heard)
+    }
+
+    fn client(stream: DuplexStream, secrets: Secrets) -> SmtpClient<DuplexStream> {
+        SmtpClient::new(stream, "[192.0.2.1]".to_owned(), secrets, SharedStage::default())
     }
 
     fn address(text: &str) -> EmailAddress {
         text.parse().unwrap()
     }
 
-    /// Sends a mail to two recipients; returns the refused ones.
+    /// Sends a mail to two recipients; returns the rejected ones.
     async fn send(
         client: &mut SmtpClient<DuplexStream>,
         needs_extensions: bool,
     ) -> Result<Vec<(String, Failure)>, Failure> {
-        let doing = Doing::default();
-        client.greeting(&doing).await?;
-        client.hello(needs_extensions, &doing).await?;
+        client.greeting().await?;
+        client.hello(needs_extensions).await?;
         let to = [address("b@example.org"), address("c@example.org")];
-        let refused = client.begin_mail(&address("a@example.org"), &to, &doing).await?;
-        client.send_content(b"Subject: x\r\n\r\ntext\r\n", &doing).await?;
+        let refused = client.begin_mail(&address("a@example.org"), &to).await?;
+        client.send_content(b"Subject: x\r\n\r\ntext\r\n").await?;
         Ok(refused)
     }
 
-    /// The outcome of [`send`] to a server with this script, whatever the size of its packets.
+    /// Returns the outcome of [`send`], which must not depend on the size of packets.
     async fn outcome_of(script: &str) -> Result<Vec<(String, Failure)>, Failure> {
         let mut outcomes = Vec::new();
         for size in [1, 7, 1024] {
@@ -443,7 +461,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reply_line_needs_no_text() {
+    fn parses_reply_lines_without_text() {
         let parsed = |line: &'static str| parse_line(line.as_bytes());
         for (line, expected) in [
             ("250", (250, false, "")),
@@ -477,19 +495,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn white_space_in_the_list_of_extensions_is_harmless() {
+    async fn ignores_white_space_among_extensions() {
         for line in ["250- \n", "250-\u{a0}\r\n", "250-\t \r\n", "250-\r\n", "250-\u{3000}\r\n"] {
             let script = format!("220 hi\r\n250-mx\r\n{line}250 size 7 \r\n");
             let (mut client, _) = client_of(&script, 64);
-            let doing = Doing::default();
-            client.greeting(&doing).await.unwrap();
-            client.hello(true, &doing).await.unwrap();
+            client.greeting().await.unwrap();
+            client.hello(true).await.unwrap();
             assert_eq!(client.max_size(), Some(7), "{line:?}");
         }
     }
 
     #[tokio::test]
-    async fn extensions_are_read_in_any_case_and_from_the_second_line_on() {
+    async fn reads_extensions_in_any_case_from_the_second_line_on() {
         for (offered, size, mechanisms) in [
             (
                 "250-mx\r\n250-Size 35882577\r\n250 auth plain LOGIN",
@@ -503,7 +520,7 @@ mod tests {
             ("250", None, ""),
         ] {
             let (mut client, _) = client_of(&format!("{offered}\r\n"), 64);
-            client.hello(true, &Doing::default()).await.unwrap();
+            client.hello(true).await.unwrap();
             assert_eq!(client.max_size(), size, "{offered}");
             let parameters: Vec<_> = client.extension("AUTH").collect();
             assert_eq!(parameters.join(" "), mechanisms, "{offered}");
@@ -511,13 +528,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn greets_a_server_that_does_not_know_ehlo_with_helo() {
+    async fn falls_back_to_helo() {
         let script = "220 hi\r\n502 what\r\n250 hello\r\n250 ok\r\n250\r\n250\r\n354\r\n250\r\n";
         assert_eq!(outcome_of(script).await, Ok(Vec::new()));
-        // The refusal of EHLO is the one that counts, and all there is if HELO cannot do.
+        // The reply to EHLO is reported if HELO fails, too.
         for script in ["220 hi\r\n550 not you\r\n504 nor now\r\n", "220 hi\r\n550 not you\r\n"] {
             let failure = outcome_of(script).await.unwrap_err();
-            assert_eq!(failure, Failure::unusable("550 not you"));
+            assert_eq!(failure, Failure::channel_broken("550 not you"));
         }
         let (mut client, heard) = client_of("220 hi\r\n550 not you\r\n250 hello\r\n", 64);
         assert!(send(&mut client, true).await.is_err());
@@ -526,46 +543,50 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_a_failure_means_depends_on_the_code_and_the_step() {
-        use Lasting::{Doubtful, Refused, Temporary, Unusable};
+    async fn the_code_and_the_stage_determine_the_kind_of_failure() {
+        use FailureKind::{ChannelBroken, Rejected, Transient, Unconfirmed};
         let begun = "220\r\n250\r\n250\r\n250\r\n250\r\n";
-        for (script, lasting, message) in [
-            ("554 no\r\n".to_owned(), Unusable, "554 no"),
-            ("421 busy\r\n".to_owned(), Temporary, "421 busy"),
-            ("354 go\r\n".to_owned(), Temporary, "unexpected reply: 354 go"),
-            ("HTTP/1.1 400\r\n".to_owned(), Temporary, "the server does not speak SMTP: HTTP"),
-            ("220\r\n421 busy\r\n".to_owned(), Temporary, "421 busy"),
-            ("220\r\n250\r\n550 not from you\r\n".to_owned(), Unusable, "550 not from you"),
-            // Nothing is known of the other recipient: the server has closed.
-            ("220\r\n250\r\n250\r\n421 busy\r\n".to_owned(), Temporary, "421 busy"),
-            (format!("{begun}250 now?\r\n"), Temporary, "unexpected reply: 250 now?"),
-            (format!("{begun}554 no\r\n"), Refused, "554 no"),
-            (format!("{begun}354\r\n452 full\r\n"), Temporary, "452 full"),
-            (format!("{begun}354\r\n552-too\r\n552 large\r\n"), Refused, "552 too large"),
-            (format!("{begun}354\r\n354 more?\r\n"), Doubtful, "unexpected reply: 354 more?"),
-            (format!("{begun}354\r\nwhat\r\n"), Doubtful, "the server does not speak SMTP: what"),
-            (format!("{begun}354\r\n"), Doubtful, "the server closed the connection"),
-            (format!("{begun}354\r\n250-"), Doubtful, "the server closed the connection"),
-            (format!("{begun}354\r\n25"), Doubtful, "the server does not speak SMTP: 25"),
+        for (script, kind, message) in [
+            ("554 no\r\n".to_owned(), ChannelBroken, "554 no"),
+            ("421 busy\r\n".to_owned(), Transient, "421 busy"),
+            ("354 go\r\n".to_owned(), Transient, "unexpected reply: 354 go"),
+            ("HTTP/1.1 400\r\n".to_owned(), Transient, "the server does not speak SMTP: HTTP"),
+            ("220\r\n421 busy\r\n".to_owned(), Transient, "421 busy"),
+            ("220\r\n250\r\n550 not from you\r\n".to_owned(), ChannelBroken, "550 not from you"),
+            // The server closes before it replies for the other recipient.
+            ("220\r\n250\r\n250\r\n421 busy\r\n".to_owned(), Transient, "421 busy"),
+            (format!("{begun}250 now?\r\n"), Transient, "unexpected reply: 250 now?"),
+            (format!("{begun}554 no\r\n"), Rejected, "554 no"),
+            (format!("{begun}354\r\n452 full\r\n"), Transient, "452 full"),
+            (format!("{begun}354\r\n552-too\r\n552 large\r\n"), Rejected, "552 too large"),
+            (format!("{begun}354\r\n354 more?\r\n"), Unconfirmed, "unexpected reply: 354 more?"),
+            (
+                format!("{begun}354\r\nwhat\r\n"),
+                Unconfirmed,
+                "the server does not speak SMTP: what",
+            ),
+            (format!("{begun}354\r\n"), Unconfirmed, "the server closed the connection"),
+            (format!("{begun}354\r\n250-"), Unconfirmed, "the server closed the connection"),
+            (format!("{begun}354\r\n25"), Unconfirmed, "the server does not speak SMTP: 25"),
         ] {
             let failure = outcome_of(&script).await.unwrap_err();
-            assert_eq!(failure.lasting, lasting, "{script:?}: {failure}");
-            assert!(failure.words.starts_with(message), "{script:?}: {failure}");
+            assert_eq!(failure.kind, kind, "{script:?}: {failure}");
+            assert!(failure.message.starts_with(message), "{script:?}: {failure}");
         }
         let refused = outcome_of("220\r\n250\r\n250\r\n550 who\r\n250\r\n354\r\n250\r\n").await;
-        assert_eq!(refused.unwrap(), [("b@example.org".to_owned(), Failure::refused("550 who"))]);
+        assert_eq!(refused.unwrap(), [("b@example.org".to_owned(), Failure::rejected("550 who"))]);
     }
 
     #[tokio::test]
-    async fn a_refusal_is_heard_also_if_the_server_does_not_read_to_the_end() {
+    async fn reads_a_rejection_sent_before_the_end_of_the_mail() {
         let (mut server, stream) = duplex(64);
         tokio::spawn(async move {
             server.write_all(b"354 go\r\n552 too large\r\n").await.unwrap();
             server.read_exact(&mut [0; 16]).await.unwrap();
         });
-        let mut client = SmtpClient::new(stream, "[192.0.2.1]".to_owned());
-        let sent = client.send_content(&[b'x'; 10_000], &Doing::default()).await;
-        assert_eq!(sent, Err(Failure::refused("552 too large")));
+        let mut client = client(stream, Secrets::default());
+        let sent = client.send_content(&[b'x'; 10_000]).await;
+        assert_eq!(sent, Err(Failure::rejected("552 too large")));
     }
 
     #[tokio::test]
@@ -575,25 +596,25 @@ mod tests {
         let secrets = Secrets::of_login("me", &Secret::read(file.path()).unwrap());
         for script in ["hush, and no SMTP\r\n", "554 hush\r\n", "220 hi\r\n550 hush\r\n"] {
             let (client, _) = client_of(script, 1024);
-            let mut client = client.with_secrets(secrets.clone());
+            let mut client = SmtpClient { secrets: secrets.clone(), ..client };
             let failure = send(&mut client, true).await.unwrap_err();
-            assert!(!failure.words.contains("hush"), "{failure:?}");
+            assert!(!failure.message.contains("hush"), "{failure:?}");
         }
     }
 
     #[tokio::test]
-    async fn what_a_server_may_send_is_bounded() {
+    async fn limits_the_size_of_replies() {
         let line = format!("220 {}", "x".repeat(MAX_LINE));
         let lines = format!("250-{}\r\n", "x".repeat(1000)).repeat(MAX_RECEIVED / 1000);
         for script in [line, format!("220 hi\r\n{lines}")] {
             let (mut client, _) = client_of(&script, 1024);
             let failure = send(&mut client, false).await.unwrap_err();
-            assert_eq!(failure, Failure::temporary("the server says too much"));
+            assert_eq!(failure, Failure::transient("the server says too much"));
         }
     }
 
     #[test]
-    fn only_the_last_line_of_a_mail_is_a_single_dot() {
+    fn doubles_leading_dots() {
         for (mail, stuffed) in [
             ("a\r\n", "a\r\n.\r\n"),
             ("a", "a\r\n.\r\n"),

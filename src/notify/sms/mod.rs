@@ -22,7 +22,7 @@ use crate::http::ca_certs;
 use crate::http::client::{self, Client, Options};
 use crate::http::egress::{self, Reach, shown};
 use crate::http::tls::{self, CaFile};
-use crate::notify::channel::{self, Failure, Lasting, Sent, words};
+use crate::notify::outcome::{Failure, FailureKind, Sent, printable, read_password};
 use crate::secret::{self, Secret, Secrets};
 use provider::{FormKeys, Kind, Place, Provider, Values};
 use segments::Segments;
@@ -214,13 +214,13 @@ impl Settings {
         let prepare = async {
             let password = match &self.password_file {
                 None => None,
-                Some(path) => Some(channel::password(path).await?),
+                Some(path) => Some(read_password(path).await?),
             };
             let secrets =
                 password.as_ref().map(|password| Secrets::of_login(&self.account, password));
             Ok((self.client().await?, password, secrets.unwrap_or_default()))
         };
-        let late = |_| Err(Failure::late(self.timeout, "reading the files that it needs"));
+        let late = |_| Err(Failure::timed_out(self.timeout, "reading the files that it needs"));
         timeout(self.timeout, prepare).await.unwrap_or_else(late)
     }
 
@@ -228,7 +228,8 @@ impl Settings {
         let (ca_file, url) = (self.ca_file.clone(), self.url.clone());
         let build = move || {
             let tls = tls::client_config(&ca_file);
-            let tls = tls.map_err(|error| Failure::unusable(words(&error.to_string())))?;
+            let tls =
+                tls.map_err(|error| Failure::channel_broken(printable(&error.to_string())))?;
             let reach = Arc::new(Reach::new([&url], [], false));
             let options = Options {
                 tls,
@@ -238,11 +239,11 @@ impl Settings {
                 timeout: None,
                 connections: 1,
             };
-            Client::new(options, reach).map_err(|error| Failure::unusable(error.to_string()))
+            Client::new(options, reach).map_err(|error| Failure::channel_broken(error.to_string()))
         };
         // Reading the certificates of the system may block.
         let client = tokio::task::spawn_blocking(build).await;
-        client.map_err(|error| Failure::temporary(error.to_string()))?
+        client.map_err(|error| Failure::transient(error.to_string()))?
     }
 
     fn headers(&self, password: Option<&Secret>) -> HeaderMap {
@@ -270,12 +271,12 @@ impl Settings {
             let one = self.send_one(&client, number, text, password.as_ref());
             let one = timeout(self.timeout, one).await.unwrap_or_else(|_| {
                 let late =
-                    Failure::late(self.timeout, "the provider may have taken it all the same");
-                Err(Failure { lasting: Lasting::Doubtful, ..late })
+                    Failure::timed_out(self.timeout, "the provider may have taken it all the same");
+                Err(Failure { kind: FailureKind::Unconfirmed, ..late })
             });
             match one {
-                Ok(id) => sent.ids.push(words(&secrets.withhold(&id))),
-                Err(failure) => sent.refused.push((number.to_string(), failure.told(&secrets))),
+                Ok(id) => sent.ids.push(printable(&secrets.withhold(&id))),
+                Err(failure) => sent.refused.push((number.to_string(), failure.redacted(&secrets))),
             }
         }
         if sent.ids.is_empty() { Err(Failure::of_all(&sent.refused)) } else { Ok(sent) }
@@ -305,7 +306,7 @@ impl Settings {
     }
 
     /// Checks that the provider can be reached, without the login, which only sending tests.
-    pub(crate) async fn try_out(&self) -> Result<String, Failure> {
+    pub(crate) async fn check_server(&self) -> Result<String, Failure> {
         let (client, _, secrets) = self.prepare().await?;
         let connect = async {
             let mut response =
@@ -315,8 +316,8 @@ impl Settings {
         };
         let status = timeout(self.timeout, connect)
             .await
-            .unwrap_or_else(|_| Err(Failure::late(self.timeout, "waiting for the provider")))
-            .map_err(|failure| failure.told(&secrets))?;
+            .unwrap_or_else(|_| Err(Failure::timed_out(self.timeout, "waiting for the provider")))
+            .map_err(|failure| failure.redacted(&secrets))?;
         let encrypted = if self.url.scheme() == "https" { "encrypted" } else { "not encrypted" };
         Ok(format!(
             "connected to {}, {encrypted}, HTTP {status}; the login is tested when a text is sent",
@@ -374,19 +375,19 @@ fn encode(fields: &[(String, String)]) -> String {
 }
 
 fn failed(error: client::Error) -> Failure {
-    let words = error.to_string();
+    let message = error.to_string();
     match error {
         // The provider may have received the request.
-        client::Error::Network(_) | client::Error::Malformed(_) => Failure::doubtful(words),
-        error if error.is_temporary() => Failure::temporary(words),
-        _ => Failure::unusable(words),
+        client::Error::Network(_) | client::Error::Malformed(_) => Failure::unconfirmed(message),
+        error if error.is_temporary() => Failure::transient(message),
+        _ => Failure::channel_broken(message),
     }
 }
 
 async fn read_body(client: &Client, mut response: Response) -> Result<(u16, Vec<u8>), Failure> {
     let status = response.status().as_u16();
     if response.status().is_redirection() {
-        return Err(Failure::unusable(format!(
+        return Err(Failure::channel_broken(format!(
             "HTTP {status}: it is redirected, which is not followed, as the password is for this \
              server alone; is `url` right?"
         )));
@@ -394,7 +395,7 @@ async fn read_body(client: &Client, mut response: Response) -> Result<(u16, Vec<
     let mut reply = Vec::new();
     while let Some(piece) = client.piece(&mut response).await.map_err(failed)? {
         if reply.len() + piece.len() > MAX_REPLY {
-            return Err(Failure::doubtful(format!(
+            return Err(Failure::unconfirmed(format!(
                 "HTTP {status} with more than {} KiB: no reply of an SMS provider",
                 MAX_REPLY >> 10
             )));

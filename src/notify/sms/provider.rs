@@ -11,7 +11,7 @@ use crate::config_reader::{Reported, Table};
 use crate::document::without_bom;
 use crate::http::pointer;
 use crate::http::retry;
-use crate::notify::channel::{Failure, Lasting};
+use crate::notify::outcome::{Failure, FailureKind};
 
 /// Placeholder of secrets in printed requests.
 const HIDDEN: &str = "…";
@@ -122,8 +122,8 @@ impl Provider {
         let json: Value = serde_json::from_slice(without_bom(reply)).map_err(|_| {
             let text = String::from_utf8_lossy(reply);
             // A page of a proxy may have any status.
-            let lasting = if status < 300 { Lasting::Doubtful } else { meaning_of(status) };
-            Failure { lasting, words: format!("HTTP {status} and no JSON: {}", text.trim()) }
+            let kind = if status < 300 { FailureKind::Unconfirmed } else { kind_of_status(status) };
+            Failure { kind, message: format!("HTTP {status} and no JSON: {}", text.trim()) }
         })?;
         let at = |pointer: &String| json.pointer(pointer).and_then(plain);
         let id = self.id.as_ref().and_then(at);
@@ -141,39 +141,39 @@ impl Provider {
         }
         let code = self.error.as_ref().and_then(|(code, _)| at(code));
         let text = self.error.as_ref().and_then(|(_, text)| at(text));
-        let lasting = code.as_deref().and_then(|code| self.meaning_of_code(code));
-        let words = match (code, text) {
+        let kind = code.as_deref().and_then(|code| self.kind_of_code(code));
+        let message = match (code, text) {
             (None, None) => format!("HTTP {status}: {}", String::from_utf8_lossy(reply).trim()),
             (code, text) => {
                 let code = code.unwrap_or_else(|| format!("HTTP {status}"));
                 format!("{code} {}", text.unwrap_or_default())
             }
         };
-        Err(Failure { lasting: lasting.unwrap_or_else(|| meaning_of(status)), words })
+        Err(Failure { kind: kind.unwrap_or_else(|| kind_of_status(status)), message })
     }
 
-    /// Returns the meaning of an error code, for providers that always reply with HTTP 200.
-    fn meaning_of_code(&self, code: &str) -> Option<Lasting> {
+    /// Returns the kind of an error code, for providers that always reply with HTTP 200.
+    fn kind_of_code(&self, code: &str) -> Option<FailureKind> {
         (self.kind == Kind::Ihuyi).then(|| match code {
             // The account, its key, its address, its balance.
-            "400" | "401" | "402" => Lasting::Unusable,
-            code if code.starts_with("405") => Lasting::Unusable,
+            "400" | "401" | "402" => FailureKind::ChannelBroken,
+            code if code.starts_with("405") => FailureKind::ChannelBroken,
             // Rate limits.
-            "0" => Lasting::Temporary,
-            code if code.starts_with("408") => Lasting::Temporary,
-            _ => Lasting::Refused,
+            "0" => FailureKind::Transient,
+            code if code.starts_with("408") => FailureKind::Transient,
+            _ => FailureKind::Rejected,
         })
     }
 }
 
-/// Returns the meaning of an HTTP status that does not report success.
-fn meaning_of(status: u16) -> Lasting {
+/// Returns the kind of an HTTP status that does not report success.
+fn kind_of_status(status: u16) -> FailureKind {
     match status {
         // A gateway did not get the end of the reply.
-        500 | 502 | 504 => Lasting::Doubtful,
-        _ if retry::is_temporary(status) || status >= 500 => Lasting::Temporary,
-        300..=399 | 401 | 403 | 404 | 405 | 407 => Lasting::Unusable,
-        _ => Lasting::Refused,
+        500 | 502 | 504 => FailureKind::Unconfirmed,
+        _ if retry::is_temporary(status) || status >= 500 => FailureKind::Transient,
+        300..=399 | 401 | 403 | 404 | 405 | 407 => FailureKind::ChannelBroken,
+        _ => FailureKind::Rejected,
     }
 }
 
@@ -341,9 +341,9 @@ mod tests {
         Provider::preset(kind).unwrap().0
     }
 
-    fn outcome(result: Result<String, Failure>) -> (Lasting, String) {
+    fn outcome(result: Result<String, Failure>) -> (FailureKind, String) {
         let failure = result.unwrap_err();
-        (failure.lasting, failure.words)
+        (failure.kind, failure.message)
     }
 
     #[test]
@@ -352,12 +352,12 @@ mod tests {
         let sent = r#"{"code":2,"msg":"提交成功","smsid":"16236622659841"}"#;
         assert_eq!(read(200, sent).unwrap(), "16236622659841");
         let refused = r#"{"code":4051,"msg":"剩余条数不足","smsid":"0"}"#;
-        let expected = (Lasting::Unusable, "4051 剩余条数不足".to_owned());
+        let expected = (FailureKind::ChannelBroken, "4051 剩余条数不足".to_owned());
         assert_eq!(outcome(read(200, refused)), expected);
-        let page = (Lasting::Doubtful, "HTTP 200 and no JSON: <html>".to_owned());
+        let page = (FailureKind::Unconfirmed, "HTTP 200 and no JSON: <html>".to_owned());
         assert_eq!(outcome(read(200, "<html>")), page);
-        assert_eq!(read(500, "oops").unwrap_err().lasting, Lasting::Doubtful);
-        assert_eq!(read(200, "[]").unwrap_err().words, "HTTP 200: []");
+        assert_eq!(read(500, "oops").unwrap_err().kind, FailureKind::Unconfirmed);
+        assert_eq!(read(200, "[]").unwrap_err().message, "HTTP 200: []");
         assert_eq!(read(200, "{\"code\":\"2\"}").unwrap(), "sent");
     }
 
@@ -366,11 +366,14 @@ mod tests {
         let read = |status, reply: &str| preset(Kind::Twilio).read_reply(status, reply.as_bytes());
         assert_eq!(read(201, "{\"sid\":\"SM1\"}").unwrap(), "SM1");
         let refused = r#"{"code":21211,"message":"Invalid 'To' Phone Number","status":400}"#;
-        let expected = (Lasting::Refused, "21211 Invalid 'To' Phone Number".to_owned());
+        let expected = (FailureKind::Rejected, "21211 Invalid 'To' Phone Number".to_owned());
         assert_eq!(outcome(read(400, refused)), expected);
         let login = r#"{"code":20003,"message":"Authenticate"}"#;
-        assert_eq!(outcome(read(401, login)), (Lasting::Unusable, "20003 Authenticate".to_owned()));
-        assert_eq!(read(503, "").unwrap_err().lasting, Lasting::Temporary);
+        assert_eq!(
+            outcome(read(401, login)),
+            (FailureKind::ChannelBroken, "20003 Authenticate".to_owned())
+        );
+        assert_eq!(read(503, "").unwrap_err().kind, FailureKind::Transient);
         assert!(read(200, "{}").is_err());
     }
 
