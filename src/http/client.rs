@@ -3,12 +3,14 @@
 //! HTTP/1.1 only. What was checked is what is connected to: names are looked up here, and the
 //! addresses that were looked at are those that are used.
 
+use std::collections::HashSet;
 use std::error::Error as _;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::header::{HeaderMap, HeaderValue, LOCATION, TRANSFER_ENCODING, USER_AGENT};
 use reqwest::{Body, Method, Proxy, Request, Response, StatusCode, Url};
@@ -147,6 +149,10 @@ pub(crate) struct Options {
 #[derive(Debug)]
 pub(crate) struct Client {
     inner: reqwest::Client,
+    /// Never reuses a connection.
+    unpooled: reqwest::Client,
+    /// Origins that have replied, so that a request to them may use an open connection.
+    replied: Mutex<HashSet<url_origin::Origin>>,
     reach: Arc<Reach>,
     headers: HeaderMap,
     sources: Vec<url_origin::Origin>,
@@ -165,30 +171,35 @@ impl Client {
             // The operator has named it, and what it may ask is its own affair.
             proxy: proxy.as_ref().map(egress::host_of),
         };
-        let mut builder = reqwest::Client::builder()
-            .redirect(reqwest::redirect::Policy::none())
-            .retry(reqwest::retry::never())
-            .referer(false)
-            .http1_only()
-            .http1_allow_obsolete_multiline_headers_in_responses(true)
-            .http1_allow_spaces_after_header_name_in_responses(true)
-            .http1_max_headers(MAX_HEADERS)
-            .tls_backend_preconfigured(tls)
-            // The environment does not say whom we ask.
-            .no_proxy()
-            .pool_idle_timeout(KEEP_IDLE)
-            .pool_max_idle_per_host(connections)
-            .dns_resolver(resolver);
-        if let Some(timeout) = timeout {
-            builder = builder.connect_timeout(timeout);
-        }
-        if let Some(proxy) = proxy {
-            builder = builder.proxy(Proxy::all(proxy).map_err(|_| BuildError::Proxy)?);
-        }
-        let client = builder.build();
-        let client = client.map_err(|error| BuildError::Other(crate::text::error_chain(&error)))?;
+        let proxy = proxy.map(Proxy::all).transpose().map_err(|_| BuildError::Proxy)?;
+        let build = |max_idle| {
+            let mut builder = reqwest::Client::builder()
+                .redirect(reqwest::redirect::Policy::none())
+                .retry(reqwest::retry::never())
+                .referer(false)
+                .http1_only()
+                .http1_allow_obsolete_multiline_headers_in_responses(true)
+                .http1_allow_spaces_after_header_name_in_responses(true)
+                .http1_max_headers(MAX_HEADERS)
+                .tls_backend_preconfigured(tls.clone())
+                // The environment does not say whom we ask.
+                .no_proxy()
+                .pool_idle_timeout(KEEP_IDLE)
+                .pool_max_idle_per_host(max_idle)
+                .dns_resolver(resolver.clone());
+            if let Some(timeout) = timeout {
+                builder = builder.connect_timeout(timeout);
+            }
+            if let Some(proxy) = &proxy {
+                builder = builder.proxy(proxy.clone());
+            }
+            let client = builder.build();
+            client.map_err(|error| BuildError::Other(crate::text::error_chain(&error)))
+        };
+        let (inner, unpooled) = (build(connections)?, build(0)?);
         let sources = sources.iter().map(url_origin::of).collect();
-        Ok(Self { inner: client, reach, headers, sources, timeout })
+        let replied = Mutex::default();
+        Ok(Self { inner, unpooled, replied, reach, headers, sources, timeout })
     }
 
     /// Asks for `url`, follows redirects, and returns the head of the reply, whatever its status
@@ -249,12 +260,26 @@ impl Client {
         let said = request.headers_mut();
         let agent = concat!("handout/", env!("CARGO_PKG_VERSION"));
         said.insert(USER_AGENT, HeaderValue::from_static(agent));
-        if self.sources.contains(&url_origin::of(url)) {
+        let origin = url_origin::of(url);
+        if self.sources.contains(&origin) {
             said.extend(self.headers.clone());
         }
         said.extend(headers.clone());
-        let executed = self.inner.execute(request);
+        let has_replied = self.replied.lock().contains(&origin);
+        let repeated = request.try_clone().filter(|_| has_replied && request.method().is_safe());
+        let executed = async {
+            match (self.inner.execute(request).await, repeated) {
+                // The server closed an idle connection at the same time (RFC 9112, 9.3.1).
+                (Err(error), Some(repeated)) if is_closed_without_reply(&error) => {
+                    self.unpooled.execute(repeated).await
+                }
+                (result, _) => result,
+            }
+        };
         let response = self.unless_silent(&egress::host_of(url), executed).await?;
+        if !has_replied {
+            self.replied.lock().insert(origin);
+        }
         check_transfer_codings(response.headers())?;
         Ok(response)
     }
@@ -301,6 +326,22 @@ impl Client {
         let host = egress::host_of(response.url());
         self.unless_silent(&host, response.chunk()).await
     }
+}
+
+/// Whether an open connection ended before the head of the reply.
+fn is_closed_without_reply(error: &reqwest::Error) -> bool {
+    let mut cause = error.source().filter(|_| !error.is_connect());
+    while let Some(error) = cause {
+        if error.downcast_ref().is_some_and(hyper::Error::is_incomplete_message)
+            || error.downcast_ref().is_some_and(|error: &io::Error| {
+                matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
+            })
+        {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 /// Checks that the body can be taken out of its transfer codings (RFC 9112, 6.1): hyper leaves all in

@@ -3,8 +3,8 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::Write;
-use std::net::{Ipv4Addr, TcpListener};
+use std::io::{BufRead, BufReader, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -78,6 +78,39 @@ fn is_printable(text: &str) {
 
 fn hex(content: &[u8]) -> String {
     Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Accepts a connection, and answers one request with `reply` before it calls `then`.
+fn answer_once(listener: &TcpListener, reply: &str, then: impl FnOnce(&mut BufReader<TcpStream>)) {
+    let (stream, _) = listener.accept().unwrap();
+    let mut reader = BufReader::new(stream);
+    read_head(&mut reader);
+    reader.get_mut().write_all(reply.as_bytes()).unwrap();
+    then(&mut reader);
+}
+
+fn read_head(reader: &mut BufReader<TcpStream>) {
+    let mut line = String::new();
+    while reader.read_line(&mut line).unwrap() > 2 {
+        line.clear();
+    }
+}
+
+#[test]
+fn repeats_requests_on_reused_connections_that_the_server_closes() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let url = format!("http://{}/a", listener.local_addr().unwrap());
+    let server = std::thread::spawn(move || {
+        let redirect = "HTTP/1.1 302 Found\r\nLocation: /b\r\nContent-Length: 0\r\n\r\n";
+        // The request for /b arrives before the connection is closed.
+        answer_once(&listener, redirect, read_head);
+        let reply = "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 5\r\n\r\nalpha";
+        answer_once(&listener, reply, |_| ());
+    });
+    let place = Place::new();
+    once(&place, &[&url]).succeeded();
+    server.join().unwrap();
+    assert_eq!(fs::read(place.path("a")).unwrap(), b"alpha");
 }
 
 #[test]
