@@ -88,7 +88,7 @@ impl Error {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the names say it")]
 pub struct Entry {
-    /// One path component.
+    /// A single path component.
     pub name: String,
     pub url: Url,
     pub sha256: Option<[u8; 32]>,
@@ -101,7 +101,7 @@ pub struct InvalidEntry {
     pub label: String,
     /// The name of its file, if that is known.
     pub name: Option<String>,
-    /// The reason.
+    /// Printed after the label.
     pub error: EntryError,
 }
 

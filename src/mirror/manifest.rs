@@ -148,7 +148,7 @@ pub(crate) fn precondition(
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Manifest {
-    /// By file name.
+    /// Metadata by file name.
     pub files: BTreeMap<String, CachedFile>,
 }
 

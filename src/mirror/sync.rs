@@ -1,5 +1,5 @@
-//! One sync of a folder: requests the listing, downloads its files in parallel, removes files that
-//! left it, and saves the manifest.
+//! Syncs a folder once: requests the listing, downloads its files in parallel, removes unlisted
+//! files, and saves the manifest.
 
 use std::collections::HashSet;
 use std::io;
@@ -251,7 +251,7 @@ struct SyncRun<'a> {
 }
 
 impl SyncRun<'_> {
-    /// Counts the stored files for `max-total`, except those that will be removed.
+    /// Charges `max-total` for the stored files, except unlisted ones that `delete` removes.
     fn reserve_stored(&self) {
         let files = self.manifest.iter().flat_map(|manifest| &manifest.files);
         let kept = files.filter(|(name, _)| !self.options.delete || self.names.contains(*name));

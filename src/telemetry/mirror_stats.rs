@@ -33,7 +33,7 @@ impl Label for FileOutcome {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SyncOutcome {
     Complete,
-    /// Some files failed.
+    /// At least one file failed.
     Partial,
     /// The listing or the folder failed.
     Failed,

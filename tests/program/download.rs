@@ -1,5 +1,4 @@
-//! `handout download`: what is fetched over HTTP is saved whole or not at all, and no server is
-//! trusted.
+//! `handout download`: saves files over HTTP completely or not at all, and trusts no server.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,7 +18,7 @@ use crate::common::{DEADLINE, PROGRAM, eventually, program, run, sample, wait_fo
 use crate::servers::{Outcome, Place, Running, bounded, nobody, with_mounts};
 use crate::web::{Nginx, Reply, Request, Web, http_date, modified, touch};
 
-/// What a client may use; the code of a debug build is larger.
+/// Maximum resident memory of a client, in bytes. The code of a debug build is larger.
 const MOST_MEMORY: u64 = if cfg!(debug_assertions) { 80 << 20 } else { 40 << 20 };
 
 /// A second in the past.
@@ -30,25 +29,25 @@ fn download(place: &Place, arguments: &[&str]) -> Outcome {
     Outcome::of(run(bounded().arg("download").args(arguments).current_dir(place.path(""))))
 }
 
-/// The same, tried once only, as most faults stay.
+/// [`download`] without retries, because most failures are permanent.
 fn once(place: &Place, arguments: &[&str]) -> Outcome {
     download(place, &[arguments, &["--retries", "0"]].concat())
 }
 
-/// The same, while the test goes on.
+/// [`download`] in the background.
 fn begin(place: &Place, arguments: &[&str]) -> Running {
     let mut command = program();
     Running::start(command.arg("download").args(arguments).current_dir(place.path("")))
 }
 
-/// The files that are there by name; what is kept about them beside them is hidden.
+/// Returns the names of the visible files.
 fn files(place: &Place) -> Vec<String> {
     let mut names = place.names();
     names.retain(|name| !Path::new(name).file_name().unwrap().as_encoded_bytes().starts_with(b"."));
     names
 }
 
-/// The hidden files that are there but for the one that says what is known.
+/// Returns the names of hidden files except the manifest.
 fn leftovers(place: &Place) -> Vec<String> {
     let mut names = place.names();
     names.retain(|name| {
@@ -58,7 +57,7 @@ fn leftovers(place: &Place) -> Vec<String> {
     names
 }
 
-/// Fails as it should, with these words, and leaves nothing by name; says why otherwise.
+/// Checks that a download fails with these words and leaves no visible file.
 fn is_refused(what: &str, arguments: &[&str], words: &[&str]) {
     let place = Place::new();
     let outcome = once(&place, arguments);
@@ -70,7 +69,7 @@ fn is_refused(what: &str, arguments: &[&str], words: &[&str]) {
     is_printable(&outcome.stderr);
 }
 
-/// No terminal obeys what is printed.
+/// Checks that the text contains no control or invisible characters.
 fn is_printable(text: &str) {
     let controls = |c: char| c.is_control() && c != '\n' || ('\u{200b}'..='\u{202e}').contains(&c);
     assert!(!text.contains(controls), "{text:?}");
@@ -114,7 +113,7 @@ fn repeats_requests_on_reused_connections_that_the_server_closes() {
 }
 
 #[test]
-fn a_file_gets_the_last_part_of_its_url_for_a_name_and_the_servers_time() {
+fn names_files_after_their_url_and_sets_the_servers_time() {
     let nginx = Nginx::start();
     let picture = sample(31, 186_068);
     fs::create_dir(nginx.path("sub")).unwrap();
@@ -137,7 +136,7 @@ fn a_file_gets_the_last_part_of_its_url_for_a_name_and_the_servers_time() {
 }
 
 #[test]
-fn o_says_into_which_folder() {
+fn saves_into_the_folder_of_output() {
     let web = Web::always(Reply::ok("alpha"));
     let place = Place::new();
     fs::create_dir(place.path("into")).unwrap();
@@ -146,7 +145,7 @@ fn o_says_into_which_folder() {
 }
 
 #[test]
-fn files_of_any_length_and_framing_are_whole() {
+fn saves_files_of_any_length_and_framing() {
     let large = sample(32, 3_000_000);
     let content = large.clone();
     let web = Web::answers(move |request| match request.target.as_str() {
@@ -171,7 +170,7 @@ fn files_of_any_length_and_framing_are_whole() {
 }
 
 #[test]
-fn a_certificate_that_nobody_vouches_for_is_refused() {
+fn refuses_untrusted_certificates() {
     let nginx = Nginx::start();
     nginx.has("a.txt", b"alpha", THEN);
     is_refused("no authority", &[&nginx.url("a.txt")], &["a.txt", "certificate"]);
@@ -190,7 +189,7 @@ fn a_certificate_that_nobody_vouches_for_is_refused() {
 }
 
 #[test]
-fn a_file_of_roots_that_cannot_be_read_is_named_and_nobody_is_asked() {
+fn an_unreadable_ca_file_is_named_before_any_request() {
     let web = Web::always(Reply::ok("alpha"));
     let place = Place::new();
     fs::write(place.path("empty.pem"), "").unwrap();
@@ -206,7 +205,7 @@ fn a_file_of_roots_that_cannot_be_read_is_named_and_nobody_is_asked() {
 }
 
 #[test]
-fn every_file_of_a_listing_is_saved() {
+fn saves_every_file_of_a_listing() {
     let nginx = Nginx::start();
     nginx.has("a.txt", b"alpha", THEN).has("b.txt", b"beta", THEN).has("c.txt", b"gamma", THEN);
     let list = json!({"count": 3, "news/list": [
@@ -224,12 +223,12 @@ fn every_file_of_a_listing_is_saved() {
     let place = Place::new();
     let more = ["--filename", "/title", "--sha256", "/digest"];
     let outcome = download(&place, &[&listing[..], &more].concat());
-    // One has no name of its own, or is named after its URL; one has no digest, or is refused.
+    // Without --filename, files are named after their URL; with --sha256, an entry needs a digest.
     assert_eq!(place.read("汇总 数据.txt"), b"beta", "{outcome:?}");
 }
 
 #[test]
-fn a_listing_may_be_the_array_itself_and_may_be_compressed() {
+fn accepts_compressed_listings_that_are_arrays() {
     let nginx = Nginx::start_with("gzip on; gzip_types application/json; gzip_min_length 1;");
     nginx.has("a.txt", b"alpha", THEN).lists(&["a.txt"], THEN);
     let place = Place::new();
@@ -245,7 +244,7 @@ fn a_listing_may_be_the_array_itself_and_may_be_compressed() {
 }
 
 #[test]
-fn so_many_are_fetched_at_one_time_and_no_more() {
+fn limits_parallel_downloads() {
     #[derive(Default)]
     struct Crowd {
         now: usize,
@@ -275,7 +274,7 @@ fn so_many_are_fetched_at_one_time_and_no_more() {
 }
 
 #[test]
-fn a_file_that_is_there_is_kept_without_force_and_replaced_with_it() {
+fn replaces_existing_files_only_with_force() {
     let web = Web::always(Reply::ok("new"));
     let place = Place::new();
     fs::write(place.path("a.txt"), "old").unwrap();
@@ -290,7 +289,7 @@ fn a_file_that_is_there_is_kept_without_force_and_replaced_with_it() {
 }
 
 #[test]
-fn a_link_that_is_in_the_place_of_a_file_is_not_followed() {
+fn does_not_follow_links_in_place_of_files() {
     let web = Web::always(Reply::ok("new"));
     let place = Place::new();
     fs::write(place.path("target"), "old").unwrap();
@@ -330,7 +329,7 @@ fn update_replaces_only_what_changed() {
 }
 
 #[test]
-fn update_asks_with_a_files_own_time_where_nothing_else_is_known() {
+fn update_sends_the_files_time_without_a_manifest() {
     let nginx = Nginx::start();
     nginx.has("a.txt", b"alpha", THEN);
     let place = Place::new();
@@ -343,7 +342,7 @@ fn update_asks_with_a_files_own_time_where_nothing_else_is_known() {
 }
 
 #[test]
-fn update_takes_no_file_for_the_one_it_knew_that_was_changed_here() {
+fn update_transfers_files_that_were_changed_locally() {
     let nginx = Nginx::start();
     nginx.has("a.txt", b"alpha", THEN);
     let place = Place::new();
@@ -358,7 +357,7 @@ fn update_takes_no_file_for_the_one_it_knew_that_was_changed_here() {
 }
 
 #[test]
-fn a_dry_run_says_what_would_be_and_writes_nothing() {
+fn a_dry_run_lists_files_and_writes_nothing() {
     let web = Web::lists(|_| json!([{"url": "a.txt"}, {"url": "b.txt"}]), |_| Reply::ok("x"));
     let place = Place::new();
     let url = web.url("list.json");
@@ -384,7 +383,7 @@ fn staircase() -> Web {
 }
 
 #[test]
-fn redirects_are_followed_five_times_and_no_more() {
+fn follows_at_most_five_redirects() {
     let web = staircase();
     let place = Place::new();
     download(&place, &[&web.url("5")]).succeeded();
@@ -398,7 +397,7 @@ fn redirects_are_followed_five_times_and_no_more() {
 }
 
 #[test]
-fn a_redirect_that_leads_nowhere_is_a_failure() {
+fn refuses_redirects_without_location() {
     for (what, reply) in [
         ("no place", Reply::status(302)),
         ("no URL", Reply::redirect("http://[")),
@@ -413,7 +412,7 @@ fn a_redirect_that_leads_nowhere_is_a_failure() {
 }
 
 #[test]
-fn no_redirect_and_no_entry_leads_to_an_address_of_this_machine_in_any_spelling() {
+fn redirects_and_entries_never_reach_local_addresses_in_any_spelling() {
     let elsewhere = Ipv4Addr::new(127, 0, 0, 2);
     let target = Web::forbidden(elsewhere.into());
     let v6 = Web::forbidden("::1".parse().unwrap());
@@ -438,7 +437,7 @@ fn no_redirect_and_no_entry_leads_to_an_address_of_this_machine_in_any_spelling(
         format!("LOCALHOST.:{}", here.port()),
         format!("0.0.0.0:{}", here.port()),
         format!("[::]:{}", v6.port()),
-        // Nobody is there, and nobody is to be asked.
+        // No server listens there, and none may be asked.
         "169.254.169.254".to_owned(),
         "10.0.0.1:1".to_owned(),
         "192.168.0.1:1".to_owned(),
@@ -468,7 +467,7 @@ fn no_redirect_and_no_entry_leads_to_an_address_of_this_machine_in_any_spelling(
 }
 
 #[test]
-fn the_host_of_the_command_line_may_have_any_address_also_in_a_redirect() {
+fn the_host_of_the_command_line_may_have_any_address() {
     let target = Web::always(Reply::ok("alpha"));
     // The same host; its port is its own affair.
     let web = Web::always(Reply::redirect(&target.url("b.txt")));
@@ -482,7 +481,7 @@ fn the_host_of_the_command_line_may_have_any_address_also_in_a_redirect() {
 }
 
 #[test]
-fn nothing_leads_from_https_to_http() {
+fn refuses_redirects_from_https_to_http() {
     let nginx = Nginx::start_with("location /away { return 302 http://PLAIN/a.txt; }");
     let list = json!([{ "url": nginx.plain_url("a.txt") }]);
     nginx.has("a.txt", b"alpha", THEN).has("list.json", list.to_string().as_bytes(), THEN);
@@ -495,7 +494,7 @@ fn nothing_leads_from_https_to_http() {
 }
 
 #[test]
-fn http_may_lead_to_https() {
+fn follows_redirects_from_http_to_https() {
     let nginx = Nginx::start_with("location /up { return 302 https://localhost:SECURE/a.txt; }");
     nginx.has("a.txt", b"alpha", THEN);
     let place = Place::new();
@@ -514,7 +513,7 @@ fn an_ipv6_address_may_be_asked() {
 }
 
 #[test]
-fn on_a_terminal_there_are_bars_and_the_same_lines() {
+fn shows_bars_on_a_terminal() {
     let web = Web::answers(|request| match request.target.as_str() {
         "/bad.bin" => Reply::status(404),
         _ => Reply::ok(sample(46, 3_000_000)),
@@ -539,7 +538,7 @@ fn on_a_terminal_there_are_bars_and_the_same_lines() {
 }
 
 #[test]
-fn quiet_says_only_what_failed() {
+fn quiet_prints_only_failures() {
     let web = Web::answers(|request| match request.target.as_str() {
         "/bad.txt" => Reply::status(404),
         _ => Reply::ok("alpha"),
@@ -553,7 +552,7 @@ fn quiet_says_only_what_failed() {
 }
 
 #[test]
-fn headers_are_sent_to_their_own_origin_only() {
+fn sends_headers_only_to_their_origin() {
     let target = Web::always(Reply::ok("alpha"));
     let to = target.url("b.txt");
     let web = Web::answers(move |request| match request.target.as_str() {
@@ -578,7 +577,7 @@ fn headers_are_sent_to_their_own_origin_only() {
 }
 
 #[test]
-fn a_password_in_a_url_is_never_printed() {
+fn never_prints_the_password_of_a_url() {
     let web = Web::always(Reply::status(403));
     let place = Place::new();
     for host in [web.address(), nobody()] {
@@ -592,7 +591,7 @@ fn a_password_in_a_url_is_never_printed() {
 }
 
 #[test]
-fn who_asks_to_wait_is_obeyed() {
+fn honours_retry_after() {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
     for (status, when) in [(429, "2".to_owned()), (503, http_date(now + 3))] {
         let web = Web::answers(move |request| match request.turn {
@@ -612,7 +611,7 @@ fn who_asks_to_wait_is_obeyed() {
 }
 
 #[test]
-fn who_asks_to_wait_for_very_long_is_left() {
+fn gives_up_on_a_long_retry_after() {
     for when in ["86400", "99999999999999999999999", "Fri, 31 Dec 9999 23:59:59 GMT"] {
         let web = Web::always(Reply::status(503).with("Retry-After", when));
         download(&Place::new(), &[&web.url("a.txt")]).failed_with(&["a.txt: ", "503"]);
@@ -621,7 +620,7 @@ fn who_asks_to_wait_for_very_long_is_left() {
 }
 
 #[test]
-fn what_may_pass_is_tried_again_as_often_as_is_said() {
+fn retries_transient_failures() {
     for status in [408, 429, 500, 502, 503, 504] {
         let web = Web::answers(move |request| match request.turn {
             0 => Reply::status(status),
@@ -640,7 +639,7 @@ fn what_may_pass_is_tried_again_as_often_as_is_said() {
 }
 
 #[test]
-fn what_does_not_pass_is_not_tried_again() {
+fn does_not_retry_permanent_failures() {
     for status in [204, 304, 400, 401, 403, 404, 410, 501] {
         let body = if [204, 304].contains(&status) { "" } else { "Oops" };
         let web = Web::always(Reply::status(status).with_body(body));
@@ -653,7 +652,7 @@ fn what_does_not_pass_is_not_tried_again() {
 }
 
 #[test]
-fn one_that_fails_does_not_keep_the_others() {
+fn a_failed_file_does_not_stop_the_others() {
     let web = Web::answers(|request| match request.target.as_str() {
         "/bad.txt" => Reply::status(404),
         _ => Reply::ok("good"),
@@ -668,7 +667,7 @@ fn one_that_fails_does_not_keep_the_others() {
 }
 
 #[test]
-fn a_server_that_is_not_there_is_named_with_the_cause() {
+fn names_an_unreachable_server_with_the_cause() {
     let address = nobody();
     let url = format!("http://{address}/a.txt");
     is_refused("nobody", &[&url], &["a.txt", "refused"]);
@@ -677,7 +676,7 @@ fn a_server_that_is_not_there_is_named_with_the_cause() {
 }
 
 #[test]
-fn a_server_that_falls_silent_is_left() {
+fn gives_up_on_a_silent_server() {
     for (what, reply) in [
         ("before its head", None),
         ("before its body", Some(Reply::ok("alpha").cut_after(0).then_stall())),
@@ -697,7 +696,7 @@ fn a_server_that_falls_silent_is_left() {
 }
 
 #[test]
-fn a_body_that_is_cut_is_no_file() {
+fn discards_truncated_bodies() {
     let body = sample(34, 100_000);
     for (what, reply) in [
         ("cleanly", Reply::ok(&body[..]).cut_after(50_000)),
@@ -715,7 +714,7 @@ fn a_body_that_is_cut_is_no_file() {
 }
 
 #[test]
-fn what_stands_behind_the_announced_end_is_not_in_the_file() {
+fn ignores_bytes_after_the_announced_end() {
     let web = Web::always(Reply::ok("alpha and more").announcing(5));
     let place = Place::new();
     let outcome = once(&place, &[&web.url("a.txt")]);
@@ -731,13 +730,13 @@ fn what_stands_behind_the_announced_end_is_not_in_the_file() {
 }
 
 #[test]
-fn two_lengths_are_no_length() {
+fn refuses_two_content_lengths() {
     let web = Web::always(Reply::ok("alpha").with("Content-Length", "3"));
     is_refused("two lengths", &[&web.url("a.txt")], &["a.txt"]);
 }
 
 #[test]
-fn a_file_that_is_larger_than_max_size_is_refused() {
+fn refuses_files_larger_than_max_size() {
     let web = Web::answers(|request| match request.target.as_str() {
         "/endless" => Reply::ok("").unannounced().then_repeat(vec![7; 1 << 16]),
         // Nothing of it need be waited for.
@@ -766,7 +765,7 @@ fn peak_of(place: &Place, arguments: &[&str]) -> (u64, Option<i32>, String) {
     (peak, code, running.stderr())
 }
 
-/// What gzip makes of it.
+/// Compresses with gzip(1).
 fn gzip(content: &[u8]) -> Vec<u8> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("content");
@@ -777,7 +776,7 @@ fn gzip(content: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn memory_is_bounded_however_much_a_server_sends() {
+fn bounds_memory_for_any_response() {
     let entries = "{\"url\":\"a.txt\"},".repeat(4096).into_bytes();
     let bomb = gzip(&[b"[".to_vec(), vec![b' '; 300 << 20]].concat());
     assert!(bomb.len() < 1 << 20);
@@ -812,7 +811,7 @@ fn memory_is_bounded_however_much_a_server_sends() {
 }
 
 #[test]
-fn what_is_no_listing_is_refused_with_the_reason() {
+fn refuses_malformed_listings_with_the_reason() {
     let deep = "[".repeat(100_000);
     let many = format!("[{}]", vec!["{\"url\":\"a\"}"; 200_000].join(","));
     for (what, body, words) in [
@@ -841,7 +840,7 @@ fn what_is_no_listing_is_refused_with_the_reason() {
 }
 
 #[test]
-fn an_empty_listing_is_no_failure() {
+fn accepts_an_empty_listing() {
     let web = Web::always(Reply::json(&json!([])));
     let place = Place::new();
     let outcome = download(&place, &[&web.url("list.json"), "--list", "", "--url", "/url"]);
@@ -849,7 +848,7 @@ fn an_empty_listing_is_no_failure() {
     assert!(files(&place).is_empty());
 }
 
-/// Downloads what this listing says, from a server that has everything.
+/// Downloads the entries of a listing from a server that has every file.
 fn listed(place: &Place, listing: Value, arguments: &[&str]) -> (Outcome, Web) {
     let web = Web::lists(move |_| listing.clone(), |request| Reply::ok(request.target.clone()));
     let url = web.url("list.json");
@@ -858,7 +857,7 @@ fn listed(place: &Place, listing: Value, arguments: &[&str]) -> (Outcome, Web) {
 }
 
 #[test]
-fn a_wrong_entry_is_a_failure_of_its_own_and_the_others_are_saved() {
+fn an_invalid_entry_does_not_affect_the_others() {
     for wrong in [
         json!({}),
         json!({"url": null}),
@@ -890,7 +889,7 @@ fn a_wrong_entry_is_a_failure_of_its_own_and_the_others_are_saved() {
 }
 
 #[test]
-fn a_name_that_would_harm_is_refused_with_the_reason() {
+fn refuses_harmful_names_with_the_reason() {
     let long = "x".repeat(300);
     for (name, reason) in [
         ("", "empty"),
@@ -928,7 +927,7 @@ fn a_name_that_would_harm_is_refused_with_the_reason() {
 }
 
 #[test]
-fn a_name_in_a_url_that_would_harm_is_refused_with_the_reason() {
+fn refuses_harmful_names_in_urls_with_the_reason() {
     let web = Web::always(Reply::ok("alpha"));
     for path in [
         "",
@@ -949,14 +948,14 @@ fn a_name_in_a_url_that_would_harm_is_refused_with_the_reason() {
         is_refused(path, &[&web.url(path)], &["1 failed"]);
     }
     assert!(web.requests().is_empty(), "{:?}", web.requests());
-    // What stands before the last part is resolved by the URL's own rules, and leads nowhere.
+    // Dot segments before the last one are resolved by the URL parser.
     let place = Place::new();
     download(&place, &[&web.url("../../etc/x.txt")]).succeeded();
     assert_eq!(files(&place), ["x.txt"]);
 }
 
 #[test]
-fn two_that_would_have_one_name_are_a_failure_and_no_lost_file() {
+fn refuses_the_second_of_two_equal_names() {
     for list in [
         json!([{"url": "a/x.txt"}, {"url": "b/x.txt"}]),
         json!([{"url": "a/x.txt"}, {"url": "b/%78.txt"}]),
@@ -984,7 +983,7 @@ fn two_that_would_have_one_name_are_a_failure_and_no_lost_file() {
 }
 
 #[test]
-fn a_digest_that_does_not_hold_is_no_file_and_what_was_there_stays() {
+fn a_wrong_digest_keeps_the_old_file() {
     let place = Place::new();
     fs::write(place.path("a.txt"), "old").unwrap();
     let list = json!([{"url": "a.txt", "digest": hex(b"other")}]);
@@ -1000,8 +999,8 @@ fn a_digest_that_does_not_hold_is_no_file_and_what_was_there_stays() {
     assert_eq!(place.read("a.txt"), b"/a.txt");
 }
 
-/// A file of which the first answer is cut in the middle, and what is answered to the second
-/// request; where in the file that began is returned with what was saved, if it was.
+/// Downloads a file whose first response is truncated in the middle; `rest` answers the retry.
+/// Returns the saved content, if any.
 fn interrupted(
     body: &[u8],
     validator: (&'static str, &'static str),
@@ -1023,13 +1022,13 @@ fn interrupted(
     (saved, web, outcome)
 }
 
-/// What a server says of a rest that is asked for from there.
+/// Returns the `Content-Range` of a reply to a range request from this offset.
 type ContentRange = fn(usize) -> String;
 
 const ETAG: (&str, &str) = ("ETag", "\"one\"");
 
 #[test]
-fn an_interrupted_file_goes_on_where_it_was_if_it_is_still_the_same() {
+fn resumes_an_interrupted_file() {
     let body = sample(36, 400_000);
     let then: &'static str = Box::leak(http_date(THEN).into_boxed_str());
     for validator in [ETAG, ("Last-Modified", then)] {
@@ -1047,14 +1046,14 @@ fn an_interrupted_file_goes_on_where_it_was_if_it_is_still_the_same() {
 }
 
 #[test]
-fn an_interrupted_file_that_changed_meanwhile_is_taken_anew() {
+fn restarts_an_interrupted_file_that_changed() {
     let (old, new) = (sample(37, 400_000), sample(38, 400_000));
     let content = new.clone();
     let (saved, web, _) =
         interrupted(&old, ETAG, move |_, _| Reply::ok(content.clone()).with("ETag", "\"two\""));
     assert!(saved.unwrap() == new);
     assert_eq!(web.requests()[1].header("if-range"), Some("\"one\""));
-    // A server that takes no notice of the condition says at least what it sends.
+    // A server that ignores the condition still sends a new validator.
     let content = new.clone();
     let (saved, _web, _) = interrupted(&old, ETAG, move |request, from| {
         if request.range().is_some() {
@@ -1067,7 +1066,7 @@ fn an_interrupted_file_that_changed_meanwhile_is_taken_anew() {
 }
 
 #[test]
-fn a_file_is_not_resumed_by_a_validator_that_does_not_hold_byte_for_byte() {
+fn does_not_resume_by_a_weak_validator() {
     let body = sample(39, 400_000);
     for validator in [("ETag", "W/\"one\""), ("X-Nothing", "at all")] {
         let content = body.clone();
@@ -1080,7 +1079,7 @@ fn a_file_is_not_resumed_by_a_validator_that_does_not_hold_byte_for_byte() {
 }
 
 #[test]
-fn a_rest_that_is_another_than_was_asked_for_is_never_put_into_the_file() {
+fn refuses_ranges_other_than_requested() {
     let body = sample(40, 400_000);
     let ranges: [(&str, ContentRange); 9] = [
         ("another beginning", |from| format!("bytes {}-399999/400000", from - 1)),
@@ -1126,7 +1125,7 @@ fn a_rest_that_is_another_than_was_asked_for_is_never_put_into_the_file() {
 }
 
 #[test]
-fn a_rest_that_may_be_of_another_content_or_lacks_its_end_is_never_put_into_the_file() {
+fn refuses_ranges_of_other_content_or_without_an_end() {
     let (old, new) = (sample(43, 400_000), sample(44, 500_000));
     let chunks = |body: &[u8]| [b"a\r\n", body.get(..10).unwrap(), b"\r\n0\r\n\r\n"].concat();
     for fault in ["short", "no total", "no validator", "another total"] {
@@ -1156,7 +1155,7 @@ fn a_rest_that_may_be_of_another_content_or_lacks_its_end_is_never_put_into_the_
 }
 
 #[test]
-fn a_rest_need_not_say_again_what_was_said_at_the_beginning() {
+fn accepts_ranges_without_repeated_headers() {
     let body = sample(45, 400_000);
     let then = http_date(THEN);
     let now = http_date(THEN + 3600);
@@ -1177,7 +1176,7 @@ fn a_rest_need_not_say_again_what_was_said_at_the_beginning() {
 }
 
 #[test]
-fn what_is_received_in_vain_is_no_progress() {
+fn discarded_bytes_do_not_reset_the_retries() {
     let body = sample(46, 3 << 20);
     let web = Web::always(Reply::ok(body).cut_after(2 << 20));
     let place = Place::new();
@@ -1188,7 +1187,7 @@ fn what_is_received_in_vain_is_no_progress() {
 }
 
 #[test]
-fn a_file_of_one_s_own_is_not_taken_for_the_server_s() {
+fn does_not_take_a_local_file_for_the_servers() {
     let last_modified = http_date(THEN);
     // It says so of every file that is newer than its own, as RFC 9110 wants it.
     let web = Web::answers(move |request| {
@@ -1207,7 +1206,7 @@ fn a_file_of_one_s_own_is_not_taken_for_the_server_s() {
 }
 
 #[test]
-fn a_rest_that_is_not_there_is_no_dead_end() {
+fn restarts_after_an_unsatisfiable_range() {
     let body = sample(41, 400_000);
     let content = body.clone();
     let (saved, web, outcome) = interrupted(&body, ETAG, move |request, _| {
@@ -1221,7 +1220,7 @@ fn a_rest_that_is_not_there_is_no_dead_end() {
 }
 
 #[test]
-fn a_part_of_a_file_is_not_taken_for_the_file() {
+fn refuses_an_unrequested_range() {
     let web = Web::always(Reply::rest(b"alphabet", 3).with("ETag", "\"one\""));
     is_refused("a part", &[&web.url("a.txt")], &["a.txt"]);
 }
@@ -1243,7 +1242,7 @@ fn grows(folder: &Path) {
 }
 
 #[test]
-fn a_kill_in_the_middle_costs_only_the_rest() {
+fn resumes_after_a_kill() {
     let (nginx, content) = slow();
     let place = Place::new();
     let (url, ca) = (nginx.url("large.bin"), nginx.authority());
@@ -1263,7 +1262,7 @@ fn a_kill_in_the_middle_costs_only_the_rest() {
 }
 
 #[test]
-fn after_a_kill_a_file_that_changed_meanwhile_is_taken_anew() {
+fn restarts_a_file_that_changed_after_a_kill() {
     let (nginx, _) = slow();
     let place = Place::new();
     let (url, ca) = (nginx.url("large.bin"), nginx.authority());
@@ -1279,7 +1278,7 @@ fn after_a_kill_a_file_that_changed_meanwhile_is_taken_anew() {
 }
 
 #[test]
-fn a_beginning_that_somebody_tampered_with_is_no_part_of_the_file() {
+fn refuses_a_partial_file_that_was_tampered_with() {
     let (nginx, content) = slow();
     let place = Place::new();
     let (url, ca) = (nginx.url("large.bin"), nginx.authority());
@@ -1311,7 +1310,7 @@ fn a_beginning_that_somebody_tampered_with_is_no_part_of_the_file() {
 }
 
 #[test]
-fn a_signal_in_the_middle_ends_it_and_leaves_no_file() {
+fn a_signal_ends_the_download_without_a_file() {
     let (nginx, _) = slow();
     for signal in [Signal::INT, Signal::TERM] {
         let place = Place::new();
@@ -1326,7 +1325,7 @@ fn a_signal_in_the_middle_ends_it_and_leaves_no_file() {
 }
 
 #[test]
-fn a_proxy_is_asked_for_what_is_elsewhere() {
+fn sends_requests_to_the_proxy() {
     let proxy = Web::always(Reply::ok("by proxy"));
     let place = Place::new();
     let url = "http://files.invalid/a.txt";
@@ -1340,7 +1339,7 @@ fn a_proxy_is_asked_for_what_is_elsewhere() {
 }
 
 #[test]
-fn a_place_that_cannot_be_written_is_named_with_the_cause() {
+fn names_an_unwritable_folder_with_the_cause() {
     let web = Web::always(Reply::ok("alpha"));
     let place = Place::new();
     fs::write(place.path("file"), "").unwrap();
@@ -1356,7 +1355,7 @@ fn a_place_that_cannot_be_written_is_named_with_the_cause() {
 }
 
 #[test]
-fn a_full_disk_leaves_nothing_behind() {
+fn a_full_disk_leaves_no_files() {
     let web = Web::answers(|request| match request.target.as_str() {
         "/huge" => Reply::ok(sample(44, 3_000_000)),
         _ => Reply::ok("alpha"),
@@ -1380,7 +1379,7 @@ fn a_full_disk_leaves_nothing_behind() {
 }
 
 #[test]
-fn a_limit_on_the_size_of_files_is_a_failure_and_no_signal() {
+fn a_file_size_limit_is_an_error_and_not_a_signal() {
     let web = Web::always(Reply::ok(sample(45, 1_000_000)));
     let place = Place::new();
     let mut command = Command::new("prlimit");
@@ -1391,7 +1390,7 @@ fn a_limit_on_the_size_of_files_is_a_failure_and_no_signal() {
 }
 
 #[test]
-fn files_are_created_as_any_program_creates_them() {
+fn files_are_created_with_the_umask() {
     let web = Web::always(Reply::ok("alpha"));
     let place = Place::new();
     let script = "umask 027 && \"$0\" download \"$1\"";
@@ -1403,7 +1402,7 @@ fn files_are_created_as_any_program_creates_them() {
 }
 
 #[test]
-fn connections_are_used_again() {
+fn reuses_connections() {
     let nginx = Nginx::start();
     let names: Vec<_> = (0..30).map(|number| format!("{number}.txt")).collect();
     for name in &names {
@@ -1420,7 +1419,7 @@ fn connections_are_used_again() {
 }
 
 #[test]
-fn wrong_usage_is_told_apart_from_failure() {
+fn distinguishes_usage_errors_from_failures() {
     let web = Web::always(Reply::ok("alpha"));
     let place = Place::new();
     let url = web.url("a.txt");
@@ -1457,7 +1456,7 @@ fn wrong_usage_is_told_apart_from_failure() {
 }
 
 #[test]
-fn a_reader_that_leaves_is_no_panic() {
+fn does_not_panic_when_the_reader_leaves() {
     let web = Web::always(Reply::ok("alpha"));
     let place = Place::new();
     let mut running = begin(&place, &[&web.url("a.txt"), &web.url("b.txt")]);

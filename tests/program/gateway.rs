@@ -16,7 +16,7 @@ const PICTURES: u64 = 200;
 const THEN: u64 = 1_700_000_000;
 
 #[test]
-fn two_hundred_pictures_come_through_byte_for_byte_and_the_second_time_nothing_is_sent() {
+fn mirrors_two_hundred_pictures_once_and_serves_them_unchanged() {
     let nginx = Nginx::start();
     let picture = |number: u64| {
         let size = 500 + usize::try_from(number * number % 997).unwrap() * 100;
@@ -71,7 +71,7 @@ fn two_hundred_pictures_come_through_byte_for_byte_and_the_second_time_nothing_i
     for request in &nginx.requests_after(requests, requests)[..requests] {
         assert_eq!((&request["status"], &request["sent"]), (&json!(304), &json!(0)), "{request}");
     }
-    // By its digest alone, a file is known to be the same without anybody being asked.
+    // A matching digest makes a request for the file unnecessary.
     daemon.reload(&config("sha256 = \"/sha256\"\n"));
     let before = runs().len();
     eventually("a run with digests", || runs().len() >= before + 2);

@@ -1,4 +1,4 @@
-//! `[mirror.NAME]`: what is elsewhere is here as well, for years, whatever the other side does.
+//! `[mirror.NAME]`: keeps a copy of remote files, whatever the server does.
 
 use std::fs;
 use std::io::Read;
@@ -39,7 +39,7 @@ fn config(keys: &str) -> String {
     )
 }
 
-/// The keys of a mirror of what a server lists at `/list.json`.
+/// Returns the keys of a mirror of the listing at `/list.json`.
 fn of(web: &Web, more: &str) -> String {
     config(&format!("source = \"{}\"\nlist = \"\"\nurl = \"/url\"\n{more}", web.url("list.json")))
 }
@@ -65,7 +65,7 @@ fn runs_of(daemon: &Daemon, mirror: &str) -> Vec<Value> {
     lines
 }
 
-/// Waits for the line of the run of this number, from 0, of a mirror.
+/// Waits for the log line of a sync, counted from 0.
 fn run_of(daemon: &Daemon, mirror: &str, number: usize) -> Value {
     eventually("a run", || runs_of(daemon, mirror).len() > number);
     runs_of(daemon, mirror).swap_remove(number)
@@ -75,7 +75,7 @@ fn nth_run(daemon: &Daemon, number: usize) -> Value {
     run_of(daemon, "pictures", number)
 }
 
-/// How many files a run's line says were new, changed, unchanged, failed and removed.
+/// Returns the numbers of new, changed, unchanged, failed and removed files of a log line.
 fn counts(line: &Value) -> [u64; 5] {
     ["new", "changed", "unchanged", "failed", "removed"]
         .map(|field| line[field].as_u64().unwrap_or_else(|| panic!("no {field} in {line}")))
@@ -88,14 +88,14 @@ fn failure(daemon: &Daemon, words: &str) -> Value {
     })
 }
 
-/// The names in the folder that is mirrored into, without what is hidden.
+/// Returns the visible names in the mirror's folder.
 fn names(daemon: &Daemon) -> Vec<String> {
     let mut names = hidden_and_not(daemon).1;
     names.sort();
     names
 }
 
-/// The hidden files there but for the one that says what is known.
+/// Returns the hidden names except the manifest.
 fn leftovers(daemon: &Daemon) -> Vec<String> {
     let mut names = hidden_and_not(daemon).0;
     names.retain(|name| name != ".handout-mirror.json");
@@ -112,7 +112,7 @@ fn content(daemon: &Daemon, name: &str) -> Vec<u8> {
     fs::read(daemon.path("files").join(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 
-/// What the file service says of a file.
+/// Returns the document of a file service.
 fn served(daemon: &Daemon, name: &str) -> Value {
     let mut stream = connect(daemon.tcp("file.files"));
     crate::common::send_and_half_close(&mut stream, format!("{name}\n").as_bytes());
@@ -131,7 +131,7 @@ fn list(names: &[&str]) -> Value {
 }
 
 #[test]
-fn what_is_listed_is_mirrored_at_the_start_logged_counted_and_served() {
+fn mirrors_listed_files_at_start_and_logs_counts_and_serves_them() {
     let nginx = Nginx::start();
     nginx.has("a.txt", b"alpha", THEN).has("b.txt", b"beta", THEN + 1);
     nginx.lists(&["a.txt", "b.txt", "missing.txt"], THEN);
@@ -171,7 +171,7 @@ fn what_is_listed_is_mirrored_at_the_start_logged_counted_and_served() {
 }
 
 #[test]
-fn a_run_without_failures_is_complete_and_its_time_is_told() {
+fn exports_the_time_of_the_last_complete_sync() {
     let web = Web::lists(|_| list(&["a.txt"]), |_| Reply::ok("alpha"));
     let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs_f64();
     let before = now();
@@ -186,7 +186,7 @@ fn a_run_without_failures_is_complete_and_its_time_is_told() {
 }
 
 #[test]
-fn urls_need_no_listing() {
+fn mirrors_urls_without_a_listing() {
     let nginx = Nginx::start();
     nginx.has("a.txt", b"alpha", THEN).has("b.txt", b"beta", THEN);
     let urls = json!([nginx.url("a.txt"), nginx.url("b.txt")]);
@@ -196,7 +196,7 @@ fn urls_need_no_listing() {
 }
 
 #[test]
-fn what_did_not_change_costs_no_body_by_etag_or_by_time() {
+fn unchanged_files_cost_no_body_by_etag_or_by_time() {
     for more in ["", "etag off;"] {
         let nginx = Nginx::start_with(more);
         nginx.has("a.txt", b"alpha", THEN).has("b.txt", b"beta", THEN);
@@ -215,7 +215,7 @@ fn what_did_not_change_costs_no_body_by_etag_or_by_time() {
 }
 
 #[test]
-fn what_is_known_outlasts_a_restart_and_is_found_out_again_if_it_is_lost_or_garbage() {
+fn the_manifest_survives_restarts_and_is_rebuilt_if_lost_or_garbage() {
     let nginx = Nginx::start();
     nginx.has("a.txt", b"alpha", THEN).has("b.txt", b"beta", THEN);
     nginx.lists(&["a.txt", "b.txt"], THEN);
@@ -259,7 +259,7 @@ fn what_is_known_outlasts_a_restart_and_is_found_out_again_if_it_is_lost_or_garb
 }
 
 #[test]
-fn a_state_that_somebody_wrote_leads_out_of_no_folder() {
+fn a_forged_manifest_cannot_name_files_outside_the_folder() {
     let web = Web::lists(|_| list(&["a.txt"]), |_| Reply::ok("alpha"));
     let folder = folder();
     fs::write(folder.path().join("precious"), "mine").unwrap();
@@ -278,7 +278,7 @@ fn a_state_that_somebody_wrote_leads_out_of_no_folder() {
 }
 
 #[test]
-fn a_file_that_was_damaged_here_is_made_good() {
+fn repairs_damaged_files() {
     let nginx = Nginx::start();
     nginx.has("a.txt", b"alpha", THEN).has("b.txt", b"beta", THEN).lists(&["a.txt", "b.txt"], THEN);
     let daemon = start(&of_nginx(&nginx, "every = \"1s\""));
@@ -293,7 +293,7 @@ fn a_file_that_was_damaged_here_is_made_good() {
 }
 
 #[test]
-fn a_file_that_changed_is_replaced_and_the_services_see_it() {
+fn replaces_changed_files_and_services_see_them() {
     let nginx = Nginx::start();
     nginx.has("a.txt", b"alpha", THEN).lists(&["a.txt"], THEN);
     let services = "[file.one]\nlisten = [\"127.0.0.1:0\"]\npath = \"files/a.txt\"\n";
@@ -310,7 +310,7 @@ fn a_file_that_changed_is_replaced_and_the_services_see_it() {
 }
 
 #[test]
-fn no_client_ever_gets_half_of_a_file() {
+fn clients_never_receive_half_a_file() {
     // Each version is all of one letter, and it changes all the time.
     let web = Web::lists(
         |_| list(&["a.bin"]),
@@ -331,7 +331,7 @@ fn no_client_ever_gets_half_of_a_file() {
     });
 }
 
-/// Mirrors a file that is good, and then what this says; it must stay what it was.
+/// Mirrors a valid file, then replies with `then`, which must not replace it.
 fn stays(what: &str, keys: &str, then: impl Fn(usize) -> Reply + Send + Sync + 'static) {
     let web = Web::lists(
         |turn| json!([{"url": "a.png", "digest": if turn == 0 { hex(b"good") } else { hex(b"better") }}]),
@@ -351,7 +351,7 @@ fn stays(what: &str, keys: &str, then: impl Fn(usize) -> Reply + Send + Sync + '
 }
 
 #[test]
-fn old_content_stays_until_new_content_is_good() {
+fn keeps_old_content_until_new_content_is_verified() {
     stays("gone", "", |_| Reply::status(404));
     stays("an error", "", |_| Reply::status(500));
     stays("cut", "", |_| Reply::ok("better").cut_after(3));
@@ -362,7 +362,7 @@ fn old_content_stays_until_new_content_is_good() {
 }
 
 #[test]
-fn a_page_is_no_picture_where_pictures_are_wanted() {
+fn refuses_other_content_types() {
     let types = "content-types = [\"image/png\", \"image/jpeg\"]";
     stays("HTML", types, |_| Reply::ok("<!DOCTYPE html>").with("Content-Type", "text/html"));
     stays("no type", types, |_| Reply::ok("?"));
@@ -381,7 +381,7 @@ fn a_page_is_no_picture_where_pictures_are_wanted() {
 }
 
 #[test]
-fn what_left_the_listing_is_removed_if_that_is_wanted_and_nothing_else() {
+fn removes_only_unlisted_files_and_only_with_delete() {
     for delete in [false, true] {
         let web = Web::lists(
             |turn| if turn == 0 { list(&["a.txt", "b.txt"]) } else { list(&["b.txt", "c.txt"]) },
@@ -394,7 +394,7 @@ fn what_left_the_listing_is_removed_if_that_is_wanted_and_nothing_else() {
         let daemon = Daemon::start_in(folder, &config, |_| {});
         nth_run(&daemon, 0);
         let line = nth_run(&daemon, 1);
-        // What the mirror did not bring stays.
+        // Files of other programs are kept.
         if delete {
             assert_eq!(names(&daemon), ["b.txt", "c.txt", "mine.txt", "sub"]);
             assert_eq!(counts(&line)[4], 1, "{line}");
@@ -408,7 +408,7 @@ fn what_left_the_listing_is_removed_if_that_is_wanted_and_nothing_else() {
 }
 
 #[test]
-fn what_somebody_has_put_in_a_file_s_place_is_not_removed() {
+fn does_not_remove_files_that_others_replaced() {
     let gone = Arc::new(AtomicBool::new(false));
     let has_gone = Arc::clone(&gone);
     let web = Web::lists(
@@ -428,7 +428,7 @@ fn what_somebody_has_put_in_a_file_s_place_is_not_removed() {
 }
 
 #[test]
-fn what_has_left_the_listing_and_stays_counts_for_max_total() {
+fn kept_unlisted_files_count_for_max_total() {
     let web = Web::lists(
         |turn| list(&[&format!("{turn}.txt")]),
         |_| Reply::ok(vec![b'x'; 1000]).with("ETag", "\"x\""),
@@ -466,7 +466,7 @@ fn no_failure_removes_anything() {
 }
 
 #[test]
-fn a_run_that_fails_as_a_whole_is_logged_counted_and_repeated() {
+fn failed_syncs_are_logged_counted_and_repeated() {
     let web = Web::answers(|request| match (request.target.as_str(), request.turn) {
         ("/list.json", 0) => Reply::status(404),
         ("/list.json", _) => Reply::json(&list(&["a.txt"])),
@@ -484,7 +484,7 @@ fn a_run_that_fails_as_a_whole_is_logged_counted_and_repeated() {
 }
 
 #[test]
-fn limits_hold_for_each_file_for_all_and_for_their_number() {
+fn limits_the_size_of_files_their_total_and_their_number() {
     let web = || {
         Web::lists(
             |_| list(&["a", "b", "c", "d"]),
@@ -508,7 +508,7 @@ fn limits_hold_for_each_file_for_all_and_for_their_number() {
 }
 
 #[test]
-fn what_is_there_counts_for_the_total_and_what_takes_its_place_does_not_count_twice() {
+fn replaced_files_do_not_count_twice_for_max_total() {
     let web = Web::lists(
         |_| list(&["a", "b"]),
         |request| Reply::ok(vec![7; 1000]).with("ETag", &format!("\"{}\"", request.turn)),
@@ -521,7 +521,7 @@ fn what_is_there_counts_for_the_total_and_what_takes_its_place_does_not_count_tw
 }
 
 #[test]
-fn an_endless_file_ends_at_its_limit_and_at_its_longest_duration() {
+fn endless_files_end_at_max_file_and_max_duration() {
     let endless = || Reply::ok("").unannounced().then_repeat(vec![7; 1 << 16]);
     let web = Web::lists(|_| list(&["a"]), move |_| endless());
     let daemon = start(&of(&web, "max-file = \"1MB\""));
@@ -545,7 +545,7 @@ fn an_endless_file_ends_at_its_limit_and_at_its_longest_duration() {
 }
 
 #[test]
-fn entries_lead_only_to_hosts_that_are_allowed() {
+fn refuses_entries_on_other_hosts() {
     let other = Web::on(Ipv4Addr::new(127, 0, 0, 2).into(), |_| Reply::ok("other"));
     let forbidden = Web::forbidden(Ipv4Addr::new(127, 0, 0, 3).into());
     let urls =
@@ -575,7 +575,7 @@ fn entries_lead_only_to_hosts_that_are_allowed() {
 }
 
 #[test]
-fn a_name_that_is_only_permitted_by_a_pattern_leads_to_no_private_address() {
+fn hosts_of_a_pattern_must_have_public_addresses() {
     let other = Web::forbidden(Ipv4Addr::LOCALHOST.into());
     let port = other.port();
     let listing = list(&[
@@ -618,7 +618,7 @@ fn a_name_that_is_only_permitted_by_a_pattern_leads_to_no_private_address() {
 }
 
 #[test]
-fn a_token_is_sent_to_its_own_origin_only_and_never_told() {
+fn sends_the_token_only_to_its_origin_and_never_logs_it() {
     let other = Web::answers(|_| Reply::ok("other"));
     let (elsewhere, to) = (other.url("a.txt"), other.url("b.txt"));
     let web = Web::lists(
@@ -655,7 +655,7 @@ fn a_token_is_sent_to_its_own_origin_only_and_never_told() {
 }
 
 #[test]
-fn a_token_that_cannot_be_read_or_sent_is_a_fault_that_names_its_file() {
+fn names_the_file_of_an_unusable_token() {
     for token in [None, Some(""), Some("a\nb\n"), Some("ä\n")] {
         let folder = folder();
         if let Some(token) = token {
@@ -668,14 +668,14 @@ fn a_token_that_cannot_be_read_or_sent_is_a_fault_that_names_its_file() {
         command.args(["5", PROGRAM, "serve", "--config"]).arg(&path).stdin(Stdio::null());
         let output = run(&mut command);
         let said = String::from_utf8(output.stderr).unwrap();
-        // It does not start, or the mirror's log says so; nobody is asked without the token.
+        // Either the start fails or the mirror logs it; no request is sent without the token.
         assert!(said.contains("token"), "{token:?}: {said}");
         assert!(web.requests().is_empty(), "{token:?}");
     }
 }
 
 #[test]
-fn retries_are_made_and_waiting_is_obeyed() {
+fn retries_and_honours_retry_after() {
     let web = Web::answers(|request| match (request.target.as_str(), request.turn) {
         (_, 0) => Reply::status(429).with("Retry-After", "2"),
         ("/list.json", _) => Reply::json(&list(&["a.txt"])),
@@ -691,7 +691,7 @@ fn retries_are_made_and_waiting_is_obeyed() {
 }
 
 #[test]
-fn a_listing_may_be_compressed_and_a_file_is_not() {
+fn accepts_compressed_listings_but_not_files() {
     let nginx = Nginx::start_with("gzip on; gzip_types *; gzip_min_length 1;");
     nginx.has("a.txt", &b"alpha".repeat(1000), THEN).lists(&["a.txt"], THEN);
     let daemon = start(&of_nginx(&nginx, ""));
@@ -702,7 +702,7 @@ fn a_listing_may_be_compressed_and_a_file_is_not() {
 }
 
 #[test]
-fn a_proxy_is_asked_for_everything() {
+fn sends_every_request_to_the_proxy() {
     let proxy = Web::answers(|request| match request.target.as_str() {
         "http://api.invalid/list.json" => Reply::json(&list(&["a.txt"])),
         "http://api.invalid/a.txt" => Reply::ok("by proxy"),
@@ -718,7 +718,7 @@ fn a_proxy_is_asked_for_everything() {
 }
 
 #[test]
-fn names_that_would_harm_are_failures_of_their_entries() {
+fn refuses_entries_with_harmful_names() {
     let listing = json!([
         {"url": "0", "name": "../x"},
         {"url": "1", "name": "/etc/x"},
@@ -750,7 +750,7 @@ fn names_that_would_harm_are_failures_of_their_entries() {
 }
 
 #[test]
-fn a_mirror_that_is_broken_touches_no_other_and_no_service() {
+fn a_broken_mirror_does_not_affect_others_or_services() {
     let stalled = Server::stalls_after("HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf");
     let good = Web::lists(|_| list(&["a.txt"]), |_| Reply::ok("alpha"));
     let config = of(&good, "every = \"1s\"")
@@ -779,7 +779,7 @@ fn a_mirror_that_is_broken_touches_no_other_and_no_service() {
 }
 
 #[test]
-fn the_daemon_is_ready_before_its_mirrors_are_done() {
+fn the_daemon_is_ready_before_the_first_sync_ends() {
     // Nobody answers before it is ready.
     let stalled = Server::stalls_after("");
     let daemon = start(&config(&format!("urls = [\"http://{}/a\"]", stalled.address)));
@@ -787,7 +787,7 @@ fn the_daemon_is_ready_before_its_mirrors_are_done() {
 }
 
 #[test]
-fn a_reload_starts_changes_and_ends_mirrors_and_leaves_the_others_alone() {
+fn a_reload_starts_changes_ends_and_keeps_mirrors() {
     let server = || Web::lists(|_| list(&["a.txt"]), |request| Reply::ok(request.target.clone()));
     let (first, second, third) = (server(), server(), server());
     let mirror = |name: &str, web: &Web, into: &str, more: &str| {
@@ -806,7 +806,7 @@ fn a_reload_starts_changes_and_ends_mirrors_and_leaves_the_others_alone() {
     let daemon = Daemon::start_in(folder, &format!("{clock}{one}{}", two("1h")), |_| {});
     run_of(&daemon, "one", 0);
     run_of(&daemon, "two", 0);
-    // One stays, one changes, one comes.
+    // One mirror is kept, one changes, one is new.
     let three = mirror("three", &third, "three", "every = \"1s\"");
     let line = daemon.reload(&format!("{clock}{one}{}{three}", two("1s")));
     assert!(says(&line, "reloaded: "), "{line}");
@@ -833,7 +833,7 @@ fn a_reload_starts_changes_and_ends_mirrors_and_leaves_the_others_alone() {
 }
 
 #[test]
-fn a_reload_with_a_fault_in_a_mirror_leaves_everything_as_it_is() {
+fn a_reload_with_an_invalid_mirror_changes_nothing() {
     let web = Web::lists(|_| list(&["a.txt"]), |_| Reply::ok("alpha"));
     let good = of(&web, "every = \"1s\"");
     let daemon = start(&good);
@@ -846,7 +846,7 @@ fn a_reload_with_a_fault_in_a_mirror_leaves_everything_as_it_is() {
 }
 
 #[test]
-fn a_mirror_that_changes_in_the_middle_of_a_run_begins_anew() {
+fn a_mirror_changed_during_a_sync_restarts() {
     let stalled =
         Web::lists(|_| list(&["a.txt"]), |_| Reply::ok("alpha").cut_after(2).then_stall());
     let good = Web::lists(|_| list(&["a.txt"]), |_| Reply::ok("ALPHA"));
@@ -858,7 +858,7 @@ fn a_mirror_that_changes_in_the_middle_of_a_run_begins_anew() {
 }
 
 #[test]
-fn a_stop_in_the_middle_of_a_run_is_quick_and_leaves_no_half_file() {
+fn stops_quickly_during_a_sync_without_half_files() {
     let web = Web::lists(
         |_| list(&["good.bin", "half.bin"]),
         |request| match request.target.as_str() {
@@ -895,7 +895,7 @@ fn slow() -> (Nginx, Vec<u8>) {
 }
 
 #[test]
-fn a_kill_in_the_middle_costs_only_the_rest() {
+fn resumes_after_a_kill() {
     let (nginx, whole) = slow();
     let config = of_nginx(&nginx, "every = \"1h\"");
     let mut daemon = start(&config);
@@ -919,7 +919,7 @@ fn a_kill_in_the_middle_costs_only_the_rest() {
 }
 
 #[test]
-fn what_is_left_of_a_kill_goes_when_nobody_lists_the_file_any_more() {
+fn removes_partial_files_that_are_no_longer_listed() {
     let (nginx, _) = slow();
     let config = of_nginx(&nginx, "every = \"1h\"");
     let mut daemon = start(&config);
@@ -939,7 +939,7 @@ fn what_is_left_of_a_kill_goes_when_nobody_lists_the_file_any_more() {
 }
 
 #[test]
-fn a_folder_that_is_a_link_is_the_folder_that_it_leads_to() {
+fn follows_a_link_to_the_folder() {
     let web = Web::lists(|_| list(&["a.txt"]), |_| Reply::ok("alpha"));
     let folder = tempfile::tempdir().unwrap();
     fs::create_dir(folder.path().join("real")).unwrap();
@@ -951,12 +951,12 @@ fn a_folder_that_is_a_link_is_the_folder_that_it_leads_to() {
 }
 
 #[test]
-fn a_link_in_the_folder_is_not_followed() {
+fn does_not_follow_links_in_the_folder() {
     let web = Web::lists(|_| list(&["a.txt", "b.txt"]), |_| Reply::ok("alpha"));
     let folder = folder();
     fs::write(folder.path().join("precious"), "mine").unwrap();
     symlink("../precious", folder.path().join("files/a.txt")).unwrap();
-    // Nor one in the place of what is known.
+    // A link in place of the manifest is not followed either.
     symlink("../precious", folder.path().join("files/.handout-mirror.json")).unwrap();
     let daemon = Daemon::start_in(folder, &of(&web, ""), |_| {});
     nth_run(&daemon, 0);
@@ -965,7 +965,7 @@ fn a_link_in_the_folder_is_not_followed() {
 }
 
 #[test]
-fn a_folder_that_cannot_be_written_is_a_failure_that_passes() {
+fn recovers_when_the_folder_becomes_writable() {
     let web = Web::lists(|_| list(&["a.txt"]), |_| Reply::ok("alpha"));
     let folder = folder();
     let files = folder.path().join("files");
@@ -991,7 +991,7 @@ fn a_folder_that_cannot_be_written_is_a_failure_that_passes() {
 }
 
 #[test]
-fn a_full_disk_is_a_failure_of_the_file_and_what_was_there_stays() {
+fn a_full_disk_fails_the_file_and_keeps_the_old_one() {
     let web = Web::lists(
         |_| list(&["a.txt", "huge.bin"]),
         |request| match request.target.as_str() {
@@ -1027,7 +1027,7 @@ fn a_full_disk_is_a_failure_of_the_file_and_what_was_there_stays() {
 }
 
 #[test]
-fn so_many_are_fetched_at_one_time_and_no_more() {
+fn limits_parallel_downloads() {
     let (now, most) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
     let seen = (Arc::clone(&now), Arc::clone(&most));
     let web = Web::lists(
@@ -1047,7 +1047,7 @@ fn so_many_are_fetched_at_one_time_and_no_more() {
 }
 
 #[test]
-fn the_clients_of_a_service_do_not_wait_for_a_mirror_at_work() {
+fn services_answer_while_a_mirror_is_busy() {
     // Files that keep it busy with digests and TLS, for as long as the test likes.
     let nginx = Nginx::start();
     let large = sample(55, 20_000_000);
@@ -1069,7 +1069,7 @@ fn the_clients_of_a_service_do_not_wait_for_a_mirror_at_work() {
 }
 
 #[test]
-fn two_mirrors_of_one_folder_are_a_fault() {
+fn refuses_two_mirrors_of_one_folder() {
     let mirror = |name: &str, into: &str| {
         format!("[mirror.{name}]\nurls = [\"https://example.org/{name}\"]\ninto = \"{into}\"\n")
     };
@@ -1086,7 +1086,7 @@ fn two_mirrors_of_one_folder_are_a_fault() {
 }
 
 #[test]
-fn every_fault_of_a_mirror_is_said() {
+fn reports_every_fault_of_a_mirror() {
     let table = "\
 [mirror.a]
 source = \"ftp://example.org/\"
@@ -1157,7 +1157,7 @@ into = \"sixth\"
 }
 
 #[test]
-fn a_reload_leaves_a_run_alone_that_is_not_concerned() {
+fn a_reload_does_not_interrupt_syncs_of_unchanged_mirrors() {
     let good = Arc::<AtomicBool>::default();
     let released = Arc::clone(&good);
     let web = Web::lists(
@@ -1178,7 +1178,7 @@ fn a_reload_leaves_a_run_alone_that_is_not_concerned() {
 }
 
 #[test]
-fn a_token_that_was_replaced_is_used_after_a_reload() {
+fn uses_a_replaced_token_after_a_reload() {
     let web = Web::lists(|_| list(&["a.txt"]), |_| Reply::ok("alpha"));
     let folder = folder();
     fs::write(folder.path().join("token"), "one").unwrap();
@@ -1193,7 +1193,7 @@ fn a_token_that_was_replaced_is_used_after_a_reload() {
 }
 
 #[test]
-fn a_folder_that_is_not_there_is_created() {
+fn creates_a_missing_folder() {
     let web = Web::lists(|_| list(&["a.txt"]), |_| Reply::ok("alpha"));
     let config = of(&web, "").replace("into = \"files\"", "into = \"files/new/deep\"");
     let daemon = start(&config);
@@ -1203,7 +1203,7 @@ fn a_folder_that_is_not_there_is_created() {
 }
 
 #[test]
-fn a_download_and_a_mirror_in_one_folder_do_each_other_no_harm() {
+fn a_download_and_a_mirror_can_share_a_folder() {
     let web = Web::lists(
         |_| list(&["a.bin", "b.bin"]),
         |request| Reply::ok(vec![b'a' + u8::try_from(request.turn % 26).unwrap(); 2_000_000]),
