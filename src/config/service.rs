@@ -9,9 +9,10 @@ use std::time::Duration;
 use crate::config_reader::{
     Diagnostic, Findings, PathKind, Question, Reported, Spanned, Table, values, values_of,
 };
+use crate::net::access::parse_network;
 use crate::net::connection::Deadlines;
 use crate::net::endpoint::{Endpoint, Listen, ListenSpec};
-use crate::net::limits::{Limits, network};
+use crate::net::limits::Limits;
 use crate::services::{Kind, Settings};
 
 /// Maximum number of addresses of all services together.
@@ -75,7 +76,7 @@ impl ServiceSpec {
         let listen = read_listen(kind, &mut table);
         let limits = Limits::read(&mut table, limits);
         // Not a key of `[limits]`: monitoring connects without a header.
-        let balancers = table.texts("proxy-protocol", network);
+        let balancers = table.texts("proxy-protocol", parse_network);
         let settings = (kind.read)(&mut table);
         table.finish();
         Ok(Self {

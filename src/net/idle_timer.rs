@@ -1,4 +1,4 @@
-//! The idle time-out: a peer is given up only if it made no progress while this process ran.
+//! The idle time-out: resets a peer only if it made no progress while this process ran.
 //!
 //! An expired timer alone proves little. A socket on a slow link stays unwritable for minutes while
 //! its peer acknowledges bytes, and after a pause of the process (SIGSTOP, a virtual machine's

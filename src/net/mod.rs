@@ -5,6 +5,8 @@
 //! acknowledged). Datagrams: [`listener`] → [`udp_filter`] → the service. Limits are in [`limits`]
 //! and [`permits`]. Configuration and signals belong to `daemon`.
 
+pub(crate) mod access;
+pub(crate) mod client_limit;
 pub(crate) mod connection;
 pub(crate) mod endpoint;
 pub(crate) mod idle_timer;
@@ -18,3 +20,4 @@ pub(crate) mod proxy_protocol;
 pub(crate) mod sockets;
 pub(crate) mod stream;
 pub(crate) mod udp_filter;
+pub(crate) mod udp_rate;
