@@ -31,7 +31,7 @@ fn outcome_of_one(daemon: &Daemon) -> String {
 }
 
 #[test]
-fn a_hundred_clients_that_send_before_they_read_get_every_byte_and_a_clean_end() {
+fn serves_clients_that_send_before_they_read() {
     let (daemon, picture) = picture_daemon(2_000_000, "");
     let address = daemon.tcp("file.picture");
     thread::scope(|scope| {
@@ -50,7 +50,7 @@ fn a_hundred_clients_that_send_before_they_read_get_every_byte_and_a_clean_end()
 }
 
 #[test]
-fn a_client_that_half_closes_first_gets_everything() {
+fn serves_clients_that_half_close_first() {
     let (daemon, picture) = picture_daemon(2_000_000, "");
     let mut stream = connect(daemon.tcp("file.picture"));
     send_and_half_close(&mut stream, b"\r\n");
@@ -61,12 +61,12 @@ fn a_client_that_half_closes_first_gets_everything() {
 }
 
 #[test]
-fn a_client_that_half_closes_and_then_reads_slowly_gets_everything() {
+fn serves_clients_that_half_close_and_read_slowly() {
     let (daemon, picture) = picture_daemon(500_000, "");
     let mut stream = connect(daemon.tcp("file.picture"));
     SockRef::from(&stream).set_recv_buffer_size(4096).unwrap();
     send_and_half_close(&mut stream, b"\r\n");
-    // Slowly at first: while nothing is read, the daemon must neither close nor give up.
+    // While the client reads nothing, the daemon must neither close nor reset the connection.
     for _ in 0..3 {
         thread::park_timeout(Duration::from_millis(300));
         stream.read_exact(&mut [0]).unwrap();
@@ -78,32 +78,32 @@ fn a_client_that_half_closes_and_then_reads_slowly_gets_everything() {
 }
 
 #[test]
-fn a_client_that_reads_one_byte_at_a_time_gets_the_time() {
+fn serves_clients_that_read_one_byte_at_a_time() {
     let (daemon, _) = picture_daemon(1, "");
     let mut stream = connect(daemon.tcp("time.clock"));
     let mut reply = Vec::new();
     let mut byte = [0];
     while stream.read(&mut byte).unwrap() == 1 {
         reply.push(byte[0]);
-        // Now and then a byte of its own, as somebody at a keyboard.
+        // Input from a keyboard while the reply is read.
         let _ = stream.write(b"?");
     }
     assert_eq!(reply.len(), 27);
 }
 
 #[test]
-fn a_client_that_sends_for_ever_gets_everything_and_is_let_go() {
+fn serves_clients_that_never_stop_sending_and_disconnects_them() {
     let (daemon, picture) = picture_daemon(300_000, "");
     let mut stream = connect(daemon.tcp("file.picture"));
     let mut sender = stream.try_clone().unwrap();
     let sending = thread::spawn(move || {
         let start = Instant::now();
         while sender.write_all(&[b'x'; 65536]).is_ok() {
-            assert!(start.elapsed() < DEADLINE, "nobody ended it");
+            assert!(start.elapsed() < DEADLINE, "the connection is still open");
         }
     });
     let mut document = Vec::new();
-    // The end may be a reset, as what it sends is not read for ever; but not before everything.
+    // The daemon stops reading at some point, which may reset the connection, but only after the reply.
     if let Err(error) = stream.read_to_end(&mut document) {
         assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     }
@@ -113,7 +113,7 @@ fn a_client_that_sends_for_ever_gets_everything_and_is_let_go() {
 }
 
 #[test]
-fn a_killed_daemon_leaves_no_part_that_looks_like_the_whole() {
+fn resets_connections_when_the_daemon_is_killed() {
     let (mut daemon, _) = picture_daemon(20_000_000, "");
     let mut stream = connect(daemon.tcp("file.picture"));
     stream.read_exact(&mut [0; 1000]).unwrap();
@@ -124,21 +124,21 @@ fn a_killed_daemon_leaves_no_part_that_looks_like_the_whole() {
 }
 
 #[test]
-fn a_connection_that_cannot_be_watched_is_reset_and_the_log_says_why() {
+fn resets_connections_that_epoll_refuses_and_logs_the_reason() {
     let (daemon, _) = picture_daemon(20_000_000, "");
-    // From now on, for a while, the kernel has no room for what is to be watched.
+    // The next registrations with epoll fail.
     let strace =
         Strace::attach(&daemon, ["--trace=epoll_ctl", "--inject=epoll_ctl:error=ENOSPC:when=1..4"]);
     let fetch = || {
         let mut reply = Vec::new();
-        // All or a reset, but never an end that looks clean.
+        // Either the whole reply or a reset.
         match connect(daemon.tcp("file.picture")).read_to_end(&mut reply) {
             Ok(_) => assert!(reply.ends_with(b"\"}\n")),
             Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
         }
         reply.ends_with(b"\"}\n")
     };
-    // A client that reads quickly is served without being waited for.
+    // Connections of fast readers are never registered.
     let message = "the client cannot be waited for";
     eventually("a client that cannot be waited for", || {
         fetch();
@@ -152,7 +152,7 @@ fn a_connection_that_cannot_be_watched_is_reset_and_the_log_says_why() {
 }
 
 #[test]
-fn a_client_that_resets_is_noted_and_others_are_served() {
+fn logs_resets_by_clients_and_serves_others() {
     let (daemon, _) = picture_daemon(2_000_000, "");
     let stream = connect(daemon.tcp("file.picture"));
     stream.peek(&mut [0]).unwrap();
@@ -163,7 +163,7 @@ fn a_client_that_resets_is_noted_and_others_are_served() {
 }
 
 #[test]
-fn a_client_that_takes_nothing_is_reset_after_the_idle_time_out() {
+fn resets_clients_that_read_nothing_within_idle_timeout() {
     let (daemon, _) = picture_daemon(20_000_000, "idle-timeout = \"300ms\"");
     let mut stream = connect(daemon.tcp("file.picture"));
     assert_eq!(outcome_of_one(&daemon), "idle-timeout");
@@ -174,14 +174,14 @@ fn a_client_that_takes_nothing_is_reset_after_the_idle_time_out() {
 }
 
 #[test]
-fn a_connection_that_lasts_too_long_is_reset_however_busy_it_is() {
+fn resets_active_connections_after_max_duration() {
     let (daemon, _) = picture_daemon(60_000_000, "max-duration = \"500ms\"");
     let mut stream = connect(daemon.tcp("file.picture"));
     let mut buffer = vec![0; 65536];
     let error = loop {
         match stream.read(&mut buffer) {
-            Ok(0) => panic!("it took the whole document for granted"),
-            // At this rate, the document would last for a minute.
+            Ok(0) => panic!("the document ended early"),
+            // At this rate, the document takes a minute.
             Ok(_) => thread::park_timeout(Duration::from_millis(50)),
             Err(error) => break error,
         }
@@ -191,13 +191,13 @@ fn a_connection_that_lasts_too_long_is_reset_however_busy_it_is() {
 }
 
 #[test]
-fn clients_that_never_read_cost_little_memory_and_others_are_served() {
+fn serves_others_beside_clients_that_never_read_in_little_memory() {
     let (daemon, _) = picture_daemon(2_000_000, "");
     let address = daemon.tcp("file.picture");
     read_all(address);
     let (before, _) = daemon.usage();
     let idle: Vec<TcpStream> = (0..1000).map(|_| connect(address)).collect();
-    eventually("everybody to be connected", || daemon.usage().1 >= 1000);
+    eventually("all connections", || daemon.usage().1 >= 1000);
     for stream in &idle {
         stream.peek(&mut [0]).unwrap();
     }
@@ -211,8 +211,8 @@ fn clients_that_never_read_cost_little_memory_and_others_are_served() {
 }
 
 #[test]
-fn clients_that_go_without_their_reply_free_their_places_at_once() {
-    // Whoever took the client for a silent one would wait for this long.
+fn frees_connections_of_clients_that_disconnect_early() {
+    // A daemon that mistakes the clients for silent ones waits this long.
     let (daemon, _) = picture_daemon(20_000_000, "idle-timeout = \"10m\"\nmax-duration = \"10m\"");
     let (_, descriptors) = daemon.usage();
     for _ in 0..20 {
@@ -221,11 +221,11 @@ fn clients_that_go_without_their_reply_free_their_places_at_once() {
         send_and_half_close(&mut stream, b"\r\n");
         stream.peek(&mut [0]).unwrap();
     }
-    // Those who left without any byte of the time have no line.
+    // Clients that left without a byte of the time are not logged individually.
     let lines = daemon.wait_for_connections(20);
     assert!(lines.iter().all(|line| line["service"] == "file.picture"), "{lines:#?}");
     assert!(lines.iter().all(|line| line["outcome"] == "reset"), "{lines:#?}");
-    eventually("free places", || daemon.usage().1 < descriptors + 10);
+    eventually("closed connections", || daemon.usage().1 < descriptors + 10);
 }
 
 fn unix_daemon() -> (Daemon, Vec<u8>) {
@@ -240,7 +240,7 @@ fn unix_daemon() -> (Daemon, Vec<u8>) {
 }
 
 #[test]
-fn what_a_unix_client_has_typed_does_not_turn_its_end_into_a_reset() {
+fn ends_unix_connections_cleanly_despite_unread_input() {
     let (daemon, _) = unix_daemon();
     let mut stream = UnixStream::connect(daemon.path("clock")).unwrap();
     stream.write_all(&[b'x'; 5000]).unwrap();
@@ -252,7 +252,7 @@ fn what_a_unix_client_has_typed_does_not_turn_its_end_into_a_reset() {
 }
 
 #[test]
-fn a_unix_client_that_goes_without_reading_has_not_got_everything() {
+fn counts_unix_clients_that_leave_without_reading_as_reset() {
     let (daemon, _) = unix_daemon();
     let stream = UnixStream::connect(daemon.path("picture")).unwrap();
     stream.shutdown(std::net::Shutdown::Write).unwrap();

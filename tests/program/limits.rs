@@ -1,4 +1,4 @@
-//! Limits are kept, and recover by themselves.
+//! Limits of connections, clients, descriptors and access, and recovery from reached limits.
 
 use std::io::{ErrorKind, Read};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
@@ -10,7 +10,7 @@ use rustix::process::{Resource, Rlimit, prlimit};
 use crate::common::{Daemon, connect, connect_from, eventually, read_all, sample, says};
 
 #[test]
-fn clients_over_the_limit_wait_in_the_queue_and_are_served_as_places_free_up() {
+fn queues_clients_over_the_connection_limit() {
     let daemon = Daemon::start_with(
         "[file.picture]\nlisten = [\"127.0.0.1:0\", \"unix:picture.sock\"]\npath = \"picture.jpg\"\n\
          max-connections = 2\n\
@@ -26,14 +26,14 @@ fn clients_over_the_limit_wait_in_the_queue_and_are_served_as_places_free_up() {
     };
     let first = begin();
     let second = begin();
-    // The third is connected by the kernel, and nobody speaks to it, by neither way in.
+    // The kernel connects further clients, but the daemon does not accept them, over TCP or Unix.
     let mut third = connect(address);
     third.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
     assert!(third.read(&mut [0; 100]).is_err());
     let mut by_unix = UnixStream::connect(daemon.path("picture.sock")).unwrap();
     by_unix.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
     assert!(by_unix.read(&mut [0; 100]).is_err());
-    // The other service has places of its own.
+    // Other services have separate limits.
     assert_eq!(read_all(daemon.tcp("time.clock")).len(), 27);
 
     drop(first);
@@ -45,7 +45,7 @@ fn clients_over_the_limit_wait_in_the_queue_and_are_served_as_places_free_up() {
 }
 
 #[test]
-fn a_reached_connection_limit_is_logged_once_and_its_end_once() {
+fn logs_the_connection_limit_and_the_recovery_once() {
     let mut daemon = Daemon::start_with(
         "[file.picture]\nlisten = [\"127.0.0.1:0\", \"unix:picture.sock\"]\npath = \"picture.jpg\"\n\
          max-connections = 2",
@@ -61,7 +61,7 @@ fn a_reached_connection_limit_is_logged_once_and_its_end_once() {
     let reached = "file.picture: connection limit reached (2): new clients wait; raise \
                    max-connections if this persists";
     let (first, second) = (begin(), begin());
-    // The limit is no trouble as long as nobody waits.
+    // A reached limit is logged only if a client waits.
     assert!(!daemon.lines().iter().any(|line| says(line, "limit reached")));
     let waiting: Vec<_> = (0..5).map(|_| connect(address)).collect();
     let line = daemon.wait_for_message(reached);
@@ -82,7 +82,7 @@ fn a_reached_connection_limit_is_logged_once_and_its_end_once() {
 }
 
 #[test]
-fn two_listeners_share_one_place_without_starving_each_other() {
+fn shares_one_permit_between_listeners() {
     let daemon = Daemon::start(
         "[time.clock]\nlisten = [\"127.0.0.1:0\", \"unix:clock.sock\"]\nmax-connections = 1",
     );
@@ -96,11 +96,11 @@ fn two_listeners_share_one_place_without_starving_each_other() {
 }
 
 #[test]
-fn without_descriptors_it_says_the_remedy_once_and_recovers_by_itself() {
+fn logs_a_remedy_without_descriptors_and_recovers() {
     let daemon = Daemon::start("[time.clock]\nlisten = [\"127.0.0.1:0\"]");
     let address = daemon.tcp("time.clock");
     let start = Instant::now();
-    // As many as are open now, and two for clients.
+    // Enough for the open descriptors and two clients.
     let open = daemon.usage().1 as u64;
     let limit = Rlimit { current: Some(open + 2), maximum: Some(open + 2) };
     prlimit(Some(daemon.pid()), Resource::Nofile, limit).unwrap();
@@ -120,7 +120,7 @@ fn without_descriptors_it_says_the_remedy_once_and_recovers_by_itself() {
 }
 
 #[test]
-fn the_soft_limit_of_descriptors_is_raised_to_the_hard_one() {
+fn raises_the_descriptor_limit_to_the_hard_limit() {
     let daemon = Daemon::start("[time.clock]\nlisten = [\"127.0.0.1:0\"]");
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", daemon.child.id())).unwrap();
     let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
@@ -129,7 +129,7 @@ fn the_soft_limit_of_descriptors_is_raised_to_the_hard_one() {
 }
 
 #[test]
-fn a_client_with_too_many_connections_is_reset_and_others_are_served() {
+fn resets_clients_over_max_per_client_and_serves_others() {
     let mut daemon = Daemon::start_with(
         "[file.picture]\nlisten = [\"127.0.0.1:0\"]\npath = \"picture.jpg\"\nmax-per-client = 2",
         &[("picture.jpg", &sample(7, 20_000_000))],
@@ -143,11 +143,11 @@ fn a_client_with_too_many_connections_is_reset_and_others_are_served() {
     let first = begin().unwrap();
     let _second = begin().unwrap();
     assert_eq!(begin().unwrap_err().kind(), ErrorKind::ConnectionReset);
-    // Somebody else.
+    // Another client.
     connect_from("127.0.0.2", address).read_exact(&mut [0; 100]).unwrap();
-    // Its place is free again when a connection has gone.
+    // A closed connection no longer counts.
     drop(first);
-    eventually("a free place", || begin().is_ok());
+    eventually("a free permit", || begin().is_ok());
     assert!(daemon.stop().success());
     let line = daemon.wait_for_message("over max-per-client");
     assert!(line["crowded"].as_u64().unwrap() >= 1, "{line}");
@@ -155,7 +155,7 @@ fn a_client_with_too_many_connections_is_reset_and_others_are_served() {
 }
 
 #[test]
-fn access_lists_hold_for_tcp_and_udp_and_not_for_unix_sockets() {
+fn applies_access_lists_to_tcp_and_udp_only() {
     let mut daemon = Daemon::start(
         "[limits]\nallow = [\"127.0.0.0/8\"]\ndeny = [\"127.0.0.1\"]\n\
          [time.closed]\nlisten = [\"127.0.0.1:0\", \"udp:127.0.0.1:0\", \"unix:clock.sock\"]\n\
@@ -167,7 +167,7 @@ fn access_lists_hold_for_tcp_and_udp_and_not_for_unix_sockets() {
     assert_eq!(read_all(daemon.tcp("time.open")).len(), 27);
     UnixStream::connect(daemon.path("clock.sock")).unwrap().read_to_end(&mut reply).unwrap();
     assert_eq!(reply.len(), 27);
-    // Datagrams of one are dropped, those of the other answered; both in order.
+    // Datagrams are handled in order: the first is dropped, the second answered.
     let asker = |address: [u8; 4]| {
         let socket = UdpSocket::bind(SocketAddr::from((address, 0))).unwrap();
         socket.connect(daemon.udp("time.closed")).unwrap();

@@ -77,7 +77,7 @@ struct Crowd {
 }
 
 #[test]
-fn a_good_client_is_served_beside_a_crowd_that_leaves_nothing_behind() {
+fn serves_beside_a_crowd_and_releases_its_resources() {
     let pace = Duration::from_millis(10);
     load(Crowd { idle: 200, slow: 40, abusive: 10, pace }, Duration::from_secs(3));
 }

@@ -1,4 +1,4 @@
-//! Clients keep their own addresses behind a balancer that is believed, and nobody else is believed.
+//! PROXY headers: accepted from configured load balancers only.
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
@@ -12,7 +12,7 @@ use crate::common::{
     DEADLINE, Daemon, connect, connect_from, eventually, metric, read_all, send_and_half_close,
 };
 
-/// The balancer. Whoever does not say so connects from 127.0.0.1.
+/// The address of the balancer; other clients connect from 127.0.0.1.
 const BALANCER: &str = "127.0.0.2";
 
 const LOCAL: &[u8] = b"\r\n\r\n\0\r\nQUIT\n\x20\x00\x00\x00";
@@ -45,7 +45,7 @@ fn config(keys: &str) -> String {
     )
 }
 
-/// A time service and a folder that believe the balancer, with these keys as well.
+/// Starts a time service and a folder that accept headers from the balancer; `keys` are added to both.
 fn daemon(keys: &str) -> Daemon {
     let folder = tempfile::tempdir().unwrap();
     fs::create_dir(folder.path().join("files")).unwrap();
@@ -56,7 +56,7 @@ fn daemon(keys: &str) -> Daemon {
     Daemon::start_in(folder, &config, |_| {})
 }
 
-/// The balancer begins a connection with these bytes.
+/// Connects from the balancer and sends `bytes`.
 fn begin(address: SocketAddr, bytes: &[u8]) -> TcpStream {
     let mut stream = connect_from(BALANCER, address);
     stream.set_nodelay(true).unwrap();
@@ -64,7 +64,7 @@ fn begin(address: SocketAddr, bytes: &[u8]) -> TcpStream {
     stream
 }
 
-/// What the client behind the balancer gets of the time service; nothing is a reset.
+/// Requests the time behind the balancer; `None` if the connection is reset.
 fn time(daemon: &Daemon, header: &[u8]) -> Option<String> {
     let mut reply = String::new();
     match begin(daemon.tcp("time.clock"), header).read_to_string(&mut reply) {
@@ -92,14 +92,14 @@ fn active(daemon: &Daemon, service: &str) -> f64 {
     metric(daemon.tcp("metrics"), &name)
 }
 
-/// What a folder says of these requests in its replies: the names, in order.
+/// The file names in the replies of a folder.
 fn names(replies: &str) -> Vec<String> {
     let replies = replies.lines().map(|line| serde_json::from_str(line).unwrap());
     replies.map(|reply: serde_json::Value| reply["filename"].as_str().unwrap().to_owned()).collect()
 }
 
 #[test]
-fn a_client_behind_a_balancer_is_logged_by_its_own_address() {
+fn logs_the_address_of_the_client_behind_a_balancer() {
     let daemon = daemon("");
     let with_field = {
         let field = Tlv::Custom(0xea, vec![7; 100].into());
@@ -126,7 +126,7 @@ fn a_client_behind_a_balancer_is_logged_by_its_own_address() {
 }
 
 #[test]
-fn a_balancer_that_speaks_for_itself_is_a_client_as_any_other() {
+fn treats_a_balancer_without_a_client_as_a_client() {
     let daemon = daemon("");
     let unix = [OF_A_UNIX_SOCKET, &[0; 216]].concat();
     let own: [&[u8]; 4] =
@@ -137,7 +137,7 @@ fn a_balancer_that_speaks_for_itself_is_a_client_as_any_other() {
     for line in daemon.wait_for_connections(own.len()) {
         assert!(line["peer"].as_str().unwrap().starts_with("127.0.0.2:"), "{line}");
     }
-    // So the access lists are about itself.
+    // Access lists then apply to the balancer.
     let daemon = self::daemon("deny = [\"127.0.0.2\"]");
     assert_eq!(time(&daemon, LOCAL), None);
     assert_eq!(time(&daemon, &v2("192.0.2.7:4321")).unwrap().len(), 27);
@@ -145,7 +145,7 @@ fn a_balancer_that_speaks_for_itself_is_a_client_as_any_other() {
 }
 
 #[test]
-fn requests_in_one_packet_with_the_header_are_answered_in_order() {
+fn answers_requests_in_the_packet_of_the_header() {
     let daemon = daemon("");
     for header in [v1("192.0.2.7:4321"), v2("192.0.2.7:4321"), b"PROXY UNKNOWN\r\n".to_vec()] {
         let mut stream = connect_from(BALANCER, daemon.tcp("file.files"));
@@ -157,7 +157,7 @@ fn requests_in_one_packet_with_the_header_are_answered_in_order() {
 }
 
 #[test]
-fn a_header_that_comes_byte_by_byte_is_one() {
+fn reads_headers_that_arrive_byte_by_byte() {
     let daemon = daemon("");
     for header in [v1("192.0.2.7:4321"), v2("192.0.2.7:4321")] {
         let mut stream = begin(daemon.tcp("file.files"), &[]);
@@ -176,7 +176,7 @@ fn a_header_that_comes_byte_by_byte_is_one() {
 }
 
 #[test]
-fn what_does_not_begin_with_a_header_is_reset_counted_and_summed_up() {
+fn resets_and_counts_connections_without_a_header() {
     let mut daemon = daemon("");
     let address = daemon.tcp("time.clock");
     let long = format!("PROXY UNKNOWN{}\r\n", " ".repeat(200));
@@ -192,7 +192,7 @@ fn what_does_not_begin_with_a_header_is_reset_counted_and_summed_up() {
     for wrong in wrong {
         assert!(is_reset(begin(address, wrong)), "{wrong:?}");
     }
-    // Half of one, and none, and then the end.
+    // Incomplete headers and none, followed by the end of the input.
     for part in [&v2("192.0.2.7:4321")[..20], &v1("192.0.2.7:4321")[..30], b""] {
         let stream = begin(address, part);
         stream.shutdown(Shutdown::Write).unwrap();
@@ -203,20 +203,20 @@ fn what_does_not_begin_with_a_header_is_reset_counted_and_summed_up() {
     assert_eq!(time(&daemon, &v1("192.0.2.7:4321")).unwrap().len(), 27);
     assert!(daemon.stop().success());
     assert_eq!(daemon.wait_for_message("no PROXY header")["headless"], 9);
-    // One line for all of them, and one for the client.
+    // Rejected connections are summarized in one line.
     assert_eq!(daemon.wait_for_connections(1).len(), 1);
 }
 
 #[test]
-fn a_header_from_anybody_else_is_a_request_and_believed_by_nobody() {
+fn treats_headers_of_other_clients_as_requests() {
     let daemon = daemon("deny = [\"192.0.2.7\"]");
-    // Who has a header sends it first: here it is the name of a file that there is not.
+    // The folder takes the header for the name of a missing file.
     let mut stream = connect(daemon.tcp("file.files"));
     send_and_half_close(&mut stream, &[&v1("192.0.2.7:4321")[..], b"a.txt\n"].concat());
     let mut replies = String::new();
     stream.read_to_string(&mut replies).unwrap();
     assert_eq!(names(&replies), ["PROXY TCP4 192.0.2.7 127.0.0.1 4321 6789", "a.txt"]);
-    // And nobody has to have one.
+    // Other clients need no header.
     assert_eq!(read_all(daemon.tcp("time.clock")).len(), 27);
     for line in daemon.wait_for_connections(2) {
         assert!(line["peer"].as_str().unwrap().starts_with("127.0.0.1:"), "{line}");
@@ -224,7 +224,7 @@ fn a_header_from_anybody_else_is_a_request_and_believed_by_nobody() {
 }
 
 #[test]
-fn limits_and_access_lists_are_about_the_client_and_not_about_the_balancer() {
+fn applies_limits_and_access_lists_to_the_client_behind_a_balancer() {
     let daemon = daemon(
         "allow = [\"192.0.2.0/24\", \"2001:db8::/32\"]\ndeny = [\"192.0.2.66\"]\nmax-per-client = 2",
     );
@@ -248,21 +248,21 @@ fn limits_and_access_lists_are_about_the_client_and_not_about_the_balancer() {
     assert_eq!(refused(&daemon, "file.files", "max-per-client"), 2.0);
     assert_eq!(refused(&daemon, "file.files", "access"), 2.0);
     assert_eq!(active(&daemon, "file.files"), 5.0);
-    // Nothing stays taken.
+    // All permits are returned.
     drop(held);
     eventually("the end of all", || active(&daemon, "file.files") == 0.0);
     let _again = [ask("192.0.2.7:1").unwrap(), ask("192.0.2.7:2").unwrap()];
 }
 
 #[test]
-fn a_balancer_that_says_nothing_holds_a_place_for_the_idle_time_out() {
+fn resets_silent_balancers_after_idle_timeout() {
     let daemon = daemon("idle-timeout = \"300ms\"\nmax-connections = 2");
     let address = daemon.tcp("time.clock");
     let header = v1("192.0.2.7:4321");
     let silent = [begin(address, b""), begin(address, &header[..20])];
-    eventually("both places taken", || active(&daemon, "time.clock") == 2.0);
+    eventually("both connections", || active(&daemon, "time.clock") == 2.0);
     let began = Instant::now();
-    // The client who waits behind them is served.
+    // A waiting client is served afterwards.
     assert_eq!(time(&daemon, &header).unwrap().len(), 27);
     assert!(began.elapsed() < DEADLINE / 2);
     assert!(silent.into_iter().all(is_reset));
@@ -270,11 +270,11 @@ fn a_balancer_that_says_nothing_holds_a_place_for_the_idle_time_out() {
 }
 
 #[test]
-fn a_header_that_comes_drop_by_drop_does_not_stretch_the_idle_time_out() {
+fn does_not_extend_idle_timeout_for_slow_headers() {
     let daemon = daemon("idle-timeout = \"500ms\"");
     let mut stream = begin(daemon.tcp("time.clock"), b"");
     let began = Instant::now();
-    // One byte after the other, for longer than that if nobody ends it.
+    // The whole header would take far longer than the time-out.
     let reset = v1("192.0.2.7:4321").chunks(1).any(|byte| {
         std::thread::park_timeout(DEADLINE / 600);
         stream.write_all(byte).is_err()
@@ -283,7 +283,7 @@ fn a_header_that_comes_drop_by_drop_does_not_stretch_the_idle_time_out() {
 }
 
 #[test]
-fn a_connection_whose_header_is_still_to_come_when_the_daemon_stops_is_served() {
+fn serves_connections_whose_header_arrives_during_the_drain() {
     let mut daemon = daemon("");
     let header = v1("192.0.2.7:4321");
     let mut stream = begin(daemon.tcp("time.clock"), &header[..9]);
@@ -300,9 +300,9 @@ fn a_connection_whose_header_is_still_to_come_when_the_daemon_stops_is_served() 
 }
 
 #[test]
-fn a_header_that_never_comes_does_not_outlast_the_grace() {
+fn resets_connections_without_a_header_after_the_grace() {
     let mut daemon = daemon("idle-timeout = \"1h\"");
-    // One service is there to the end, the other goes before.
+    // The reload removes one service; the other serves until the daemon stops.
     let [clock, files] =
         ["time.clock", "file.files"].map(|service| begin(daemon.tcp(service), b"PROXY"));
     for service in ["time.clock", "file.files"] {
@@ -319,7 +319,7 @@ fn a_header_that_never_comes_does_not_outlast_the_grace() {
 }
 
 #[test]
-fn a_reload_changes_who_is_believed_from_the_next_connection_on() {
+fn applies_changed_balancers_to_new_connections() {
     let daemon = daemon("");
     let address = daemon.tcp("time.clock");
     let header = v1("192.0.2.7:4321");
@@ -332,7 +332,7 @@ fn a_reload_changes_who_is_believed_from_the_next_connection_on() {
     assert_eq!(reply.len(), 27);
     assert_eq!(daemon.tcp("time.clock"), address);
 
-    // What was the balancer is a client now, and another has to say whom it speaks for.
+    // The former balancer is an ordinary client, and the new one must send a header.
     connect_from(BALANCER, address).read_to_string(&mut reply).unwrap();
     assert_eq!(reply.len(), 54);
     let mut other = connect_from("127.0.0.3", address);
@@ -344,7 +344,7 @@ fn a_reload_changes_who_is_believed_from_the_next_connection_on() {
 }
 
 #[test]
-fn a_balancer_may_be_reached_by_ipv6_and_on_a_socket_for_all_addresses() {
+fn accepts_headers_over_ipv6_and_on_wildcard_sockets() {
     let daemon = Daemon::start(
         "[time.clock]\nlisten = [\"[::1]:0\"]\nproxy-protocol = [\"::1\"]\n\
          [time.all]\nlisten = [\"0.0.0.0:0\", \"unix:clock.sock\", \"udp:127.0.0.1:0\"]\n\
@@ -362,7 +362,7 @@ fn a_balancer_may_be_reached_by_ipv6_and_on_a_socket_for_all_addresses() {
     for line in daemon.wait_for_connections(2) {
         assert_eq!(line["peer"], "192.0.2.7:4321");
     }
-    // It is about TCP: whoever may enter the folder is the service's own, and datagrams have none.
+    // Unix sockets and datagrams need no header.
     let mut reply = String::new();
     let mut by_unix = std::os::unix::net::UnixStream::connect(daemon.path("clock.sock")).unwrap();
     by_unix.read_to_string(&mut reply).unwrap();

@@ -1,4 +1,4 @@
-//! Peers that are slow, or were not seen for a while, are served as long as they make progress.
+//! Slow and paused peers are served as long as they make progress.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -16,10 +16,10 @@ use crate::common::{DEADLINE, Daemon, connect, decode, eventually, program, run,
 use crate::mounts::apart;
 use crate::servers::Running;
 
-/// More than the kernel's buffers hold.
+/// Size in bytes that exceeds the kernel's buffers.
 const LARGE: usize = 6_000_000;
 
-/// How long the pauses are: longer than every idle time-out here.
+/// Duration of pauses; longer than every idle time-out in these tests.
 const PAUSE: Duration = Duration::from_secs(3);
 
 /// A daemon that hands out `picture` over TCP and a Unix socket, and a folder, with this idle
