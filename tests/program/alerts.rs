@@ -17,8 +17,8 @@ use tempfile::TempDir;
 use crate::common::{
     Daemon, connect, eventually, http_get, metric, read_all, says, send_and_half_close,
 };
-use crate::postbox::{PASSWORD, Postbox};
 use crate::servers::Server;
+use crate::smtp_server::{PASSWORD, SmtpServer};
 use crate::web::{Reply, Web};
 
 /// What the queue is kept in.
@@ -99,11 +99,11 @@ fn waiting(folder: &Path) -> Vec<Value> {
 
 #[test]
 fn a_file_that_is_removed_is_one_mail_and_one_more_when_it_is_back() {
-    let postbox = Postbox::start("tls");
-    let daemon = start(&["a"], &postbox.channel(""), "wait = \"1s\"");
+    let smtp_server = SmtpServer::start("tls");
+    let daemon = start(&["a"], &smtp_server.channel(""), "wait = \"1s\"");
     let removed = Instant::now();
     fs::remove_file(daemon.path("a")).unwrap();
-    let mail = postbox.wait_for(0);
+    let mail = smtp_server.wait_for(0);
     assert!(removed.elapsed() >= Duration::from_secs(1), "{mail}");
     assert!(subject(&mail).starts_with("file-missing: file.a, since "), "{mail}");
     // The first line says host, what, and since when, and why.
@@ -115,11 +115,11 @@ fn a_file_that_is_removed_is_one_mail_and_one_more_when_it_is_back() {
     assert_eq!((&mail["to"], &mail["tls"]), (&json!([["", "ops@example.org"]]), &json!(true)));
 
     fs::write(daemon.path("a"), "again").unwrap();
-    let over = postbox.wait_for(1);
+    let over = smtp_server.wait_for(1);
     assert!(subject(&over).starts_with("over: file-missing: file.a, since "), "{over}");
     assert_ne!(id(&mail), id(&over));
     eventually("the count", || count(&daemon, "sent") == 2 && queued(&daemon) == 0);
-    assert_eq!(postbox.mails().len(), 2);
+    assert_eq!(smtp_server.mails().len(), 2);
     let line = daemon.wait_for_message("alert sent over mail.ops");
     let named = line["message"].as_str().unwrap();
     assert!(named.contains(": file-missing: file.a, since "), "{line}");
@@ -129,13 +129,13 @@ fn a_file_that_is_removed_is_one_mail_and_one_more_when_it_is_back() {
 
 #[test]
 fn what_happens_within_wait_is_one_mail() {
-    let postbox = Postbox::start("tls");
+    let smtp_server = SmtpServer::start("tls");
     let files = ["a", "b", "c"];
-    let daemon = start(&files, &postbox.channel(""), "wait = \"5s\"");
+    let daemon = start(&files, &smtp_server.channel(""), "wait = \"5s\"");
     for name in files {
         fs::remove_file(daemon.path(name)).unwrap();
     }
-    let mail = postbox.wait_for(0);
+    let mail = smtp_server.wait_for(0);
     assert!(subject(&mail).ends_with(" and 2 more"), "{mail}");
     for name in files {
         assert!(text(&mail).contains(&format!("file-missing: file.{name}, since ")), "{mail}");
@@ -145,11 +145,11 @@ fn what_happens_within_wait_is_one_mail() {
 
 #[test]
 fn what_lasts_is_told_again_after_repeat() {
-    let postbox = Postbox::start("none");
-    let daemon = start(&["a"], &postbox.channel(""), "wait = \"100ms\"\nrepeat = \"1s\"");
+    let smtp_server = SmtpServer::start("none");
+    let daemon = start(&["a"], &smtp_server.channel(""), "wait = \"100ms\"\nrepeat = \"1s\"");
     fs::remove_file(daemon.path("a")).unwrap();
-    postbox.wait_for(2);
-    let mails = postbox.mails();
+    smtp_server.wait_for(2);
+    let mails = smtp_server.mails();
     assert!(subject(&mails[0]).starts_with("file-missing: file.a"), "{mails:?}");
     for again in &mails[1..] {
         assert!(subject(again).starts_with("still: file-missing: file.a"), "{mails:?}");
@@ -158,7 +158,7 @@ fn what_lasts_is_told_again_after_repeat() {
 
 #[test]
 fn a_mirror_that_fails_and_recovers_is_told_with_the_files_that_it_brings() {
-    let postbox = Postbox::start("tls");
+    let smtp_server = SmtpServer::start("tls");
     let broken = Arc::<AtomicBool>::default();
     let is_broken = Arc::clone(&broken);
     let files = Arc::new(AtomicUsize::new(1));
@@ -177,27 +177,27 @@ fn a_mirror_that_fails_and_recovers_is_told_with_the_files_that_it_brings() {
          every = \"1s\"\nretries = 0\n",
         web.url("list.json")
     );
-    let channel = postbox.channel("max-attachment = \"10B\"") + &mirror;
+    let channel = smtp_server.channel("max-attachment = \"10B\"") + &mirror;
     let daemon = start(&[], &channel, "wait = \"300ms\"");
-    let mail = postbox.wait_for(0);
+    let mail = smtp_server.wait_for(0);
     assert!(subject(&mail).starts_with("mirror-updated: mirror.m, at "), "{mail}");
     let attachment = &mail["attachments"][0];
     let content = json!(STANDARD.encode("/0.txt"));
     assert_eq!((&attachment["filename"], &attachment["content"]), (&json!("0.txt"), &content));
 
     broken.store(true, Ordering::SeqCst);
-    let mail = postbox.wait_for(1);
+    let mail = smtp_server.wait_for(1);
     assert!(subject(&mail).starts_with("mirror-failed: mirror.m, since "), "{mail}");
     assert!(text(&mail).contains("403"), "{mail}");
 
     broken.store(false, Ordering::SeqCst);
-    let mail = postbox.wait_for(2);
+    let mail = smtp_server.wait_for(2);
     assert!(subject(&mail).starts_with("over: mirror-failed: mirror.m"), "{mail}");
     assert_eq!(mail["attachments"], json!([]));
 
     // Two more, of which one fits.
     files.store(3, Ordering::SeqCst);
-    let mail = postbox.wait_for(3);
+    let mail = smtp_server.wait_for(3);
     assert!(subject(&mail).starts_with("mirror-updated: mirror.m, at "), "{mail}");
     assert_eq!(mail["attachments"].as_array().unwrap().len(), 1, "{mail}");
     assert!(text(&mail).contains("Not attached: ") && text(&mail).contains("max-attachment"));
@@ -206,41 +206,41 @@ fn a_mirror_that_fails_and_recovers_is_told_with_the_files_that_it_brings() {
 
 #[test]
 fn a_reload_that_fails_is_told_and_its_end_too() {
-    let postbox = Postbox::start("tls");
-    let channel = postbox.channel("");
+    let smtp_server = SmtpServer::start("tls");
+    let channel = smtp_server.channel("");
     let daemon = start(&["a"], &channel, "wait = \"200ms\"");
     let good = config(&["a"], &channel, "state = \"state\"\nwait = \"200ms\"");
     assert!(says(&daemon.reload(&format!("{good}\n[nonsense]\n")), "reload failed"));
-    let mail = postbox.wait_for(0);
+    let mail = smtp_server.wait_for(0);
     assert!(subject(&mail).starts_with("reload-failed: configuration, since "), "{mail}");
     assert!(text(&mail).contains("nonsense"), "{mail}");
     assert!(says(&daemon.reload(&good), "reloaded: "));
-    let over = postbox.wait_for(1);
+    let over = smtp_server.wait_for(1);
     assert!(subject(&over).starts_with("over: reload-failed: configuration"), "{over}");
 }
 
 #[test]
 fn only_what_is_wanted_is_told() {
-    let postbox = Postbox::start("tls");
+    let smtp_server = SmtpServer::start("tls");
     let alert = "wait = \"100ms\"\non = [\"reload-failed\"]";
-    let daemon = start(&["a"], &postbox.channel(""), alert);
+    let daemon = start(&["a"], &smtp_server.channel(""), alert);
     fs::remove_file(daemon.path("a")).unwrap();
     daemon.wait_for("the fault in the log", |line| {
         line["service"] == "file.a" && line["level"] != "INFO"
     });
     daemon.reload("nonsense");
-    let mail = postbox.wait_for(0);
+    let mail = smtp_server.wait_for(0);
     assert!(subject(&mail).starts_with("reload-failed: "), "{mail}");
     assert!(!text(&mail).contains("file-missing"), "{mail}");
 }
 
 #[test]
 fn fifty_faults_are_no_more_mails_than_max_per_hour_and_the_next_counts_the_rest() {
-    let postbox = Postbox::start("tls");
+    let smtp_server = SmtpServer::start("tls");
     let names: Vec<_> = (0..50).map(|number| format!("f{number:02}")).collect();
     let files: Vec<_> = names.iter().map(String::as_str).collect();
     let alert = "wait = \"50ms\"\nmax-per-hour = 3";
-    let daemon = start(&files, &postbox.channel(""), alert);
+    let daemon = start(&files, &smtp_server.channel(""), alert);
     let mut told = 0_u64;
     for group in names.chunks(5) {
         for name in group {
@@ -254,12 +254,12 @@ fn fifty_faults_are_no_more_mails_than_max_per_hour_and_the_next_counts_the_rest
         });
     }
     assert!(told >= 10);
-    assert_eq!((count(&daemon, "sent"), postbox.mails().len()), (3, 3));
+    assert_eq!((count(&daemon, "sent"), smtp_server.mails().len()), (3, 3));
     // There is a place again, as if an hour had passed. What is missing would be a fault of the
     // configuration.
     let alert = "state = \"state\"\nwait = \"50ms\"\nmax-per-hour = 4";
-    daemon.reload(&config(&[], &postbox.channel(""), alert));
-    let mail = postbox.wait_for(3);
+    daemon.reload(&config(&[], &smtp_server.channel(""), alert));
+    let mail = smtp_server.wait_for(3);
     let said = subject(&mail) + text(&mail);
     let (before, _) = said.split_once(" messages ").unwrap();
     let number = before.rsplit([' ', '\n']).next().unwrap();
@@ -267,13 +267,13 @@ fn fifty_faults_are_no_more_mails_than_max_per_hour_and_the_next_counts_the_rest
     assert!((told - 3..=count(&daemon, "withheld")).contains(&number), "{told}: {mail}");
     assert!(said.contains("withheld"), "{mail}");
     eventually("the count", || count(&daemon, "sent") == 4 && queued(&daemon) == 0);
-    assert_eq!(postbox.mails().len(), 4);
+    assert_eq!(smtp_server.mails().len(), 4);
 }
 
 #[test]
 fn nothing_is_lost_while_the_mail_server_is_down() {
-    let mut postbox = Postbox::down("tls");
-    let daemon = start(&["a", "b"], &postbox.channel(""), "wait = \"100ms\"");
+    let mut smtp_server = SmtpServer::down("tls");
+    let daemon = start(&["a", "b"], &smtp_server.channel(""), "wait = \"100ms\"");
     fs::remove_file(daemon.path("a")).unwrap();
     eventually("a failure", || count(&daemon, "failed") > 0);
     fs::remove_file(daemon.path("b")).unwrap();
@@ -282,13 +282,13 @@ fn nothing_is_lost_while_the_mail_server_is_down() {
     assert!(line["error"].as_str().unwrap().contains("refused"), "{line}");
     let ids: Vec<_> = waiting(daemon.folder.path()).iter().map(|one| one["id"].clone()).collect();
     assert_eq!(ids.len(), 2);
-    postbox.up();
-    let mails = [postbox.wait_for(0), postbox.wait_for(1)];
+    smtp_server.up();
+    let mails = [smtp_server.wait_for(0), smtp_server.wait_for(1)];
     let mut came: Vec<_> = mails.iter().map(|mail| json!(id(mail))).collect();
     came.sort_by_key(|id| ids.iter().position(|known| known == id));
     assert_eq!(came, ids);
     eventually("the count", || count(&daemon, "sent") == 2 && queued(&daemon) == 0);
-    assert_eq!(postbox.mails().len(), 2);
+    assert_eq!(smtp_server.mails().len(), 2);
     // Its own failure was told over no channel.
     assert!(mails.iter().all(|mail| text(mail).contains("file-missing")), "{mails:?}");
     assert!(waiting(daemon.folder.path()).is_empty());
@@ -296,8 +296,8 @@ fn nothing_is_lost_while_the_mail_server_is_down() {
 
 #[test]
 fn what_waits_survives_a_crash() {
-    let mut postbox = Postbox::down("tls");
-    let channel = postbox.channel("");
+    let mut smtp_server = SmtpServer::down("tls");
+    let channel = smtp_server.channel("");
     let mut daemon = start(&["a"], &channel, "wait = \"100ms\"");
     fs::remove_file(daemon.path("a")).unwrap();
     eventually("a failure", || count(&daemon, "failed") > 0);
@@ -305,19 +305,19 @@ fn what_waits_survives_a_crash() {
     let [message] = &waiting(folder.path())[..] else { panic!("not one") };
     let known = message["id"].as_str().unwrap().to_owned();
     fs::write(folder.path().join("a"), "again").unwrap();
-    postbox.up();
+    smtp_server.up();
     let again = config(&["a"], &channel, "state = \"state\"\nwait = \"100ms\"");
     let daemon = Daemon::start_in(folder, &again, |_| {});
-    let mail = postbox.wait_for(0);
+    let mail = smtp_server.wait_for(0);
     assert_eq!(id(&mail), known);
     assert!(subject(&mail).starts_with("file-missing: file.a, since "), "{mail}");
     eventually("the count", || count(&daemon, "sent") == 1 && queued(&daemon) == 0);
-    assert_eq!(postbox.mails().len(), 1);
+    assert_eq!(smtp_server.mails().len(), 1);
 }
 
 #[test]
 fn reports_a_persisting_condition_again_after_a_restart() {
-    let postbox = Postbox::start("tls");
+    let smtp_server = SmtpServer::start("tls");
     let broken = Arc::new(AtomicBool::new(true));
     let is_broken = Arc::clone(&broken);
     let web = Web::answers(move |_| match is_broken.load(Ordering::SeqCst) {
@@ -329,86 +329,86 @@ fn reports_a_persisting_condition_again_after_a_restart() {
          retries = 0\n",
         web.url("list.json")
     );
-    let channel = postbox.channel("") + &mirror;
+    let channel = smtp_server.channel("") + &mirror;
     let mut daemon = start(&[], &channel, "wait = \"100ms\"");
-    let fault = subject(&postbox.wait_for(0));
+    let fault = subject(&smtp_server.wait_for(0));
     assert!(fault.starts_with("mirror-failed: mirror.m, since "), "{fault}");
     eventually("the count", || count(&daemon, "sent") == 1 && queued(&daemon) == 0);
     eventually("the end of it on the disk", || waiting(daemon.folder.path()).is_empty());
     let folder = daemon.crash();
     let again = config(&[], &channel, "state = \"state\"\nwait = \"100ms\"");
     let daemon = Daemon::start_in(folder, &again, |_| {});
-    let fault = subject(&postbox.wait_for(1));
+    let fault = subject(&smtp_server.wait_for(1));
     assert!(fault.starts_with("mirror-failed: mirror.m, since "), "{fault}");
     broken.store(false, Ordering::SeqCst);
-    assert_eq!(subject(&postbox.wait_for(2)), format!("over: {fault}"));
+    assert_eq!(subject(&smtp_server.wait_for(2)), format!("over: {fault}"));
     eventually("the count", || count(&daemon, "sent") == 2 && queued(&daemon) == 0);
-    assert_eq!(postbox.mails().len(), 3);
+    assert_eq!(smtp_server.mails().len(), 3);
 }
 
 #[test]
 fn after_a_crash_between_sending_and_noting_the_same_message_comes_again() {
-    let postbox = Postbox::start("tls");
-    postbox.order("mute");
-    let channel = postbox.channel("");
+    let smtp_server = SmtpServer::start("tls");
+    smtp_server.order("mute");
+    let channel = smtp_server.channel("");
     let mut daemon = start(&["a"], &channel, "wait = \"100ms\"");
     fs::remove_file(daemon.path("a")).unwrap();
-    let first = postbox.wait_for(0);
+    let first = smtp_server.wait_for(0);
     let folder = daemon.crash();
-    postbox.withdraw("mute");
+    smtp_server.withdraw("mute");
     fs::write(folder.path().join("a"), "again").unwrap();
     let again = config(&["a"], &channel, "state = \"state\"\nwait = \"100ms\"");
     let daemon = Daemon::start_in(folder, &again, |_| {});
-    let second = postbox.wait_for(1);
+    let second = smtp_server.wait_for(1);
     assert_eq!(id(&first), id(&second));
     for field in ["subject", "date", "to"] {
         assert_eq!(first["headers"][field], second["headers"][field]);
     }
     assert_eq!(first["text"], second["text"]);
     eventually("the count", || count(&daemon, "sent") == 1 && queued(&daemon) == 0);
-    assert_eq!(postbox.mails().len(), 2);
+    assert_eq!(smtp_server.mails().len(), 2);
 }
 
 #[test]
 fn a_message_that_is_taken_without_a_word_comes_again_with_the_same_id() {
-    let postbox = Postbox::start("tls");
-    postbox.order("cut");
-    let daemon = start(&["a"], &postbox.channel(""), "wait = \"100ms\"");
+    let smtp_server = SmtpServer::start("tls");
+    smtp_server.order("cut");
+    let daemon = start(&["a"], &smtp_server.channel(""), "wait = \"100ms\"");
     fs::remove_file(daemon.path("a")).unwrap();
-    let first = postbox.wait_for(0);
+    let first = smtp_server.wait_for(0);
     eventually("a failure", || count(&daemon, "failed") == 1);
     // The attempt is counted, so that the message is not repeated for ever. The metric is ahead of
     // the queue on the disk.
     eventually("the attempt in the queue", || waiting(daemon.folder.path())[0]["rejections"] == 1);
-    postbox.withdraw("cut");
-    let second = postbox.wait_for(1);
+    smtp_server.withdraw("cut");
+    let second = smtp_server.wait_for(1);
     assert_eq!(id(&first), id(&second));
     eventually("the count", || count(&daemon, "sent") == 1 && queued(&daemon) == 0);
 }
 
 #[test]
 fn who_is_to_come_later_comes_later_and_one_who_is_refused_costs_the_others_nothing() {
-    let postbox = Postbox::start("tls");
-    postbox.order("busy");
-    let daemon = start(&["a"], &postbox.channel(""), "wait = \"100ms\"");
+    let smtp_server = SmtpServer::start("tls");
+    smtp_server.order("busy");
+    let daemon = start(&["a"], &smtp_server.channel(""), "wait = \"100ms\"");
     fs::remove_file(daemon.path("a")).unwrap();
     eventually("a failure", || count(&daemon, "failed") == 1);
     let line = daemon.wait_for_message("alert not sent over mail.ops");
     assert_eq!(line["error"], "451 4.3.2 not now");
-    postbox.withdraw("busy");
-    postbox.wait_for(0);
+    smtp_server.withdraw("busy");
+    smtp_server.wait_for(0);
     // One recipient that there is not costs the others nothing. If there is no other, somebody has to
     // do something about the channel, and the alert waits for that.
-    let to = |to: &str| postbox.channel("").replace("ops@example.org", to);
+    let to = |to: &str| smtp_server.channel("").replace("ops@example.org", to);
     let again = |to: &str| config(&["a"], to, "state = \"state\"\nwait = \"100ms\"");
     let back = |number| {
         fs::write(daemon.path("a"), "again").unwrap();
-        postbox.wait_for(number);
+        smtp_server.wait_for(number);
     };
     back(1);
     daemon.reload(&again(&to("nobody@example.org\", \"x@example.org")));
     fs::remove_file(daemon.path("a")).unwrap();
-    let mail = postbox.wait_for(2);
+    let mail = smtp_server.wait_for(2);
     assert_eq!(mail["envelope"][1], json!(["x@example.org"]));
     daemon.wait_for_message("alert not sent over mail.ops: nobody@example.org: 550 5.1.1");
     back(3);
@@ -417,8 +417,8 @@ fn who_is_to_come_later_comes_later_and_one_who_is_refused_costs_the_others_noth
     daemon.wait_for_message("alert not sent over mail.ops: nobody@example.org: 550 5.1.1");
     eventually("the queue", || (count(&daemon, "refused"), queued(&daemon)) == (0, 3));
     fs::write(daemon.path("a"), "again").unwrap();
-    daemon.reload(&again(&postbox.channel("")));
-    let mail = postbox.wait_for(4);
+    daemon.reload(&again(&smtp_server.channel("")));
+    let mail = smtp_server.wait_for(4);
     assert!(subject(&mail).starts_with("file-missing: file.a"), "{mail}");
 }
 
@@ -459,14 +459,14 @@ fn a_dead_mail_server_costs_the_services_nothing() {
 
 #[test]
 fn every_channel_is_told_and_one_that_fails_keeps_no_other_from_it() {
-    let mut postbox = Postbox::down("tls");
+    let mut smtp_server = SmtpServer::down("tls");
     let provider = Web::always(Reply::json(&json!({ "code": 2, "smsid": "1" })));
-    let channels = postbox.channel("")
+    let channels = smtp_server.channel("")
         + &format!(
             "[sms.ops]\nprovider = \"ihuyi\"\nurl = \"{}\"\naccount = \"cf\"\n\
              password-file = \"{}\"\nto = [\"13800000000\"]\n",
             provider.url("sms"),
-            postbox.password_file()
+            smtp_server.password_file()
         );
     let both = config(&["a"], &channels, "state = \"state\"\nwait = \"100ms\"")
         .replace("to = [\"mail.ops\"]", "to = [\"mail.ops\", \"sms.ops\"]");
@@ -478,22 +478,22 @@ fn every_channel_is_told_and_one_that_fails_keeps_no_other_from_it() {
     let sent = "handout_alerts_total{channel=\"sms.ops\",outcome=\"sent\"}";
     eventually("the count", || metric(daemon.tcp("metrics"), sent) == 1.0);
     eventually("a failure", || count(&daemon, "failed") > 0 && queued(&daemon) == 1);
-    postbox.up();
-    postbox.wait_for(0);
+    smtp_server.up();
+    smtp_server.wait_for(0);
     assert_eq!(provider.requests().len(), 1);
 }
 
 #[test]
 fn what_is_said_last_is_told_before_the_end() {
-    let postbox = Postbox::start("tls");
-    let mut daemon = start(&["a"], &postbox.channel(""), "wait = \"1h\"");
+    let smtp_server = SmtpServer::start("tls");
+    let mut daemon = start(&["a"], &smtp_server.channel(""), "wait = \"1h\"");
     daemon.reload("nonsense");
     fs::remove_file(daemon.path("a")).unwrap();
     daemon.wait_for("the fault in the log", |line| {
         line["service"] == "file.a" && line["level"] != "INFO"
     });
     assert!(daemon.stop().success());
-    let mail = postbox.wait_for(0);
+    let mail = smtp_server.wait_for(0);
     assert!(text(&mail).contains("reload-failed: configuration"), "{mail}");
     assert!(text(&mail).contains("file-missing: file.a"), "{mail}");
     assert!(waiting(daemon.folder.path()).is_empty());
@@ -501,12 +501,12 @@ fn what_is_said_last_is_told_before_the_end() {
 
 #[test]
 fn a_channel_that_fails_is_told_over_the_others_and_not_over_itself() {
-    let (postbox, other) = (Postbox::start("tls"), Postbox::start("tls"));
+    let (smtp_server, other) = (SmtpServer::start("tls"), SmtpServer::start("tls"));
     let folder = folder(&["a"]);
     fs::write(folder.path().join("password"), "wrong\n").unwrap();
     let channels = format!(
         "{}{}",
-        postbox.channel("").replace(&postbox.password_file(), "password"),
+        smtp_server.channel("").replace(&smtp_server.password_file(), "password"),
         other.channel("").replace("mail.ops", "mail.other")
     );
     let alert = "state = \"state\"\nwait = \"300ms\"\non = [\"file-missing\", \"channel-failed\"]";
@@ -521,29 +521,32 @@ fn a_channel_that_fails_is_told_over_the_others_and_not_over_itself() {
     assert!(text(&mail).contains("the login is refused: 535"), "{mail}");
     // With the right password it has the one message that is not about itself.
     fs::write(daemon.path("password"), format!("{PASSWORD}\n")).unwrap();
-    let mail = postbox.wait_for(0);
+    let mail = smtp_server.wait_for(0);
     assert!(subject(&mail).starts_with("file-missing: file.a, since "), "{mail}");
     let mail = other.wait_for(2);
     assert!(subject(&mail).starts_with("over: channel-failed: mail.ops, since "), "{mail}");
-    assert_eq!(postbox.mails().len(), 1);
+    assert_eq!(smtp_server.mails().len(), 1);
 }
 
 #[test]
 fn what_lasts_is_told_to_who_wants_to_know_it_later() {
-    let postbox = Postbox::start("none");
+    let smtp_server = SmtpServer::start("none");
     let of = |on: &str| {
         // A mirror that nobody answers.
         let mirror =
             "[mirror.m]\nurls = [\"http://127.0.0.1:1/x\"]\ninto = \"files\"\nretries = 0\n";
-        let all =
-            config(&[], &postbox.channel(mirror), "on = [ON]\nstate = \"state\"\nwait = \"200ms\"");
+        let all = config(
+            &[],
+            &smtp_server.channel(mirror),
+            "on = [ON]\nstate = \"state\"\nwait = \"200ms\"",
+        );
         match on {
             "" => all.split("[alert]").next().unwrap().to_owned(),
             on => all.replace("ON", on),
         }
     };
     let daemon = Daemon::start_in(folder(&[]), &of("\"mirror-failed\""), |_| {});
-    let mail = postbox.wait_for(0);
+    let mail = smtp_server.wait_for(0);
     assert!(subject(&mail).starts_with("mirror-failed: mirror.m, since "), "{mail}");
     for (number, other) in [(1, "\"file-missing\""), (2, "")] {
         for on in [other, "\"mirror-failed\""] {
@@ -556,30 +559,30 @@ fn what_lasts_is_told_to_who_wants_to_know_it_later() {
                 daemon.lines().iter().filter(|line| heeded(line)).count() > before
             });
         }
-        let mail = postbox.wait_for(number);
+        let mail = smtp_server.wait_for(number);
         assert!(subject(&mail).starts_with("mirror-failed: mirror.m, since "), "{mail}");
     }
 }
 
 #[test]
 fn refuses_a_reload_that_moves_the_queue() {
-    let postbox = Postbox::start("none");
-    let daemon = start(&["a"], &postbox.channel(""), "wait = \"100ms\"");
+    let smtp_server = SmtpServer::start("none");
+    let daemon = start(&["a"], &smtp_server.channel(""), "wait = \"100ms\"");
     fs::create_dir(daemon.path("other")).unwrap();
-    let moved = config(&["a"], &postbox.channel(""), "state = \"other\"\nwait = \"100ms\"");
+    let moved = config(&["a"], &smtp_server.channel(""), "state = \"other\"\nwait = \"100ms\"");
     let line = daemon.reload(&moved);
     assert!(says(&line, "reload failed") && line.to_string().contains("restart"), "{line}");
     fs::remove_file(daemon.path("a")).unwrap();
-    postbox.wait_for(0);
+    smtp_server.wait_for(0);
 }
 
 #[test]
 fn two_daemons_do_not_share_a_queue() {
-    let postbox = Postbox::down("none");
+    let smtp_server = SmtpServer::down("none");
     let alert = "state = \"state\"\nwait = \"100ms\"";
-    let first = start(&["a"], &postbox.channel(""), "wait = \"100ms\"");
+    let first = start(&["a"], &smtp_server.channel(""), "wait = \"100ms\"");
     let state = first.path("state");
-    let second = config(&["b"], &postbox.channel(""), alert)
+    let second = config(&["b"], &smtp_server.channel(""), alert)
         .replace("\"state\"", &format!("\"{}\"", state.display()));
     let second = Daemon::start_in(folder(&["b"]), &second, |_| {});
     second.wait_for_message("another handout has it");
@@ -594,8 +597,8 @@ fn two_daemons_do_not_share_a_queue() {
 
 #[test]
 fn a_mail_that_is_refused_with_its_files_is_sent_without_them() {
-    let postbox = Postbox::start("none");
-    postbox.order("small");
+    let smtp_server = SmtpServer::start("none");
+    smtp_server.order("small");
     let web = Web::answers(move |request| match request.target.as_str() {
         "/list.json" => Reply::json(&json!([{ "url": "x.txt" }])),
         name => Reply::ok(name.as_bytes()),
@@ -604,8 +607,8 @@ fn a_mail_that_is_refused_with_its_files_is_sent_without_them() {
         "[mirror.m]\nsource = \"{}\"\nlist = \"\"\nurl = \"/url\"\ninto = \"files\"\n",
         web.url("list.json")
     );
-    let _daemon = start(&[], &postbox.channel(&mirror), "wait = \"100ms\"");
-    let mail = postbox.wait_for(0);
+    let _daemon = start(&[], &smtp_server.channel(&mirror), "wait = \"100ms\"");
+    let mail = smtp_server.wait_for(0);
     assert!(subject(&mail).starts_with("mirror-updated: mirror.m, at "), "{mail}");
     assert_eq!(mail["attachments"], json!([]));
     let why = "Not attached: 1 file, which the server refuses: 552 5.3.4 message size exceeds";
@@ -653,7 +656,7 @@ fn who_has_got_an_sms_does_not_get_it_again_after_a_stop() {
 /// As `/var/lib/handout` is one under `DynamicUser=`.
 #[test]
 fn links_in_configured_paths_are_followed_and_an_empty_mirror_raises_no_alarm() {
-    let postbox = Postbox::start("tls");
+    let smtp_server = SmtpServer::start("tls");
     let release = Arc::<AtomicBool>::default();
     let held = Arc::clone(&release);
     let web = Web::answers(move |_| {
@@ -673,7 +676,7 @@ fn links_in_configured_paths_are_followed_and_an_empty_mirror_raises_no_alarm() 
          {}\n[alert]\nto = [\"mail.ops\"]\non = [\"file-missing\", \"mirror-failed\", \"mirror-updated\"]\n\
          wait = \"100ms\"\nstate = \"state/queue\"\n",
         web.url("a.txt"),
-        postbox.channel("")
+        smtp_server.channel("")
     );
     let daemon = Daemon::start_in(folder, &config, |_| {});
     let list = |service| {
@@ -692,7 +695,7 @@ fn links_in_configured_paths_are_followed_and_an_empty_mirror_raises_no_alarm() 
 
     release.store(true, Ordering::SeqCst);
     // The only mail is that there are files.
-    let mail = postbox.wait_for(0);
+    let mail = smtp_server.wait_for(0);
     assert!(subject(&mail).starts_with("mirror-updated: mirror.m, at "), "{mail}");
     // A list may be half a second old.
     eventually("the file in the lists", || {

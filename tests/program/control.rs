@@ -178,7 +178,7 @@ fn agrees_in_exit_code_metrics_log_and_status_on_every_kind_of_fault() {
 #[cfg(feature = "gateway")]
 #[test]
 fn mails_the_operator_if_a_credential_cannot_be_read_at_a_reload() {
-    let postbox = crate::postbox::Postbox::start("tls");
+    let smtp_server = crate::smtp_server::SmtpServer::start("tls");
     let folder = tempfile::tempdir().unwrap();
     let (runtime, credentials) = (folder.path().to_owned(), folder.path().join("credentials"));
     fs::create_dir(&credentials).unwrap();
@@ -187,7 +187,7 @@ fn mails_the_operator_if_a_credential_cannot_be_read_at_a_reload() {
         "{CLOCK}{METRICS}[mirror.m]\nurls = [\"http://127.0.0.1:9/\"]\ninto = \"m\"\n\
          bearer-token-file = \"token\"\n{}\n[alert]\nto = [\"mail.ops\"]\nwait = \"100ms\"\n\
          on = [\"reload-failed\"]\n",
-        postbox.channel("")
+        smtp_server.channel("")
     );
     let daemon = Daemon::start_in(folder, &config, |command| {
         command.env("RUNTIME_DIRECTORY", runtime).env("CREDENTIALS_DIRECTORY", &credentials);
@@ -198,7 +198,7 @@ fn mails_the_operator_if_a_credential_cannot_be_read_at_a_reload() {
     assert_eq!(output.status.code(), Some(78), "{output:?}");
     assert!(stderr(&output).contains("mirror.m.bearer-token-file"), "{output:?}");
     assert!(reloads(&daemon, "failed") > 0.5);
-    let mail = postbox.wait_for(0);
+    let mail = smtp_server.wait_for(0);
     assert!(mail["text"].as_str().unwrap().contains("bearer-token-file"), "{mail}");
 }
 

@@ -31,8 +31,8 @@ use tempfile::TempDir;
 
 use crate::common::{DEADLINE, Daemon, eventually, program, run, wait_for_exit};
 use crate::good::{content, internet, read_document, unix, whole};
-use crate::postbox::Postbox;
 use crate::servers::Running;
+use crate::smtp_server::SmtpServer;
 use crate::web::{Nginx, touch};
 
 /// A file, and its size: nginx sends the largest of them in a third of a second.
@@ -148,7 +148,7 @@ fn kill_within(command: &mut Command, milliseconds: u64) {
 /// All that outlives the daemon.
 struct World {
     nginx: Nginx,
-    postbox: Postbox,
+    smtp_server: SmtpServer,
     folder: PathBuf,
     /// Where `fetch` and `download` save.
     saved: TempDir,
@@ -183,7 +183,7 @@ impl World {
         let address = SocketAddr::from((Ipv4Addr::new(127, 100 + high % 100, low, 1), 0));
         let world = Self {
             nginx: Nginx::start_with("limit_rate 1m;"),
-            postbox: Postbox::start("none"),
+            smtp_server: SmtpServer::start("none"),
             folder: folder.to_owned(),
             saved: tempfile::tempdir().unwrap(),
             ports: [address; 2],
@@ -232,7 +232,7 @@ impl World {
             PUSHED.0,
             urls.join(", "),
             faulty.concat(),
-            self.postbox.channel(""),
+            self.smtp_server.channel(""),
         )
     }
 
@@ -453,7 +453,7 @@ impl World {
     /// Every mail so far.
     fn mails(&self) -> MutexGuard<'_, Vec<Value>> {
         let mut mails = self.mails.lock().unwrap();
-        let more = self.postbox.mails_from(mails.len());
+        let more = self.smtp_server.mails_from(mails.len());
         mails.extend(more);
         mails
     }

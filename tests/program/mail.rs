@@ -1,5 +1,4 @@
-//! `handout mail`, and `[mail.NAME]`: what a real server takes is what was sent, and of every other
-//! server it is said what is wrong with it.
+//! `handout mail` and `[mail.NAME]` against a real mail server and against faulty ones.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
@@ -17,10 +16,10 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::common::{eventually, program, run, sample};
-use crate::postbox::{PASSWORD, Postbox, USER};
 use crate::servers::{Outcome, Running, Server, bounded, end, nobody};
+use crate::smtp_server::{PASSWORD, SmtpServer, USER};
 
-/// A folder with a configuration, and what is sent from it.
+/// A folder with a configuration, from which mails are sent.
 struct Place(TempDir);
 
 impl Place {
@@ -39,7 +38,7 @@ impl Place {
         command
     }
 
-    /// `handout` with these arguments, and this configuration; no secret is in what it says.
+    /// Runs `handout` with these arguments and this configuration. Checks that it prints no secret.
     fn handout(&self, arguments: &[&str]) -> Outcome {
         let outcome = Outcome::of(run(&mut self.prepare(bounded(), arguments)));
         tells_no_secret(&format!("{}{}", outcome.text(), outcome.stderr));
@@ -107,7 +106,7 @@ fn speak(stream: &mut TcpStream, answer: &dyn Fn(&str, &str) -> Option<Vec<u8>>)
     Ok(())
 }
 
-/// What a server says to whom everything is right.
+/// The replies of a server that accepts everything.
 fn usual(word: &str) -> Option<String> {
     let said = match word {
         "EHLO" => "250-mail.example.org\r\n250 8BITMIME",
@@ -131,13 +130,13 @@ fn lines(mail: &Value) -> String {
 }
 
 #[test]
-fn what_arrives_is_what_was_sent_field_by_field() {
+fn delivers_every_field_unchanged() {
     for security in ["tls", "starttls"] {
-        let postbox = Postbox::start(security);
+        let smtp_server = SmtpServer::start(security);
         let place = Place::new(&format!(
             "[mail.ops]\n{}from = \"handout <sender@example.org>\"\n\
              to = [\"xm@example.com\", \"汇总 <hui@example.com>\"]\n",
-            postbox.keys()
+            smtp_server.keys()
         ));
         let hello = b"hello\r\n.\r\n\x00\xff\n".as_slice();
         let table = sample(7, 30_000);
@@ -157,7 +156,7 @@ fn what_arrives_is_what_was_sent_field_by_field() {
             text,
         ]);
         let id = outcome.succeeded().text().trim_end();
-        let mail = postbox.wait_for(0);
+        let mail = smtp_server.wait_for(0);
         assert_eq!(mail["headers"]["subject"], "示例代码实验邮件");
         assert_eq!(mail["headers"]["message-id"], id);
         assert!(id.starts_with('<') && id.ends_with("@example.org>"), "{id}");
@@ -181,16 +180,16 @@ fn what_arrives_is_what_was_sent_field_by_field() {
         assert_eq!(mail["attachments"], attachments);
         assert_eq!(mail["defects"], json!([]));
         assert_eq!((&mail["tls"], &mail["mechanism"]), (&json!(true), &json!("PLAIN")));
-        let raw = postbox.raw(0);
+        let raw = smtp_server.raw(0);
         assert!(raw.is_ascii(), "{raw:?}");
         assert!(raw.split(|byte| *byte == b'\n').all(|line| line.len() <= 79), "{raw:?}");
     }
 }
 
 #[test]
-fn a_text_comes_from_standard_input_and_goes_to_who_is_named() {
-    let postbox = Postbox::start("tls");
-    let place = Place::new(&postbox.channel(""));
+fn reads_the_text_from_standard_input_for_named_recipients() {
+    let smtp_server = SmtpServer::start("tls");
+    let place = Place::new(&smtp_server.channel(""));
     for dash in [&[][..], &["-"]] {
         let arguments = [&["mail", "ops", "-s", "Disks", "--to", "Ü <x@example.com>"], dash];
         let mut command = place.prepare(bounded(), &arguments.concat());
@@ -199,7 +198,7 @@ fn a_text_comes_from_standard_input_and_goes_to_who_is_named() {
         child.stdin.take().unwrap().write_all("Größe\n12 GB\n".as_bytes()).unwrap();
         Outcome::of(child.wait_with_output().unwrap()).succeeded();
     }
-    let mails = [postbox.wait_for(0), postbox.wait_for(1)];
+    let mails = [smtp_server.wait_for(0), smtp_server.wait_for(1)];
     for mail in &mails {
         assert_eq!(mail["to"], json!([["Ü", "x@example.com"]]));
         assert_eq!(lines(mail), "Größe\n12 GB");
@@ -209,28 +208,28 @@ fn a_text_comes_from_standard_input_and_goes_to_who_is_named() {
 }
 
 #[test]
-fn who_is_refused_is_named_with_the_servers_words_and_the_others_get_it() {
-    let postbox = Postbox::start("tls");
-    let place = Place::new(&postbox.channel(""));
+fn names_rejected_recipients_and_delivers_to_the_others() {
+    let smtp_server = SmtpServer::start("tls");
+    let place = Place::new(&smtp_server.channel(""));
     let to = ["--to", "nobody@example.com", "--to", "x@example.com", "--to", "later@example.com"];
     let outcome = place.send(&to);
     outcome.failed_with(&[
         "handout: nobody@example.com: 550 5.1.1 no such user here\n",
         "handout: later@example.com: 451 4.2.0 the mailbox is busy\n",
     ]);
-    let mail = postbox.wait_for(0);
+    let mail = smtp_server.wait_for(0);
     assert_eq!(mail["envelope"][1], json!(["x@example.com"]));
     assert_eq!(mail["headers"]["message-id"], outcome.text().trim_end());
     let outcome = place.send(&["--to", "nobody@example.com"]);
     assert_eq!(words(&outcome), "nobody@example.com: 550 5.1.1 no such user here");
     assert_eq!(outcome.text(), "");
-    assert_eq!(postbox.mails().len(), 1);
+    assert_eq!(smtp_server.mails().len(), 1);
 }
 
 #[test]
-fn a_dry_run_prints_the_mail_asks_nobody_and_shows_no_secret() {
-    let postbox = Postbox::down("tls");
-    let place = Place::new(&postbox.channel(""));
+fn a_dry_run_prints_the_mail_without_connecting_or_secrets() {
+    let smtp_server = SmtpServer::down("tls");
+    let place = Place::new(&smtp_server.channel(""));
     fs::write(place.path("a.txt"), "alpha").unwrap();
     let outcome = place.send(&["--dry-run", "--attach", "a.txt"]);
     let printed = outcome.succeeded().text();
@@ -240,24 +239,25 @@ fn a_dry_run_prints_the_mail_asks_nobody_and_shows_no_secret() {
 }
 
 #[test]
-fn login_is_by_whatever_the_server_offers() {
-    let postbox = Postbox::start_without("PLAIN", "starttls");
-    let place = Place::new(&postbox.channel(""));
+fn logs_in_with_any_offered_mechanism() {
+    let smtp_server = SmtpServer::start_without("PLAIN", "starttls");
+    let place = Place::new(&smtp_server.channel(""));
     place.send(&[]).succeeded();
-    assert_eq!(postbox.wait_for(0)["mechanism"], "LOGIN");
+    assert_eq!(smtp_server.wait_for(0)["mechanism"], "LOGIN");
     let neither = smtp(|word, _| usual(word));
-    let login = format!("username = \"{USER}\"\npassword-file = \"{}\"", postbox.password_file());
+    let login =
+        format!("username = \"{USER}\"\npassword-file = \"{}\"", smtp_server.password_file());
     let place = Place::new(&channel_of(&neither, &login));
     assert!(words(&place.send(&[])).contains("neither AUTH PLAIN nor AUTH LOGIN"));
 }
 
 #[test]
-fn a_password_may_be_a_credential_of_the_service_manager() {
-    let postbox = Postbox::start("tls");
+fn reads_the_password_from_a_credential() {
+    let smtp_server = SmtpServer::start("tls");
     let credentials = tempfile::tempdir().unwrap();
-    fs::copy(postbox.password_file(), credentials.path().join("secret")).unwrap();
-    let named = format!("\"{}\"", postbox.password_file());
-    let place = Place::new(&postbox.channel("").replace(&named, "\"secret\""));
+    fs::copy(smtp_server.password_file(), credentials.path().join("secret")).unwrap();
+    let named = format!("\"{}\"", smtp_server.password_file());
+    let place = Place::new(&smtp_server.channel("").replace(&named, "\"secret\""));
     let mut command = place.prepare(bounded(), &["check", "--connect"]);
     assert_eq!(run(&mut command).status.code(), Some(78));
     command.env("CREDENTIALS_DIRECTORY", credentials.path());
@@ -265,22 +265,22 @@ fn a_password_may_be_a_credential_of_the_service_manager() {
 }
 
 #[test]
-fn a_wrong_password_is_said_in_the_servers_words() {
+fn reports_a_wrong_password() {
     for security in ["tls", "starttls"] {
-        let postbox = Postbox::start(security);
-        let place = Place::new(&postbox.channel(""));
+        let smtp_server = SmtpServer::start(security);
+        let place = Place::new(&smtp_server.channel(""));
         place.check().succeeded();
-        fs::write(postbox.password_file(), "wrong-one\n").unwrap();
+        fs::write(smtp_server.password_file(), "wrong-one\n").unwrap();
         for outcome in [place.send(&[]), place.check()] {
             outcome.failed_with(&["the login is refused: 535 5.7.8"]);
             assert!(!outcome.stderr.contains("wrong-one"), "{outcome:?}");
         }
-        assert!(postbox.mails().is_empty());
+        assert!(smtp_server.mails().is_empty());
     }
 }
 
 #[test]
-fn a_secret_that_a_server_repeats_is_not_printed() {
+fn withholds_secrets_that_a_server_repeats() {
     let server = smtp(|word, line| match word {
         "EHLO" => Some("250-mail.example.org\r\n250 AUTH PLAIN".to_owned()),
         "AUTH" => {
@@ -292,8 +292,9 @@ fn a_secret_that_a_server_repeats_is_not_printed() {
         }
         _ => usual(word),
     });
-    let postbox = Postbox::down("none");
-    let login = format!("username = \"{USER}\"\npassword-file = \"{}\"", postbox.password_file());
+    let smtp_server = SmtpServer::down("none");
+    let login =
+        format!("username = \"{USER}\"\npassword-file = \"{}\"", smtp_server.password_file());
     let place = Place::new(&channel_of(&server, &login));
     for outcome in [place.send(&[]), place.check()] {
         outcome.failed_with(&["the login is refused: 535\n"]);
@@ -301,7 +302,7 @@ fn a_secret_that_a_server_repeats_is_not_printed() {
 }
 
 #[test]
-fn a_secret_that_a_server_repeats_later_or_at_length_is_not_printed_either() {
+fn withholds_secrets_in_late_and_long_replies() {
     for (at, before) in [("MAIL", ""), ("RCPT", "no: "), ("END", &"x".repeat(490)[..])] {
         let before = before.to_owned();
         let server = smtp(move |word, _| match word {
@@ -310,23 +311,24 @@ fn a_secret_that_a_server_repeats_later_or_at_length_is_not_printed_either() {
             _ if word == at => Some(format!("451 {before}{PASSWORD}")),
             _ => usual(word),
         });
-        let postbox = Postbox::down("none");
+        let smtp_server = SmtpServer::down("none");
         let login =
-            format!("username = \"{USER}\"\npassword-file = \"{}\"", postbox.password_file());
+            format!("username = \"{USER}\"\npassword-file = \"{}\"", smtp_server.password_file());
         Place::new(&channel_of(&server, &login)).send(&[]).failed_with(&["451 (withheld"]);
     }
 }
 
 #[test]
-fn no_secret_is_in_what_others_see_of_the_process() {
+fn shows_no_secret_in_arguments_and_environment() {
     let connected = Arc::<AtomicBool>::default();
     let seen = Arc::clone(&connected);
     let server = Server::answers(move |mut stream| {
         seen.store(true, Ordering::SeqCst);
         let _ = io::copy(&mut stream, &mut io::sink());
     });
-    let postbox = Postbox::down("none");
-    let login = format!("username = \"{USER}\"\npassword-file = \"{}\"", postbox.password_file());
+    let smtp_server = SmtpServer::down("none");
+    let login =
+        format!("username = \"{USER}\"\npassword-file = \"{}\"", smtp_server.password_file());
     let place = Place::new(&channel_of(&server, &login));
     let client =
         Running::start(&mut place.prepare(program(), &["mail", "ops", "-s", "Test", "text"]));
@@ -339,7 +341,7 @@ fn no_secret_is_in_what_others_see_of_the_process() {
 }
 
 #[test]
-fn a_server_that_stalls_is_left_after_the_timeout_wherever_it_stalls() {
+fn times_out_at_every_stage() {
     let stalls = |said: &'static str| Server::stalls_after(said);
     let greeting = "220 mail.example.org\r\n";
     for (server, security, doing, connects) in [
@@ -366,7 +368,7 @@ fn a_server_that_stalls_is_left_after_the_timeout_wherever_it_stalls() {
 }
 
 #[test]
-fn a_server_that_trickles_is_left_after_the_timeout_too() {
+fn times_out_on_a_trickling_server() {
     let server = Server::answers(|mut stream| {
         // A line that has no end, a byte at a time, each far within the time.
         while stream.write_all(b"2").is_ok() {
@@ -378,7 +380,7 @@ fn a_server_that_trickles_is_left_after_the_timeout_too() {
 }
 
 #[test]
-fn a_server_that_is_not_there_closes_or_speaks_otherwise_is_told_of() {
+fn reports_servers_that_refuse_close_or_do_not_speak_smtp() {
     let closes = |at: &'static str| smtp(move |word, _| usual(word).filter(|_| word != at));
     for (server, said) in [
         (Server::sends(""), "the server closed the connection without a reply"),
@@ -405,7 +407,7 @@ fn a_server_that_is_not_there_closes_or_speaks_otherwise_is_told_of() {
 }
 
 #[test]
-fn a_server_that_speaks_gbk_is_understood_as_far_as_that_goes() {
+fn accepts_replies_in_gbk() {
     // "邮件已接收" and "邮箱不存在", which are no UTF-8.
     let (taken, unknown) = (b"250 \xd3\xca\xbc\xfe\xd2\xd1\xbd\xd3\xca\xd5", b"550 \xd3\xca no");
     let server = smtp_in_bytes(|word, _| match word {
@@ -427,7 +429,7 @@ fn a_server_that_speaks_gbk_is_understood_as_far_as_that_goes() {
 }
 
 #[test]
-fn a_mail_that_is_too_large_for_the_server_is_not_begun() {
+fn does_not_begin_a_mail_above_the_announced_size() {
     let commands = Arc::new(std::sync::Mutex::new(Vec::new()));
     for (offers, fits) in
         [("SIZE 100", false), ("size 100000", true), ("SIZE 0", true), ("SIZE", true)]
@@ -459,8 +461,9 @@ fn starttls_is_never_skipped() {
         heard.lock().unwrap().push(line.to_owned());
         usual(word)
     });
-    let postbox = Postbox::down("none");
-    let login = format!("username = \"{USER}\"\npassword-file = \"{}\"", postbox.password_file());
+    let smtp_server = SmtpServer::down("none");
+    let login =
+        format!("username = \"{USER}\"\npassword-file = \"{}\"", smtp_server.password_file());
     let config = channel_of(&server, &login).replace("\"none\"", "\"starttls\"");
     let place = Place::new(&config);
     for outcome in [place.send(&[]), place.check()] {
@@ -472,7 +475,7 @@ fn starttls_is_never_skipped() {
 }
 
 #[test]
-fn what_is_said_before_the_encryption_is_not_taken_for_something_within_it() {
+fn refuses_text_between_starttls_and_tls() {
     let server = smtp(|word, _| match word {
         "EHLO" => Some("250-mail.example.org\r\n250 STARTTLS".to_owned()),
         "STARTTLS" => Some("220 go on\r\n250 AUTH PLAIN".to_owned()),
@@ -487,11 +490,11 @@ fn what_is_said_before_the_encryption_is_not_taken_for_something_within_it() {
 #[test]
 fn sends_nothing_to_a_server_whose_certificate_is_not_trusted() {
     for security in ["tls", "starttls"] {
-        let known = Postbox::start(security);
-        let of_another = Postbox::start_on(Ipv4Addr::new(127, 0, 0, 2), security);
+        let known = SmtpServer::start(security);
+        let of_another = SmtpServer::start_on(Ipv4Addr::new(127, 0, 0, 2), security);
         let ca_file = format!("ca-file = \"{}\"\n", known.authority());
         let unknown = known.channel("").replace(&ca_file, "");
-        for (postbox, config, why) in [
+        for (smtp_server, config, why) in [
             (&known, unknown, "issued by \"handouts test\", is not trusted: name a file"),
             (&of_another, of_another.channel(""), "is not valid for this name"),
         ] {
@@ -499,7 +502,7 @@ fn sends_nothing_to_a_server_whose_certificate_is_not_trusted() {
             for outcome in [place.send(&[]), place.check()] {
                 outcome.failed_with(&["the certificate of 127.0.0.", why]);
             }
-            assert!(postbox.mails().is_empty());
+            assert!(smtp_server.mails().is_empty());
         }
     }
 }
@@ -507,35 +510,35 @@ fn sends_nothing_to_a_server_whose_certificate_is_not_trusted() {
 #[test]
 fn sends_to_a_server_whose_certificate_is_in_the_ca_file_byte_for_byte() {
     for security in ["tls", "starttls"] {
-        let postbox = Postbox::start_as_authority(security);
-        let place = Place::new(&postbox.channel(""));
+        let smtp_server = SmtpServer::start_as_authority(security);
+        let place = Place::new(&smtp_server.channel(""));
         place.send(&[]).succeeded();
-        assert_eq!(postbox.mails().len(), 1, "{security}");
+        assert_eq!(smtp_server.mails().len(), 1, "{security}");
     }
 }
 
 #[test]
-fn tls_to_a_port_without_it_is_told_as_such() {
+fn reports_a_port_without_tls() {
     let server = Server::stalls_after("220 mail.example.org\r\n");
     let config = channel_of(&server, "").replace("\"none\"", "\"tls\"");
     Place::new(&config).send(&[]).failed_with(&["the server does not answer with TLS"]);
 }
 
 #[test]
-fn who_is_told_to_come_later_is_told_so_and_taken_later() {
-    let postbox = Postbox::start("tls");
-    let place = Place::new(&postbox.channel(""));
-    postbox.order("busy");
+fn reports_greylisting_and_succeeds_later() {
+    let smtp_server = SmtpServer::start("tls");
+    let place = Place::new(&smtp_server.channel(""));
+    smtp_server.order("busy");
     assert_eq!(words(&place.send(&[])), "451 4.3.2 not now");
     // The server is well: only it takes no mail.
     place.check().succeeded();
-    postbox.withdraw("busy");
+    smtp_server.withdraw("busy");
     place.send(&[]).succeeded();
-    assert_eq!(postbox.mails().len(), 1);
+    assert_eq!(smtp_server.mails().len(), 1);
 }
 
 #[test]
-fn the_end_of_a_line_in_a_header_is_refused_before_anybody_is_asked() {
+fn refuses_line_ends_in_headers_before_connecting() {
     let asked = Arc::<AtomicUsize>::default();
     let count = Arc::clone(&asked);
     let server = Server::answers(move |_| {
@@ -564,29 +567,29 @@ fn the_end_of_a_line_in_a_header_is_refused_before_anybody_is_asked() {
 }
 
 #[test]
-fn attachments_are_bounded_all_together() {
-    let postbox = Postbox::start("none");
-    let place = Place::new(&postbox.channel("max-attachment = \"10B\"").replace(
-        &format!("username = \"{USER}\"\npassword-file = \"{}\"\n", postbox.password_file()),
+fn limits_the_total_size_of_attachments() {
+    let smtp_server = SmtpServer::start("none");
+    let place = Place::new(&smtp_server.channel("max-attachment = \"10B\"").replace(
+        &format!("username = \"{USER}\"\npassword-file = \"{}\"\n", smtp_server.password_file()),
         "",
     ));
     fs::write(place.path("a"), "12345").unwrap();
     fs::write(place.path("b"), "123456").unwrap();
     place.send(&["-a", "a", "-a", "b"]).failed_with(&["b: ", "10 B (max-attachment)"]);
     place.send(&["-a", "missing"]).failed_with(&["missing: cannot be read"]);
-    let unbounded = postbox.channel("max-attachment = \"16EiB\"");
+    let unbounded = smtp_server.channel("max-attachment = \"16EiB\"");
     let printed = Place::new(&unbounded);
     fs::write(printed.path("a"), "12345").unwrap();
     let outcome = printed.send(&["-a", "a", "--dry-run"]);
     assert!(outcome.succeeded().text().contains("MTIzNDU="), "{outcome:?}");
     // Nobody may send without a login there.
     place.send(&["-a", "a", "-a", "a"]).failed_with(&["530 5.7.0"]);
-    assert!(postbox.mails().is_empty());
+    assert!(smtp_server.mails().is_empty());
 }
 
 #[test]
-fn check_connect_tells_of_every_channel_and_sends_nothing() {
-    let [secure, later] = ["tls", "starttls"].map(Postbox::start);
+fn check_connect_checks_every_channel_without_sending() {
+    let [secure, later] = ["tls", "starttls"].map(SmtpServer::start);
     let plain = smtp(|word, _| usual(word));
     let dead = nobody();
     let people = "from = \"a@example.org\"\nto = [\"b@example.org\"]\n";
@@ -614,12 +617,12 @@ fn check_connect_tells_of_every_channel_and_sends_nothing() {
         assert!(outcome.text().contains(&line), "{line:?} in {outcome:?}");
     }
     assert!(secure.mails().is_empty() && later.mails().is_empty());
-    // Without the flag nobody is asked.
+    // Without the flag there is no connection.
     place.handout(&["check"]).succeeded();
 }
 
 #[test]
-fn a_server_in_the_clear_is_one_of_this_machine_unless_it_is_said_otherwise() {
+fn requires_allow_plaintext_for_other_machines() {
     let config = |more: &str| {
         format!(
             "[mail.ops]\nserver = \"192.0.2.1:25\"\nsecurity = \"none\"\n\
@@ -669,8 +672,9 @@ fn accepts_replies_of_the_code_alone_and_sends_the_mail_once() {
 
 #[test]
 fn answers_login_prompts_in_order_whatever_their_text() {
-    let postbox = Postbox::down("none");
-    let login = format!("username = \"{USER}\"\npassword-file = \"{}\"", postbox.password_file());
+    let smtp_server = SmtpServer::down("none");
+    let login =
+        format!("username = \"{USER}\"\npassword-file = \"{}\"", smtp_server.password_file());
     let (user, password) = (STANDARD.encode(USER), STANDARD.encode(PASSWORD));
     for (offered, first, second) in [
         ("AUTH LOGIN", "334 VXNlcm5hbWU6", "334 UGFzc3dvcmQ6"),
@@ -695,9 +699,10 @@ fn answers_login_prompts_in_order_whatever_their_text() {
 }
 
 #[test]
-fn a_login_is_given_up_if_the_server_asks_without_end() {
-    let postbox = Postbox::down("none");
-    let login = format!("username = \"{USER}\"\npassword-file = \"{}\"", postbox.password_file());
+fn cancels_a_login_with_endless_prompts() {
+    let smtp_server = SmtpServer::down("none");
+    let login =
+        format!("username = \"{USER}\"\npassword-file = \"{}\"", smtp_server.password_file());
     for mechanism in ["PLAIN", "LOGIN"] {
         let server = smtp(move |word, _| match word {
             "EHLO" => Some(format!("250-mail.example.org\r\n250 AUTH {mechanism}")),
@@ -769,9 +774,9 @@ fn announces_the_full_host_name_or_the_address_literal() {
 
 #[test]
 fn check_connect_names_every_refused_recipient() {
-    let postbox = Postbox::start("tls");
+    let smtp_server = SmtpServer::start("tls");
     let to = "to = [\"nobody@example.com\", \"ops@example.org\", \"later@example.com\"]";
-    let config = postbox.channel("").replace("to = [\"ops@example.org\"]", to);
+    let config = smtp_server.channel("").replace("to = [\"ops@example.org\"]", to);
     let outcome = Place::new(&config).check();
     outcome.failed_with(&[
         "mail.ops: nobody@example.com: 550 5.1.1 no such user here",
@@ -789,18 +794,18 @@ fn check_connect_names_every_refused_recipient() {
     };
     assert_eq!(words(&heard), ["EHLO", "MAIL", "QUIT"]);
     assert_eq!(words(&begun), ["EHLO", "MAIL", "RCPT", "QUIT"]);
-    assert!(postbox.mails().is_empty());
+    assert!(smtp_server.mails().is_empty());
 }
 
 #[test]
 fn mails_go_from_and_to_address_literals() {
-    let postbox = Postbox::start("tls");
+    let smtp_server = SmtpServer::start("tls");
     let to = "to = [\"ops@[192.0.2.1]\", \"Ops <ops@[IPv6:2001:db8::1]>\"]";
-    let config = postbox.channel("").replace("sender@example.org>", "handout@[127.0.0.1]>");
+    let config = smtp_server.channel("").replace("sender@example.org>", "handout@[127.0.0.1]>");
     let config = config.replace("to = [\"ops@example.org\"]", to);
     let outcome = Place::new(&config).send(&[]);
     assert!(outcome.succeeded().text().trim_end().ends_with("@[127.0.0.1]>"), "{outcome:?}");
-    let mail = postbox.wait_for(0);
+    let mail = smtp_server.wait_for(0);
     let envelope = json!(["handout@[127.0.0.1]", ["ops@[192.0.2.1]", "ops@[IPv6:2001:db8::1]"]]);
     assert_eq!(mail["envelope"], envelope);
     assert_eq!(mail["from"], json!([["handout", "handout@[127.0.0.1]"]]));
@@ -808,7 +813,7 @@ fn mails_go_from_and_to_address_literals() {
     for address in
         ["ops@[192.0.2]", "ops@[mail.example.org]", "ops@[IPv6:192.0.2.1]", "ops@192.0.2.1"]
     {
-        let config = postbox.channel("").replace("ops@example.org", address);
+        let config = smtp_server.channel("").replace("ops@example.org", address);
         let outcome = Place::new(&config).check();
         assert_eq!(outcome.code, Some(78), "{outcome:?}");
     }

@@ -46,9 +46,9 @@ mod mounts;
 #[cfg(not(feature = "gateway"))]
 mod no_gateway;
 mod package;
-#[cfg(feature = "gateway")]
-mod postbox;
 mod probes;
+#[cfg(feature = "gateway")]
+mod smtp_server;
 
 mod proxy_protocol;
 mod reload;

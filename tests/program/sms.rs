@@ -15,7 +15,7 @@ use crate::common::run;
 use crate::servers::{Outcome, bounded, nobody};
 use crate::web::{Nginx, Reply, Request, Web};
 
-/// The password, with all that means something in a form or in what fills it.
+/// A password with characters that are special in forms and templates.
 const PASSWORD: &str = "geheim&a=b{to}%41+ü";
 
 /// A provider behind nginx, which has the certificate, and a folder with a configuration of it.
@@ -108,7 +108,7 @@ fn tells_no_secret(outcome: Outcome) -> Outcome {
     outcome
 }
 
-/// What a form has, read by the rules of HTML: `+` is a space, `%XX` a byte.
+/// Decodes a form by the rules of HTML: `+` is a space, `%XX` a byte.
 fn fields(request: &Request) -> Vec<(String, String)> {
     assert_eq!(request.method, "POST");
     assert_eq!(request.header("content-type"), Some("application/x-www-form-urlencoded"));
@@ -137,7 +137,7 @@ fn pairs(expected: &[(&str, &str)]) -> Vec<(String, String)> {
 }
 
 #[test]
-fn ihuyi_is_asked_by_a_form_and_its_code_says_that_it_is_sent() {
+fn ihuyi_takes_a_form_and_reports_success_by_its_code() {
     let reply = json!({ "code": 2, "msg": "提交成功", "smsid": "16236585251627369" });
     let provider = Provider::says(200, &reply);
     let text = "您的验证码是：1234。100% a&b={to}+";
@@ -174,7 +174,7 @@ fn ihuyi_refuses_by_its_code_with_http_200() {
 }
 
 #[test]
-fn twilio_is_asked_with_basic_authentication_and_answers_201_with_a_sid() {
+fn twilio_takes_basic_authentication_and_returns_a_sid() {
     for status in [200, 201] {
         let reply = json!({ "sid": "SM123", "status": "queued", "error_code": null });
         let provider = Provider::says(status, &reply);
@@ -210,7 +210,7 @@ fn twilio_refuses_with_its_own_code_and_text() {
 }
 
 #[test]
-fn a_form_is_filled_once_whatever_the_values_are() {
+fn fills_each_placeholder_of_a_form_once() {
     let reply = json!({ "status": "ok", "message": { "id": 42 } });
     let provider = Provider::says(200, &reply);
     let more = "fields = { \"a&b\" = \"{{{account}}}\", key = \"{password}\", \
@@ -233,7 +233,7 @@ fn a_form_is_filled_once_whatever_the_values_are() {
 }
 
 #[test]
-fn a_form_is_sent_if_its_pointer_says_so_and_refused_if_not() {
+fn reads_success_of_a_form_from_its_pointer() {
     for (sent, reply) in [
         (true, json!({ "status": "ok", "message": { "id": "a-1" } })),
         (false, json!({ "status": "error", "reason": "no money" })),
@@ -254,7 +254,7 @@ fn a_form_is_sent_if_its_pointer_says_so_and_refused_if_not() {
 }
 
 #[test]
-fn what_no_provider_says_is_told_as_it_is() {
+fn reports_unknown_replies() {
     for provider in ["ihuyi", "twilio", "form"] {
         for (reply, words) in [
             (Reply::ok("<html>Log in to the hotel's network</html>"), &["HTTP 200", "<html>"][..]),
@@ -274,7 +274,7 @@ fn what_no_provider_says_is_told_as_it_is() {
 }
 
 #[test]
-fn a_provider_that_says_nothing_or_no_end_of_it_is_left() {
+fn gives_up_on_stalled_and_endless_replies() {
     let stalls = Reply::ok("{\"code\": 2").announcing(1000).then_stall();
     let provider = Provider::always(stalls);
     let start = Instant::now();
@@ -287,7 +287,7 @@ fn a_provider_that_says_nothing_or_no_end_of_it_is_left() {
 }
 
 #[test]
-fn every_number_is_asked_for_by_itself_and_who_is_refused_is_named() {
+fn sends_one_request_per_number_and_names_rejected_ones() {
     let provider = Provider::answers(|request| {
         let fields = fields(request);
         let refused = fields.contains(&("mobile".to_owned(), "13800000002".to_owned()));
@@ -314,7 +314,7 @@ fn every_number_is_asked_for_by_itself_and_who_is_refused_is_named() {
 }
 
 #[test]
-fn a_password_that_a_provider_repeats_is_not_printed() {
+fn withholds_a_password_that_a_provider_repeats() {
     let provider = Provider::answers(|request| {
         let body = String::from_utf8(request.body.clone()).unwrap();
         Reply::ok(format!("{body} {PASSWORD}"))
@@ -336,7 +336,7 @@ fn a_password_that_a_provider_repeats_is_not_printed() {
 }
 
 #[test]
-fn a_dry_run_shows_what_would_be_asked_without_the_password() {
+fn a_dry_run_shows_the_request_without_the_password() {
     let provider = Provider::always(Reply::ok(""));
     for (kind, shown) in [
         ("ihuyi", "mobile = \"13800000000\""),
@@ -357,7 +357,7 @@ fn a_dry_run_shows_what_would_be_asked_without_the_password() {
 }
 
 #[test]
-fn a_text_comes_from_standard_input() {
+fn reads_the_text_from_standard_input() {
     let provider = Provider::says(200, &json!({ "code": 2, "smsid": "1" }));
     provider.used_as("ihuyi", "");
     let mut command = bounded();
@@ -370,7 +370,7 @@ fn a_text_comes_from_standard_input() {
 }
 
 #[test]
-fn a_text_that_is_too_long_and_a_number_that_is_none_are_refused_before_anybody_is_asked() {
+fn refuses_long_texts_and_invalid_numbers_before_connecting() {
     let provider = Provider::always(Reply::ok(""));
     provider.used_as("ihuyi", "max-segments = 1");
     provider.send(&"a".repeat(161)).failed_with(&["2 segments of 153 characters", "max-segments"]);
@@ -388,7 +388,7 @@ fn a_text_that_is_too_long_and_a_number_that_is_none_are_refused_before_anybody_
 }
 
 #[test]
-fn a_provider_whose_certificate_is_of_nobody_known_is_told_nothing() {
+fn sends_nothing_to_a_provider_with_an_untrusted_certificate() {
     let provider = Provider::says(200, &json!({ "code": 2, "smsid": "1" }));
     provider.used_as("ihuyi", "");
     let config = fs::read_to_string(provider.path("handout.toml")).unwrap();
@@ -400,7 +400,7 @@ fn a_provider_whose_certificate_is_of_nobody_known_is_told_nothing() {
 }
 
 #[test]
-fn a_provider_that_is_not_there_is_told_of() {
+fn reports_an_unreachable_provider() {
     let provider = Provider::always(Reply::ok(""));
     provider.used_as("ihuyi", "");
     let config = fs::read_to_string(provider.path("handout.toml")).unwrap();

@@ -1,13 +1,11 @@
-"""A mail server for the tests: aiosmtpd, which speaks SMTP; every mail that it takes is stored as it came,
-and beside it what Python's `email` reads in it.
+"""A mail server for the tests, based on aiosmtpd. Stores each mail raw and as parsed by Python's `email`.
 
 Its argument is JSON: `folder`, `security` (tls, starttls or none), `host`, `port`, `certificate`, `key`,
 `login` (a list of user and password, or null), `without` (a list of mechanisms that are not offered).
 It prints its port when it listens.
 
-Files in the folder are orders: `busy`: mails are not taken for now; `mute`: they are taken, and nothing is
-said about that; `cut`: they are taken, and the connection is reset without a word; `small`: those with
-attachments are refused for good.
+Files in the folder switch modes: `busy` rejects mails temporarily; `mute` accepts them without a reply;
+`cut` accepts them and resets the connection without a reply; `small` rejects mails with attachments.
 """
 
 import asyncio
@@ -30,7 +28,7 @@ def ordered(what):
 
 
 def without_rfc2231(part):
-    """The name as it is read by those who know no other than `name=` of Content-Type."""
+    """The file name as read by clients that only know `name=` of Content-Type."""
     name = part.get_param("name")
     return name and str(make_header(decode_header(name)))
 

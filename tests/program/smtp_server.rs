@@ -1,4 +1,4 @@
-//! A real mail server, which stores what it takes, and says what Python's `email` reads in it.
+//! A real mail server (aiosmtpd), which stores each mail raw and as parsed by Python's `email`.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -13,17 +13,17 @@ use tempfile::TempDir;
 use crate::common::eventually;
 use crate::web::{Authority, reserve};
 
-/// The user that it knows.
+/// The only user of the server.
 pub const USER: &str = "sender@example.org";
 
-/// The password, with all that means something somewhere.
+/// A password with characters that are special in forms, URLs, JSON and HTML.
 pub const PASSWORD: &str = "hush-&{to}=%41\"+ä";
 
-/// Debian's own, which has the package python3-aiosmtpd.
+/// Debian's Python, for the package python3-aiosmtpd.
 const PYTHON: &str = "/usr/bin/python3";
 
-/// A mail server, which is killed when it is dropped. Its port stays its own.
-pub struct Postbox {
+/// A running server, killed on drop. Its port remains reserved.
+pub struct SmtpServer {
     child: Option<Child>,
     folder: TempDir,
     options: Value,
@@ -31,41 +31,40 @@ pub struct Postbox {
     _port: Socket,
 }
 
-impl Postbox {
-    /// With `tls`, `starttls` or `none`, for the one user that it knows.
+impl SmtpServer {
+    /// Starts a server with `tls`, `starttls` or `none`.
     pub fn start(security: &str) -> Self {
-        let mut postbox = Self::down(security);
-        postbox.up();
-        postbox
+        let mut server = Self::down(security);
+        server.up();
+        server
     }
 
-    /// The same on an address of the test's choice.
     pub fn start_on(host: Ipv4Addr, security: &str) -> Self {
-        let mut postbox = Self::down_on(host, security);
-        postbox.up();
-        postbox
+        let mut server = Self::down_on(host, security);
+        server.up();
+        server
     }
 
-    /// The same, which shows the certificate of the authority as its own.
+    /// Starts a server that presents the certificate of the authority.
     pub fn start_as_authority(security: &str) -> Self {
-        let mut postbox = Self::down(security);
-        let path = |name| json!(postbox.inside(name).display().to_string());
+        let mut server = Self::down(security);
+        let path = |name| json!(server.inside(name).display().to_string());
         let (certificate, key) = (path("ca.pem"), path("ca.key"));
-        postbox.options["certificate"] = certificate;
-        postbox.options["key"] = key;
-        postbox.up();
-        postbox
+        server.options["certificate"] = certificate;
+        server.options["key"] = key;
+        server.up();
+        server
     }
 
-    /// The same, which does not offer this mechanism of AUTH.
+    /// Starts a server without this AUTH mechanism.
     pub fn start_without(mechanism: &str, security: &str) -> Self {
-        let mut postbox = Self::down(security);
-        postbox.options["without"] = json!([mechanism]);
-        postbox.up();
-        postbox
+        let mut server = Self::down(security);
+        server.options["without"] = json!([mechanism]);
+        server.up();
+        server
     }
 
-    /// One that does not run yet: connections to it are refused.
+    /// Reserves the port without starting the server: connections are refused.
     pub fn down(security: &str) -> Self {
         Self::down_on(Ipv4Addr::LOCALHOST, security)
     }
@@ -91,9 +90,8 @@ impl Postbox {
         Self { child: None, folder, options, address, _port: port }
     }
 
-    /// Runs it.
     pub fn up(&mut self) {
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/program/postbox.py");
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/program/smtp_server.py");
         let mut command = Command::new(PYTHON);
         command.args(["-W", "ignore", script, &self.options.to_string()]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
@@ -108,27 +106,27 @@ impl Postbox {
         self.folder.path().join(name)
     }
 
-    /// The certificate of the authority that vouches for it.
+    /// Returns the path of the certificate of the authority.
     pub fn authority(&self) -> String {
         self.inside("ca.pem").display().to_string()
     }
 
-    /// The file that the right password is in.
+    /// Returns the path of the file with the correct password.
     pub fn password_file(&self) -> String {
         self.inside("password").display().to_string()
     }
 
-    /// From now on it is `busy`, `mute`, `cut` or `small`: see the program.
+    /// Enables `busy`, `mute`, `cut` or `small`: see the Python program.
     pub fn order(&self, what: &str) {
         fs::write(self.inside("mails").join(what), "").unwrap();
     }
 
-    /// It is no more.
+    /// Disables a mode of [`Self::order`].
     pub fn withdraw(&self, what: &str) {
         fs::remove_file(self.inside("mails").join(what)).unwrap();
     }
 
-    /// The keys of a mail channel that uses it, but for what says who is who.
+    /// Returns the keys of a mail channel for this server, without `from` and `to`.
     pub fn keys(&self) -> String {
         let (address, security) = (self.address, self.options["security"].as_str().unwrap());
         format!(
@@ -139,7 +137,7 @@ impl Postbox {
         )
     }
 
-    /// The table of a channel `mail.ops` that uses it, with more keys.
+    /// Returns the table `mail.ops` for this server, with more keys.
     pub fn channel(&self, more: &str) -> String {
         format!(
             "[mail.ops]\n{}from = \"handout <sender@example.org>\"\n\
@@ -148,19 +146,19 @@ impl Postbox {
         )
     }
 
-    /// Every mail so far, in the order in which they came.
+    /// Returns all mails in order of arrival.
     pub fn mails(&self) -> Vec<Value> {
         self.mails_from(0)
     }
 
-    /// Those of this number, from 0, and later ones.
+    /// Returns the mails from this number on, counted from 0.
     pub fn mails_from(&self, first: usize) -> Vec<Value> {
         let read = |number| fs::read(self.inside("mails").join(format!("{number:04}.json"))).ok();
         let mails = (first..).map_while(read);
         mails.map(|mail| serde_json::from_slice(&mail).unwrap()).collect()
     }
 
-    /// A mail as it came, from 0.
+    /// Returns the raw mail of this number, from 0.
     pub fn raw(&self, number: usize) -> Vec<u8> {
         fs::read(self.inside("mails").join(format!("{number:04}.eml"))).unwrap()
     }
@@ -172,7 +170,7 @@ impl Postbox {
     }
 }
 
-impl Drop for Postbox {
+impl Drop for SmtpServer {
     fn drop(&mut self) {
         if let Some(child) = &mut self.child {
             let _ = child.kill();
