@@ -25,9 +25,6 @@ impl fmt::Debug for Secret {
 
 impl Secret {
     /// Reads the only line of a regular file.
-    ///
-    /// # Errors
-    /// The file cannot be read or is not a single line.
     pub fn read(path: &Path) -> io::Result<Self> {
         let mut text = String::new();
         let file = OpenFile::open(path)?.into_file();
@@ -48,7 +45,7 @@ impl Secret {
 /// Texts that a server may repeat and no message may contain: a password and its login encodings.
 #[derive(Debug, Clone, Default)]
 pub struct Secrets {
-    /// Compared exactly.
+    /// Raw and base64 forms, compared with case.
     exact: Vec<Secret>,
     /// Percent-encoded, compared without case.
     percent: Vec<Secret>,

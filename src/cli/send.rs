@@ -25,21 +25,27 @@ use crate::notify::outcome::{Failure, Sent};
 use crate::notify::sms::Number;
 use crate::notify::{mail, sms};
 
-/// The longest text that is read, in bytes.
+/// Maximum length of a text from standard input, in bytes.
 const MAX_TEXT: u64 = 1 << 20;
 
 pub(super) fn run_mail(arguments: &Mail) -> ExitCode {
-    match mail(arguments) {
-        Ok(mail) if arguments.dry_run => print(mail.formatted()),
-        Ok(mail) => run_until_signal(async move { report(mail.send().await) }),
+    match prepare_mail(arguments) {
+        Ok(mail) if arguments.dry_run => print(&mail.message),
+        Ok(PreparedMail { channel, id, to, message }) => {
+            run_until_signal(async move { report(channel.send(&id, &to, &message).await) })
+        }
         Err(error) => fail_before_sending(error),
     }
 }
 
 pub(super) fn run_sms(arguments: &Sms) -> ExitCode {
-    match sms(arguments) {
-        Ok(sms) if arguments.dry_run => print(sms.show().as_bytes()),
-        Ok(sms) => run_until_signal(async move { report(sms.send().await) }),
+    match prepare_sms(arguments) {
+        Ok(PreparedSms { channel, to, text }) if arguments.dry_run => {
+            print(channel.show(&to, &text).as_bytes())
+        }
+        Ok(PreparedSms { channel, to, text }) => {
+            run_until_signal(async move { report(channel.send(&to, &text).await) })
+        }
         Err(error) => fail_before_sending(error),
     }
 }
@@ -61,57 +67,55 @@ fn report(sent: Result<Sent, Failure>) -> ExitCode {
 fn fail_before_sending(error: Error) -> ExitCode {
     match error {
         Error::Usage(error) => error.exit(),
-        Error::Configuration(faults) => reject(&faults),
-        error @ Error::Other(_) => fail(&error),
+        Error::Configuration(diagnostics) => reject(&diagnostics),
+        error @ Error::Input(_) => fail(&error),
     }
 }
 
-/// The reason why nothing is sent.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum Error {
-    /// The command line is wrong.
+enum Error {
     #[error(transparent)]
     Usage(#[from] clap::Error),
-    /// The configuration is wrong.
     #[error("{0}")]
     Configuration(Diagnostics),
-    /// A file, or the text, cannot be sent.
     #[error("{0}")]
-    Other(String),
+    Input(String),
 }
 
-fn wrong(problem: impl std::fmt::Display) -> Error {
+fn invalid_argument(problem: impl std::fmt::Display) -> Error {
     Error::Usage(Cli::command().error(ErrorKind::ValueValidation, problem))
 }
 
-/// A mail that is ready to go.
-#[derive(Debug)]
-pub(crate) struct ReadyMail {
+fn parse_recipients<T>(
+    to: &[String],
+    parse: impl Fn(&str) -> Result<T, String>,
+) -> Result<Vec<T>, Error> {
+    let parse = |to: &String| {
+        parse(to).map_err(|problem| invalid_argument(format!("--to {}: {problem}", escape(to))))
+    };
+    to.iter().map(parse).collect()
+}
+
+struct PreparedMail {
     channel: mail::Settings,
     id: String,
     to: Vec<EmailAddress>,
     message: Vec<u8>,
 }
 
-/// Makes the mail that a command line orders.
-///
-/// # Errors
-/// What is wrong with it.
-pub(crate) fn mail(arguments: &Mail) -> Result<ReadyMail, Error> {
+fn prepare_mail(arguments: &Mail) -> Result<PreparedMail, Error> {
     let Mail { config, name, subject, to, attach, text, .. } = arguments;
-    mime::header_text(subject).map_err(|problem| wrong(format!("--subject: {problem}")))?;
-    let to = to.iter().map(|to| {
-        to.parse::<Mailbox>().map_err(|problem| wrong(format!("--to {}: {problem}", escape(to))))
-    });
-    let to = to.collect::<Result<Vec<_>, _>>()?;
+    mime::header_text(subject)
+        .map_err(|problem| invalid_argument(format!("--subject: {problem}")))?;
+    let to = parse_recipients(to, str::parse::<Mailbox>)?;
     let Channel::Mail(channel) = channel(config, "mail", name)? else {
-        return Err(Error::Other(format!("mail.{name} is no mail channel")));
+        unreachable!("the kind of the table is mail")
     };
     let attachments = read_attachments(attach, channel.max_attachment)?;
     let text = read_text(text.as_deref())?;
     let id = mime::new_id(&channel.from);
     let to = if to.is_empty() { &channel.to } else { &to };
-    let letter = Email {
+    let email = Email {
         from: &channel.from,
         to,
         subject,
@@ -121,85 +125,46 @@ pub(crate) fn mail(arguments: &Mail) -> Result<ReadyMail, Error> {
         date: SystemTime::now(),
         automatic: false,
     };
-    let message = mime::build_message(letter).map_err(Error::Other)?;
+    let message = mime::build_message(email).map_err(Error::Input)?;
     let to = to.iter().map(|to| to.address.clone()).collect();
-    Ok(ReadyMail { channel, id, to, message })
+    Ok(PreparedMail { channel, id, to, message })
 }
 
-impl ReadyMail {
-    /// The mail as it goes.
-    pub(crate) fn formatted(&self) -> &[u8] {
-        &self.message
-    }
-
-    /// Sends it.
-    ///
-    /// # Errors
-    /// If nobody got it, as far as is known.
-    pub(crate) async fn send(&self) -> Result<Sent, Failure> {
-        self.channel.send(&self.id, &self.to, &self.message).await
-    }
-}
-
-/// An SMS that is ready to go.
-#[derive(Debug)]
-pub(crate) struct ReadySms {
+struct PreparedSms {
     channel: sms::Settings,
     to: Vec<Number>,
     text: String,
 }
 
-/// Makes the SMS that a command line orders.
-///
-/// # Errors
-/// What is wrong with it.
-pub(crate) fn sms(arguments: &Sms) -> Result<ReadySms, Error> {
+fn prepare_sms(arguments: &Sms) -> Result<PreparedSms, Error> {
     let Sms { config, name, to, text, .. } = arguments;
     let Channel::Sms(channel) = channel(config, "sms", name)? else {
-        return Err(Error::Other(format!("sms.{name} is no SMS channel")));
+        unreachable!("the kind of the table is sms")
     };
-    let to = to.iter().map(|to| {
-        channel.number(to).map_err(|problem| wrong(format!("--to {}: {problem}", escape(to))))
-    });
-    let to = to.collect::<Result<Vec<_>, _>>()?;
-    let text = channel.check(&read_text(text.as_deref())?).map_err(Error::Other)?;
+    let to = parse_recipients(to, |to| channel.number(to))?;
+    let text = channel.check(&read_text(text.as_deref())?).map_err(Error::Input)?;
     let to = if to.is_empty() { channel.to.clone() } else { to };
-    Ok(ReadySms { channel, to, text })
-}
-
-impl ReadySms {
-    /// What would be asked of the provider, without secrets.
-    pub(crate) fn show(&self) -> String {
-        self.channel.show(&self.to, &self.text)
-    }
-
-    /// Sends it.
-    ///
-    /// # Errors
-    /// If nobody got it, as far as is known.
-    pub(crate) async fn send(&self) -> Result<Sent, Failure> {
-        self.channel.send(&self.to, &self.text).await
-    }
+    Ok(PreparedSms { channel, to, text })
 }
 
 fn channel(config: &ConfigFile, kind: &'static str, name: &str) -> Result<Channel, Error> {
     load_part(config.path(), |root| config::channel(root, kind, name)).map_err(Error::Configuration)
 }
 
-/// The text: as it was typed, or what standard input says.
+/// Returns the argument, or standard input.
 fn read_text(text: Option<&str>) -> Result<String, Error> {
     match text {
         Some(text) if text != "-" => Ok(text.to_owned()),
         _ => {
             let mut read = Vec::new();
             let input = io::stdin().take(MAX_TEXT + 1).read_to_end(&mut read);
-            input.map_err(|error| Error::Other(format!("cannot read the text: {error}")))?;
+            input.map_err(|error| Error::Input(format!("cannot read the text: {error}")))?;
             if read.len() as u64 > MAX_TEXT {
                 let most = ByteSize(MAX_TEXT);
-                return Err(Error::Other(format!("the text is longer than {most}; --attach it")));
+                return Err(Error::Input(format!("the text is longer than {most}; --attach it")));
             }
             String::from_utf8(read)
-                .map_err(|_| Error::Other("the text is not UTF-8; --attach it".to_owned()))
+                .map_err(|_| Error::Input("the text is not UTF-8; --attach it".to_owned()))
         }
     }
 }
@@ -208,7 +173,7 @@ fn read_attachments(
     paths: &[impl AsRef<Path>],
     max_attachment: u64,
 ) -> Result<Vec<Attachment>, Error> {
-    let mut left = max_attachment;
+    let mut remaining = max_attachment;
     let mut read = |path: &Path| {
         let name = path.file_name().and_then(|name| name.to_str());
         let name = name.ok_or("expected a path that ends with a file's name, in UTF-8")?;
@@ -216,13 +181,13 @@ fn read_attachments(
         let mut content = Vec::new();
         let file = fs::File::open(path);
         let read =
-            file.and_then(|file| file.take(left.saturating_add(1)).read_to_end(&mut content));
+            file.and_then(|file| file.take(remaining.saturating_add(1)).read_to_end(&mut content));
         read.map_err(|error| format!("cannot be read: {error}"))?;
-        let Some(less) = left.checked_sub(content.len() as u64) else {
+        let Some(rest) = remaining.checked_sub(content.len() as u64) else {
             let most = ByteSize(max_attachment);
             return Err(format!("all attachments are longer than {most} (max-attachment)"));
         };
-        left = less;
+        remaining = rest;
         Ok(Attachment { name: name.to_owned(), content })
     };
     paths
@@ -230,7 +195,7 @@ fn read_attachments(
         .map(|path| {
             let path = path.as_ref();
             read(path).map_err(|problem: String| {
-                Error::Other(format!("{}: {problem}", escape(&path.to_string_lossy())))
+                Error::Input(format!("{}: {problem}", escape(&path.to_string_lossy())))
             })
         })
         .collect()

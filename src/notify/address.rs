@@ -1,4 +1,4 @@
-//! Mail addresses (RFC 5321, 4.1.2) and what may follow the `@` in them.
+//! Mail addresses and domains (RFC 5321, 4.1.2).
 
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -6,16 +6,16 @@ use std::str::FromStr;
 
 const EXPECTED: &str = "expected an address, as \"ops@example.org\" or \"Ops <ops@example.org>\"";
 
-/// The longest part before the `@`, in bytes (RFC 5321, 4.5.3.1.1).
+/// Maximum length of the local part, in bytes (RFC 5321, 4.5.3.1.1).
 const MAX_LOCAL_PART: usize = 64;
 
-/// The longest domain, in bytes (RFC 5321, 4.5.3.1.2).
+/// Maximum length of a domain, in bytes (RFC 5321, 4.5.3.1.2).
 const MAX_DOMAIN: usize = 255;
 
-/// The longest label of a domain, in bytes (RFC 1035, 2.3.4).
+/// Maximum length of a domain label, in bytes (RFC 1035, 2.3.4).
 const MAX_LABEL: usize = 63;
 
-/// A mail address in ASCII, as MAIL and RCPT take it.
+/// An ASCII mail address for MAIL and RCPT.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EmailAddress {
     local_part: String,
@@ -23,7 +23,7 @@ pub struct EmailAddress {
 }
 
 impl EmailAddress {
-    /// The domain or address literal.
+    /// Returns the domain or address literal.
     pub fn domain(&self) -> &str {
         &self.domain
     }
@@ -61,7 +61,7 @@ fn is_local_part(text: &str) -> bool {
     is_valid && text.len() <= MAX_LOCAL_PART
 }
 
-/// Whether printable ASCII stands between quotes without ending them.
+/// Whether a text is printable ASCII without an unescaped quote.
 fn is_quoted_content(text: &str) -> bool {
     let mut bytes = text.bytes();
     while let Some(byte) = bytes.next() {
@@ -76,8 +76,7 @@ fn is_quoted_content(text: &str) -> bool {
     true
 }
 
-/// A domain or address literal (RFC 5321, 4.1.3) in ASCII; a domain of another script is converted
-/// (RFC 5891).
+/// Returns a domain (RFC 5891) or address literal (RFC 5321, 4.1.3) in ASCII.
 pub(crate) fn ascii_domain(text: &str) -> Option<String> {
     if let Some(literal) = text.strip_prefix('[') {
         let literal = literal.strip_suffix(']')?;
@@ -89,7 +88,7 @@ pub(crate) fn ascii_domain(text: &str) -> Option<String> {
         };
         return is_address.then(|| text.to_owned());
     }
-    // No other ASCII may reach the parser of URLs, where it would end the host.
+    // Other ASCII characters would end the host in the URL parser below.
     if !text.chars().all(|c| !c.is_ascii() || is_label_character(c) || c == '.') {
         return None;
     }
@@ -109,7 +108,7 @@ fn is_domain(text: &str) -> bool {
             && !label.ends_with('-')
             && label.chars().all(is_label_character)
     };
-    // A last label of digits would make it an IPv4 address without brackets.
+    // A last label of digits is an IPv4 address without brackets.
     let top = text.rsplit('.').next().unwrap_or_default();
     text.len() <= MAX_DOMAIN
         && text.split('.').all(is_label)

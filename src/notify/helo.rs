@@ -1,5 +1,5 @@
-//! The name that EHLO announces (RFC 5321, 4.1.1.1): the fully qualified name of this machine, or
-//! the address literal of the connection if it has none.
+//! The client name in EHLO (RFC 5321, 4.1.1.1): the fully qualified name of this machine, or the
+//! address literal of the connection.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -8,26 +8,23 @@ use dns_lookup::AddrInfoHints;
 
 use crate::notify::address::ascii_domain;
 
-/// The longest wait for the resolver. Without an answer the address literal does.
+/// Maximum wait for the resolver before the address literal is used.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Checks the value of the `helo` key.
-///
-/// # Errors
-/// If it is neither a fully qualified name nor an address literal.
 pub(crate) fn parse(text: &str) -> Result<String, &'static str> {
     let name = ascii_domain(text).filter(|name| name.starts_with('[') || is_fully_qualified(name));
     name.ok_or("expected a full name, as mail.example.org, or an address literal, as [192.0.2.1]")
 }
 
-/// The fully qualified name of this machine: its host name, or the name's canonical form as
-/// `hostname -f` prints it. The resolver may block, so it runs apart from the event loop.
+/// Returns the fully qualified name of this machine: its host name, or its canonical name like
+/// `hostname -f`. Runs the resolver on a blocking thread.
 pub(crate) async fn full_host_name() -> Option<String> {
     let name = rustix::system::uname().nodename().to_str().unwrap_or_default().to_owned();
     if is_announceable(&name) {
         return Some(name);
     }
-    // Anything else with a dot would only lead to a different machine.
+    // The resolver would return a different machine.
     if name.contains('.') || ascii_domain(&name).is_none() {
         return None;
     }
@@ -47,8 +44,8 @@ fn canonical_name(name: &str) -> Option<String> {
     is_announceable(canonical).then(|| canonical.to_owned())
 }
 
-/// Whether a server can tell this machine by the name: the names of the loopback interface do not
-/// qualify, nor do names with `_`, which strict servers refuse.
+/// Whether a server accepts the name: no name of the loopback interface, and no `_`, which strict
+/// servers refuse.
 fn is_announceable(name: &str) -> bool {
     name.is_ascii()
         && ascii_domain(name).is_some_and(|name| is_fully_qualified(&name))
@@ -60,7 +57,7 @@ fn is_fully_qualified(name: &str) -> bool {
     name.contains('.')
 }
 
-/// The address literal (RFC 5321, 4.1.3) of a local address.
+/// Formats an address literal (RFC 5321, 4.1.3).
 pub(crate) fn address_literal(address: IpAddr) -> String {
     match address.to_canonical() {
         IpAddr::V4(address) => format!("[{address}]"),
@@ -73,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_helo_key_takes_full_names_and_address_literals() {
+    fn accepts_full_names_and_address_literals() {
         for name in ["mail.example.org", "[192.0.2.1]", "[IPv6:2001:db8::1]"] {
             assert_eq!(parse(name).as_deref(), Ok(name));
         }
@@ -84,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn only_full_names_of_this_machine_are_announced() {
+    fn announces_full_names_only() {
         assert!(is_announceable("mail.example.org"));
         for name in ["", "box", "localhost.localdomain", "my_box.example.org", "10.0.0.1"] {
             assert!(!is_announceable(name), "{name}");
@@ -92,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_literal_names_the_family() {
+    fn formats_address_literals() {
         let literal = |address: &str| address_literal(address.parse().unwrap());
         assert_eq!(literal("192.0.2.1"), "[192.0.2.1]");
         assert_eq!(literal("::ffff:192.0.2.1"), "[192.0.2.1]");

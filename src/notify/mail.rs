@@ -34,7 +34,7 @@ pub struct Settings {
     pub(crate) name: Arc<str>,
     relay: RelayConfig,
     pub(crate) from: Mailbox,
-    /// Default recipients.
+    /// Addresses that receive mail without `--to`.
     pub(crate) to: Vec<Mailbox>,
     timeout: Duration,
     /// Maximum total size of attachments, in bytes.

@@ -1,7 +1,7 @@
-//! A mail as it is sent: plain text with attachments (RFC 5322, MIME).
+//! Builds mails: plain text with attachments (RFC 5322, MIME).
 //!
-//! Line ends never reach a header: they are refused here. Texts that are not plain ASCII become
-//! encoded words (RFC 2047), names of files also parameters of RFC 2231.
+//! Refuses line ends in headers. Text outside of plain ASCII becomes encoded words (RFC 2047), and file
+//! names also become parameters of RFC 2231.
 
 use std::fmt;
 use std::str::FromStr;
@@ -16,24 +16,23 @@ use mail_builder::mime::MimePart;
 use crate::fs::filename::escape;
 use crate::notify::address::EmailAddress;
 
-/// The longest subject, or name of a person, in bytes.
+/// Maximum length of a subject or display name, in bytes.
 const MAX_TEXT: usize = 1000;
 
-/// The longest name of a file, in bytes.
+/// Maximum length of an attachment name, in bytes.
 const MAX_FILE_NAME: usize = 255;
 
-/// How many bytes of a text one encoded word takes, so that its line is at most 76 characters long,
-/// with the name of the header.
+/// Maximum length of the text in one encoded word, in bytes. With the header name, its line has at most
+/// 76 characters.
 const MAX_WORD: usize = 39;
 
-/// A line is folded behind so many characters (RFC 5322, 2.1.1).
+/// Length after which lines are folded, in characters (RFC 5322, 2.1.1).
 const MAX_LINE: usize = 76;
 
-/// A person: a name, if one is said, and an address.
+/// A mail address with an optional display name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Mailbox {
     name: Option<String>,
-    /// The address.
     pub(crate) address: EmailAddress,
 }
 
@@ -70,7 +69,7 @@ impl Mailbox {
     fn encoded(&self) -> String {
         match &self.name {
             None => self.address.to_string(),
-            Some(name) if is_plain(name) && name.chars().all(is_of_phrase) => {
+            Some(name) if is_plain(name) && name.chars().all(is_phrase_char) => {
                 format!("\"{name}\" <{}>", self.address)
             }
             Some(name) => {
@@ -83,52 +82,40 @@ impl Mailbox {
     }
 }
 
-/// Characters that mean nothing else in a quoted string.
-fn is_of_phrase(character: char) -> bool {
+/// Whether a character needs no escape in a quoted string.
+fn is_phrase_char(character: char) -> bool {
     character.is_ascii_alphanumeric() || matches!(character, ' ' | '-' | '_' | '.' | ',' | '@')
 }
 
-/// A file that goes with a mail.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Attachment {
-    /// Its name, without a folder.
+    /// File name without a folder.
     pub name: String,
-    /// Its content.
     pub content: Vec<u8>,
 }
 
-/// What is to be told.
+/// The parts of a mail.
 #[derive(Debug, Clone)]
 pub(crate) struct Email<'a> {
-    /// Who tells it.
     pub from: &'a Mailbox,
-    /// To whom.
     pub to: &'a [Mailbox],
-    /// In a line.
     pub subject: &'a str,
-    /// In full.
     pub text: &'a str,
-    /// With these files.
     pub attachments: Vec<Attachment>,
-    /// By which it is known: see [`new_id`].
     pub id: &'a str,
-    /// When it was written.
     pub date: SystemTime,
-    /// Whether no person has written it, so that nobody answers by himself (RFC 3834).
+    /// Marks the mail as automatic, so that no automatic reply is sent (RFC 3834).
     pub automatic: bool,
 }
 
-/// A new Message-ID; every one is another.
+/// Creates a unique Message-ID.
 pub(crate) fn new_id(from: &Mailbox) -> String {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let (nanos, random) = (now.as_nanos(), fastrand::u128(..));
     format!("<{nanos:x}.{random:032x}@{}>", from.address.domain())
 }
 
-/// Takes a text for one of a header.
-///
-/// # Errors
-/// Says what was expected.
+/// Checks that a text is safe in a header.
 pub(crate) fn header_text(text: &str) -> Result<(), String> {
     if text.contains(['\r', '\n', '\0']) {
         return Err("has the end of a line or a NUL in it; expected one line".to_owned());
@@ -142,10 +129,6 @@ pub(crate) fn header_text(text: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Takes a text for the name of an attachment.
-///
-/// # Errors
-/// Says what was expected.
 pub(crate) fn attachment_name(name: &str) -> Result<(), String> {
     header_text(name)?;
     if name.is_empty() || name.len() > MAX_FILE_NAME || name.contains('/') {
@@ -154,12 +137,8 @@ pub(crate) fn attachment_name(name: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Makes the mail that says a letter.
-///
-/// # Errors
-/// Says what is wrong with it.
-pub(crate) fn build_message(letter: Email<'_>) -> Result<Vec<u8>, String> {
-    let Email { from, to, subject, text, attachments, id, date, automatic } = letter;
+pub(crate) fn build_message(email: Email<'_>) -> Result<Vec<u8>, String> {
+    let Email { from, to, subject, text, attachments, id, date, automatic } = email;
     header_text(subject).map_err(|problem| format!("subject: {problem}"))?;
     for attachment in &attachments {
         attachment_name(&attachment.name)
@@ -180,14 +159,13 @@ pub(crate) fn build_message(letter: Email<'_>) -> Result<Vec<u8>, String> {
     let body = if attachments.is_empty() {
         text
     } else {
-        let parts = std::iter::once(text).chain(attachments.into_iter().map(part_of));
+        let parts = std::iter::once(text).chain(attachments.into_iter().map(attachment_part));
         MimePart::new("multipart/mixed", parts.collect::<Vec<_>>())
     };
     builder.body(body).write_to_vec().map_err(|error| error.to_string())
 }
 
 fn text_part(text: &str) -> MimePart<'static> {
-    // Every line ends in one way.
     let text = text.replace("\r\n", "\n");
     let plain = |c: char| matches!(c, '\n' | '\t') || !c.is_control();
     if text.chars().all(plain) {
@@ -196,25 +174,25 @@ fn text_part(text: &str) -> MimePart<'static> {
     base64_part("text/plain; charset=\"utf-8\"".to_owned(), text.replace('\n', "\r\n").into_bytes())
 }
 
-/// A part in Base64, whatever its content. A type that is `Raw` is not looked at; that of a text
-/// would let control characters through as they are.
+/// Builds a part in Base64. The builder would send control characters of a text part unencoded; a
+/// `Raw` type prevents that.
 fn base64_part(kind: String, content: Vec<u8>) -> MimePart<'static> {
     MimePart::raw(content).header("Content-Type", Raw::new(kind))
 }
 
-fn part_of(Attachment { name, content }: Attachment) -> MimePart<'static> {
-    base64_part(named_type(&name), content).attachment(name)
+fn attachment_part(Attachment { name, content }: Attachment) -> MimePart<'static> {
+    base64_part(content_type(&name), content).attachment(name)
 }
 
-/// `Content-Type` of a file, with its name for those who do not know RFC 2231.
-fn named_type(file: &str) -> String {
+/// Returns `Content-Type` with the file name, for clients without RFC 2231.
+fn content_type(file: &str) -> String {
     let kind = if file.to_ascii_lowercase().ends_with(".txt") {
-        // In which character set it is, nobody has said.
+        // The character set is unknown.
         "text/plain"
     } else {
         "application/octet-stream"
     };
-    let encoded = if is_plain(file) && file.chars().all(is_of_phrase) {
+    let encoded = if is_plain(file) && file.chars().all(is_phrase_char) {
         file.to_owned()
     } else {
         encoded_words(file)
@@ -222,7 +200,7 @@ fn named_type(file: &str) -> String {
     format!("{kind};\r\n name=\"{encoded}\"")
 }
 
-/// Whether a text can stand in a header as it is, and is read as it is.
+/// Whether a text needs no encoding in a header.
 fn is_plain(text: &str) -> bool {
     text.len() <= MAX_WORD
         && text.bytes().all(|byte| (b' '..=b'~').contains(&byte))
@@ -230,15 +208,14 @@ fn is_plain(text: &str) -> bool {
         && text.trim() == text
 }
 
-/// The value of an unstructured header. Plain words stay as they are; the builder folds between
-/// them.
+/// Encodes an unstructured header. The builder folds between plain words.
 fn unstructured(text: &str) -> String {
     let mut words = text.split(' ');
     let is_foldable = words.all(|word| !word.is_empty() && is_plain(word));
     if is_foldable || is_plain(text) { text.to_owned() } else { encoded_words(text) }
 }
 
-/// A text as encoded words (RFC 2047), a line for each; no character is divided.
+/// Encodes a text as encoded words (RFC 2047), one per line, without splitting characters.
 fn encoded_words(text: &str) -> String {
     let mut words = Vec::new();
     let mut rest = text;
@@ -259,9 +236,9 @@ mod tests {
         text.parse().unwrap()
     }
 
-    fn composed(subject: &str, text: &str, attachments: Vec<Attachment>) -> Result<String, String> {
+    fn built(subject: &str, text: &str, attachments: Vec<Attachment>) -> Result<String, String> {
         let (from, to) = (mailbox("a@example.org"), [mailbox("汇总 <hui@example.com>")]);
-        let letter = Email {
+        let email = Email {
             from: &from,
             to: &to,
             subject,
@@ -271,10 +248,10 @@ mod tests {
             date: SystemTime::UNIX_EPOCH,
             automatic: true,
         };
-        build_message(letter).map(|message| String::from_utf8(message).unwrap())
+        build_message(email).map(|message| String::from_utf8(message).unwrap())
     }
 
-    /// The value of a header, unfolded.
+    /// Returns the unfolded value of a header.
     fn header(mail: &str, name: &str) -> String {
         let unfolded = mail.replace("\r\n ", " ");
         let mut lines = unfolded.split("\r\n");
@@ -282,7 +259,7 @@ mod tests {
         value.unwrap_or_else(|| panic!("{name} in {mail}")).to_owned()
     }
 
-    /// Reads encoded words as RFC 2047 says: spaces between two of them are none.
+    /// Decodes encoded words (RFC 2047), ignoring spaces between two of them.
     fn decoded(value: &str) -> String {
         let mut text = String::new();
         let mut rest = value;
@@ -300,7 +277,7 @@ mod tests {
         text + rest
     }
 
-    /// Reads the parameter of a name as RFC 2231 says.
+    /// Decodes a parameter (RFC 2231).
     fn parameter(value: &str, name: &str) -> String {
         let mut whole = Vec::new();
         let mut rest = value.split_once(';').unwrap().1.trim_start();
@@ -330,10 +307,10 @@ mod tests {
     }
 
     #[test]
-    fn a_mail_has_what_a_mail_needs() {
+    fn builds_a_complete_mail() {
         let attachment =
             Attachment { name: "汇总数据.xlsx".to_owned(), content: b"\0\r\n.\r\n".to_vec() };
-        let mail = composed("示例代码实验邮件", "两行\n.\n", vec![attachment]).unwrap();
+        let mail = built("示例代码实验邮件", "两行\n.\n", vec![attachment]).unwrap();
         assert_eq!(decoded(&header(&mail, "Subject")), "示例代码实验邮件");
         assert_eq!(decoded(&header(&mail, "To")), "汇总 <hui@example.com>");
         assert_eq!(header(&mail, "From"), "a@example.org");
@@ -346,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn a_person_has_an_address_and_perhaps_a_name() {
+    fn parses_mailboxes_with_and_without_names() {
         let read = |text: &str| mailbox(text).to_string();
         assert_eq!(read(" a@example.org "), "a@example.org");
         assert_eq!(read("<a@example.org>"), "a@example.org");
@@ -361,19 +338,19 @@ mod tests {
     }
 
     #[test]
-    fn what_ends_a_line_is_refused_in_every_header() {
+    fn refuses_line_ends_in_every_header() {
         for end in ["\r", "\n", "\0", "\r\nBcc: x@example.org", "\u{85}"] {
             let bad = format!("a{end}b");
-            assert!(composed(&bad, "", Vec::new()).is_err());
+            assert!(built(&bad, "", Vec::new()).is_err());
             let attachment = Attachment { name: bad.clone(), content: Vec::new() };
-            assert!(composed("a", "", vec![attachment]).is_err());
+            assert!(built("a", "", vec![attachment]).is_err());
             assert!(format!("{bad} <a@example.org>").parse::<Mailbox>().is_err());
             assert!(format!("x <{bad}@example.org>").parse::<Mailbox>().is_err());
         }
     }
 
     #[test]
-    fn every_id_is_another() {
+    fn message_ids_are_unique() {
         let from = mailbox("a@example.org");
         let id = new_id(&from);
         assert!(id.starts_with('<') && id.ends_with("@example.org>"), "{id}");
@@ -393,14 +370,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_subject_is_read_as_it_was_written(subject in visible(MAX_TEXT)) {
-            let mail = composed(&subject, "", Vec::new()).unwrap();
+        fn decodes_any_subject(subject in visible(MAX_TEXT)) {
+            let mail = built(&subject, "", Vec::new()).unwrap();
             prop_assert_eq!(decoded(&header(&mail, "Subject")), subject);
             prop_assert!(mail.is_ascii() && mail.split("\r\n").all(|line| line.len() <= 78));
         }
 
         #[test]
-        fn any_name_of_a_person_is_read_as_it_was_written(name in visible(MAX_TEXT)) {
+        fn decodes_any_display_name(name in visible(MAX_TEXT)) {
             let person = Mailbox {
                 name: Some(name.clone()).filter(|name| !name.is_empty()),
                 address: "a@example.org".parse().unwrap(),
@@ -412,11 +389,11 @@ mod tests {
         }
 
         #[test]
-        fn any_name_of_a_file_is_read_as_it_was_written(name in visible(MAX_FILE_NAME)) {
+        fn decodes_any_attachment_name(name in visible(MAX_FILE_NAME)) {
             prop_assume!(attachment_name(&name).is_ok());
             let attachment = Attachment { name: name.clone(), content: Vec::new() };
             let mut part = Vec::new();
-            part_of(attachment).write_part(&mut part);
+            attachment_part(attachment).write_part(&mut part);
             let part = String::from_utf8(part).unwrap();
             prop_assert!(part.is_ascii());
             prop_assert_eq!(parameter(&header(&part, "Content-Disposition"), "filename"), &*name);

@@ -72,7 +72,7 @@ pub(crate) struct RelayConfig {
     pub security: Security,
     /// Permits connections without TLS to other machines.
     pub allow_plaintext: bool,
-    /// Additional trusted certificates.
+    /// Certificates that are trusted in addition to those of the system.
     pub ca_file: CaFile,
     /// Replaces the name of this machine in EHLO.
     pub helo: Option<String>,

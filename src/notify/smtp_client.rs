@@ -127,7 +127,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> SmtpClient<S> {
         *self.stage.lock() = stage;
     }
 
-    /// Reads the greeting.
+    /// Reads the greeting of the server, which may refuse the connection.
     pub async fn greeting(&mut self) -> Result<(), Failure> {
         self.enter(SmtpStage::Greeting);
         let greeting = self.read_reply().await?;

@@ -1,7 +1,7 @@
 //! `[sms.NAME]`: sends texts through a provider.
 //!
 //! Posts a form over HTTPS per recipient. The JSON of the reply decides, because its HTTP status proves
-//! nothing. [`provider`] describes providers, [`segments`] counts what a text costs.
+//! nothing. [`provider`] describes providers, [`segments`] counts the segments of a text.
 
 mod provider;
 mod segments;
@@ -46,14 +46,14 @@ pub struct Settings {
     account: String,
     from: String,
     password_file: Option<PathBuf>,
-    /// Default recipients.
+    /// Numbers that receive texts without `--to`.
     pub to: Vec<Number>,
     timeout: Duration,
     max_segments: usize,
     ca_file: CaFile,
 }
 
-/// A telephone number.
+/// A telephone number of 3 to 15 digits, with an optional `+`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Number(String);
 
@@ -121,15 +121,7 @@ impl Settings {
             )),
             file => Ok(file),
         };
-        let from = match from? {
-            None if provider.uses(Place::From) && kind == Kind::Twilio => {
-                Err(missing("from", "the number that it is sent from"))
-            }
-            Some(_) if kind != Kind::Twilio => {
-                Err(table.report("from", "is for provider = \"twilio\""))
-            }
-            from => Ok(from.unwrap_or_default()),
-        };
+        let from = check_sender(from?, kind, &table);
         let preset_url =
             preset_url.map(|url| url.replace("{account}", account.as_deref().unwrap_or_default()));
         let url = url.and_then(|url| match url.or(preset_url) {
@@ -365,6 +357,19 @@ fn sender(text: &str) -> Result<String, String> {
         (1..=40).contains(&text.len()) && text.chars().all(|c| c == ' ' || c.is_ascii_graphic());
     let expected = || "expected a number of yours at the provider, as \"+15017122661\"".to_owned();
     is_sender.then(|| text.to_owned()).ok_or_else(expected)
+}
+
+/// Twilio requires `from`; the other providers do not use it.
+fn check_sender(from: Option<String>, kind: Kind, table: &Table<'_>) -> Result<String, Reported> {
+    match from {
+        None if kind == Kind::Twilio => {
+            Err(table.report("from", "missing; expected the number that it is sent from"))
+        }
+        Some(_) if kind != Kind::Twilio => {
+            Err(table.report("from", "is for provider = \"twilio\""))
+        }
+        from => Ok(from.unwrap_or_default()),
+    }
 }
 
 /// Encodes fields as `application/x-www-form-urlencoded`, with the writer of the URL library.

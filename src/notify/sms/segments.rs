@@ -8,7 +8,7 @@ const GSM: &str = "£¥èéùìòÇØøÅåΔΦΓΛΩΠΨΣΘΞÆæßÉ¤¡ÄÖ�
 
 pub(super) struct Segments {
     pub(super) count: usize,
-    /// Characters per segment.
+    /// Maximum number of characters per segment.
     pub(super) size: usize,
     pub(super) alphabet: &'static str,
 }
