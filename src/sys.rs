@@ -1,6 +1,5 @@
-//! What no safe function exists for: two questions to the kernel, a registration with tokio, and
-//! descriptors that are there from the start.
-//! This is the only unsafe code.
+//! The only unsafe code: two system calls without a safe wrapper, a registration with tokio, and
+//! inherited descriptors.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -58,24 +57,21 @@ impl AsFd for Watched {
     }
 }
 
-/// The descriptors that the service manager has passed to this process, each with its name
-/// (`sd_listen_fds(3)`). They are given away once; after that there are none.
-///
-/// # Errors
-/// If the manager's environment variables make no sense, or name what is not open.
+/// Takes the descriptors that the service manager passed to this process, each with its name
+/// (`sd_listen_fds(3)`). Further calls return none. Fails if the environment variables of the
+/// manager are malformed or name closed descriptors.
 pub(crate) fn inherited_descriptors() -> io::Result<Vec<(OwnedFd, String)>> {
     static TAKEN: AtomicBool = AtomicBool::new(false);
     if TAKEN.swap(true, Ordering::Relaxed) {
         return Ok(Vec::new());
     }
-    // This also sees to it that they are open, and closed in programs that we may start.
+    // Also checks that they are open, and sets close-on-exec.
     let passed = sd_notify::listen_fds_with_names()?;
-    // SAFETY: they were opened for this process by the service manager, for nobody else in it, and
-    // are taken over no more than once.
+    // SAFETY: the service manager opened them for this function alone, which takes them only once.
     Ok(passed.map(|(fd, name)| (unsafe { OwnedFd::from_raw_fd(fd) }, name)).collect())
 }
 
-/// What the kernel knows of its clock (adjtimex(2)), unprocessed.
+/// The raw state of the kernel's clock (adjtimex(2)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Timex {
     /// The clock state: `TIME_OK`, `TIME_INS`, …, `TIME_ERROR`.
@@ -86,10 +82,7 @@ pub(crate) struct Timex {
     pub max_error: i64,
 }
 
-/// Reads the clock state, which needs no privilege.
-///
-/// # Errors
-/// The system call's own, as under a filter that forbids it (`ProtectClock=yes`).
+/// Reads the clock state. Needs no privilege, but fails under `ProtectClock=yes`.
 pub(crate) fn read_timex() -> io::Result<Timex> {
     // SAFETY: `timex` is a plain structure of integers, for which all zeros is a valid value;
     // with `modes` zero the call changes nothing and only fills it.
@@ -100,16 +93,13 @@ pub(crate) fn read_timex() -> io::Result<Timex> {
     if state < 0 {
         return Err(io::Error::last_os_error());
     }
-    // The fields' width differs between architectures.
+    // The width of the fields depends on the architecture.
     #[allow(clippy::useless_conversion)]
     Ok(Timex { state, status: timex.status, max_error: timex.maxerror.into() })
 }
 
-/// How many bytes written to `socket` its peer has not yet acknowledged (tcp(7), `SIOCOUTQ`); for
-/// a Unix socket, how much memory the unread bytes take.
-///
-/// # Errors
-/// The system call's own; none is expected of an open socket.
+/// Returns the number of bytes written to `socket` that its peer has not acknowledged (tcp(7),
+/// `SIOCOUTQ`); for a Unix socket, the memory of the unread bytes.
 pub(crate) fn unacknowledged(socket: BorrowedFd<'_>) -> io::Result<u64> {
     let mut bytes: libc::c_int = 0;
     // SAFETY: SIOCOUTQ (the same number as TIOCOUTQ) stores one int through the pointer, which is
@@ -129,7 +119,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     #[test]
-    fn bytes_count_until_they_are_acknowledged() {
+    fn counts_bytes_until_they_are_acknowledged() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (mut server, _) = listener.accept().unwrap();
@@ -145,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn the_clock_state_can_be_read() {
+    fn reads_the_clock_state() {
         assert!(read_timex().unwrap().max_error >= 0);
     }
 }

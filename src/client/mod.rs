@@ -25,6 +25,8 @@ use std::time::Duration;
 use tokio::net::{TcpStream, lookup_host};
 use tokio::time::{Instant, timeout};
 
+use crate::net::host_port::split_host_port;
+
 /// A server to ask: a host, by name or by address, and a port if one is named.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Server {
@@ -36,31 +38,12 @@ impl FromStr for Server {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let expected = || "expected HOST, HOST:PORT, or [ADDRESS]:PORT for IPv6".to_owned();
-        let server = |host: &str, port| {
-            if host.is_empty() || host.contains(['[', ']', '/', ' ']) {
-                return Err(expected());
-            }
-            Ok(Self { host: host.to_owned(), port })
-        };
-        let port = |text: &str| {
-            let port = text.parse().ok().filter(|port| *port != 0);
-            port.map(Some).ok_or_else(|| "expected a port from 1 to 65535".to_owned())
-        };
-        if let Some(rest) = text.strip_prefix('[') {
-            let (host, rest) = rest.split_once(']').ok_or_else(expected)?;
-            return match rest.strip_prefix(':') {
-                Some(number) => server(host, port(number)?),
-                None if rest.is_empty() => server(host, None),
-                None => Err(expected()),
-            };
-        }
-        match text.split_once(':') {
-            None => server(text, None),
-            // More than one colon is an IPv6 address without a port.
-            Some((_, rest)) if rest.contains(':') => server(text, None),
-            Some((host, number)) => server(host, port(number)?),
-        }
+        let (host, port) =
+            split_host_port(text).ok_or("expected HOST, HOST:PORT, or [ADDRESS]:PORT for IPv6")?;
+        let parse = |port: &str| port.parse().ok().filter(|port| *port != 0);
+        let port =
+            port.map(|port| parse(port).ok_or("expected a port from 1 to 65535")).transpose()?;
+        Ok(Self { host: host.to_owned(), port })
     }
 }
 

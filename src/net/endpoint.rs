@@ -4,6 +4,8 @@ use core::net::SocketAddr;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use crate::net::host_port::split_host_port;
+
 /// Maximum length of the path of a Unix socket with its final NUL (unix(7)).
 const MAX_SOCKET_PATH: usize = 108;
 
@@ -69,9 +71,11 @@ impl ListenSpec {
             check_address(address)?;
             return Ok(Self::Socket(Listen::At(Endpoint::new(is_udp, address))));
         }
-        let (host, port) = address.rsplit_once(':').ok_or(EXPECTED)?;
+        let (host, port) = split_host_port(address).ok_or(EXPECTED)?;
+        let port = port.ok_or(EXPECTED)?;
         let port = port.parse().map_err(|_| "expected a port from 0 to 65535".to_owned())?;
-        if host.is_empty() || host.contains([':', '[', ']', '/']) {
+        // Every valid address in brackets has been parsed above.
+        if address.starts_with('[') {
             return Err(EXPECTED.to_owned());
         }
         Ok(Self::Host { is_udp, host: host.to_owned(), port })

@@ -9,6 +9,7 @@ pub(crate) mod access;
 pub(crate) mod client_limit;
 pub(crate) mod connection;
 pub(crate) mod endpoint;
+pub(crate) mod host_port;
 pub(crate) mod idle_timer;
 pub(crate) mod instance;
 pub(crate) mod limits;
