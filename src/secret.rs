@@ -82,10 +82,8 @@ impl Secrets {
         let lower = text.to_ascii_lowercase();
         let is_secret = self.exact.iter().any(|Secret(secret)| text.contains(secret))
             || self.percent.iter().any(|Secret(secret)| lower.contains(secret));
-        if is_secret {
-            return "(withheld, because the server repeats the password)".to_owned();
-        }
-        text.to_owned()
+        let notice = "(withheld, because the server repeats the password)";
+        if is_secret { notice } else { text }.to_owned()
     }
 }
 

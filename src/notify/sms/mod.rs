@@ -1,9 +1,9 @@
 //! `[sms.NAME]`: sends texts through a provider.
 //!
 //! Posts a form over HTTPS per recipient. The JSON of the reply decides, because its HTTP status proves
-//! nothing. [`provider`] describes providers, [`segments`] counts the segments of a text.
+//! nothing. [`providers`] describes providers, [`segments`] counts the segments of a text.
 
-mod provider;
+mod providers;
 mod segments;
 
 use std::fmt;
@@ -24,7 +24,7 @@ use crate::http::egress::{self, Reach, shown};
 use crate::http::tls::{self, CaFile};
 use crate::notify::outcome::{Failure, FailureKind, Sent, printable, read_password};
 use crate::secret::{self, Secret, Secrets};
-use provider::{FormKeys, Kind, Place, Provider, Values};
+use providers::{FormKeys, Kind, Placeholder, Provider, Values};
 use segments::Segments;
 
 /// Maximum number of recipients of a text.
@@ -109,13 +109,15 @@ impl Settings {
         let provider = provider?;
         let missing =
             |key, expected: &str| table.report(key, format_args!("missing; expected {expected}"));
-        let needs = |place| provider.has_basic_auth() || provider.uses(place);
+        let needs = |placeholder| provider.has_basic_auth() || provider.uses(placeholder);
         let account = match account {
-            None if needs(Place::Account) => Err(missing("account", "the account at the provider")),
+            None if needs(Placeholder::Account) => {
+                Err(missing("account", "the account at the provider"))
+            }
             account => Ok(account.unwrap_or_default()),
         };
         let password_file = match password_file {
-            None if needs(Place::Password) => Err(missing(
+            None if needs(Placeholder::Password) => Err(missing(
                 "password-file",
                 "the file with the password, or the credential of that name",
             )),

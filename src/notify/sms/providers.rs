@@ -95,8 +95,10 @@ impl Provider {
         self.kind == Kind::Twilio
     }
 
-    pub(super) fn uses(&self, place: Place) -> bool {
-        self.fields.iter().any(|(_, template)| template.0.contains(&Piece::Place(place)))
+    pub(super) fn uses(&self, placeholder: Placeholder) -> bool {
+        self.fields
+            .iter()
+            .any(|(_, template)| template.0.contains(&Piece::Placeholder(placeholder)))
     }
 
     pub(super) fn fill(&self, values: &Values<'_>) -> Vec<(String, String)> {
@@ -223,7 +225,7 @@ impl FormKeys {
             ));
         }
         let provider = Provider { kind: Kind::Form, fields, success, id, error: None };
-        if provider.uses(Place::To) && provider.uses(Place::Text) {
+        if provider.uses(Placeholder::To) && provider.uses(Placeholder::Text) {
             return Ok(provider);
         }
         Err(table.report(
@@ -239,7 +241,7 @@ impl FormKeys {
 pub(super) struct Template(Vec<Piece>);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum Placeholder {
     Account,
     Password,
     From,
@@ -250,15 +252,15 @@ pub(super) enum Place {
 #[derive(Clone, PartialEq, Eq)]
 enum Piece {
     Literal(String),
-    Place(Place),
+    Placeholder(Placeholder),
 }
 
-const PLACES: [(&str, Place); 5] = [
-    ("account", Place::Account),
-    ("password", Place::Password),
-    ("from", Place::From),
-    ("to", Place::To),
-    ("text", Place::Text),
+const PLACEHOLDERS: [(&str, Placeholder); 5] = [
+    ("account", Placeholder::Account),
+    ("password", Placeholder::Password),
+    ("from", Placeholder::From),
+    ("to", Placeholder::To),
+    ("text", Placeholder::Text),
 ];
 
 // Literals may contain a secret, although they should not.
@@ -291,10 +293,10 @@ impl FromStr for Template {
             } else {
                 let inside = behind.strip_prefix('{').and_then(|inside| inside.split_once('}'));
                 let (name, behind) = inside.ok_or_else(expected)?;
-                let place = PLACES.iter().find(|(known, _)| *known == name);
-                let (_, place) = place.ok_or_else(expected)?;
+                let placeholder = PLACEHOLDERS.iter().find(|(known, _)| *known == name);
+                let (_, placeholder) = placeholder.ok_or_else(expected)?;
                 pieces.push(Piece::Literal(std::mem::take(&mut literal)));
-                pieces.push(Piece::Place(*place));
+                pieces.push(Piece::Placeholder(*placeholder));
                 rest = behind;
             }
         }
@@ -311,11 +313,11 @@ impl Template {
         let text = |piece: &'a Piece| match piece {
             Piece::Literal(_) if values.hides_literals => HIDDEN,
             Piece::Literal(text) => text,
-            Piece::Place(Place::Account) => values.account,
-            Piece::Place(Place::Password) => values.password.unwrap_or(HIDDEN),
-            Piece::Place(Place::From) => values.from,
-            Piece::Place(Place::To) => values.to,
-            Piece::Place(Place::Text) => values.text,
+            Piece::Placeholder(Placeholder::Account) => values.account,
+            Piece::Placeholder(Placeholder::Password) => values.password.unwrap_or(HIDDEN),
+            Piece::Placeholder(Placeholder::From) => values.from,
+            Piece::Placeholder(Placeholder::To) => values.to,
+            Piece::Placeholder(Placeholder::Text) => values.text,
         };
         self.0.iter().map(text).collect()
     }
