@@ -86,7 +86,7 @@ pub mod internals {
     pub use gateway::*;
     #[cfg(feature = "gateway")]
     mod gateway {
-        pub use crate::http::egress::{Host, Reach};
+        pub use crate::http::egress::{EgressPolicy, Host};
         pub use crate::http::pointer::parse as parse_pointer;
         pub use crate::mirror::listing::{ParseError, Pointers, read as read_listing};
         pub use crate::notify::address::EmailAddress;

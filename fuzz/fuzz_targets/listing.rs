@@ -8,7 +8,9 @@
 use std::collections::HashSet;
 use std::path::{Component, Path};
 
-use handout::internals::{Host, ParseError, Pointers, Reach, parse_pointer, read_listing as read};
+use handout::internals::{
+    EgressPolicy, Host, ParseError, Pointers, parse_pointer, read_listing as read,
+};
 use handout_fuzz::is_one_line;
 use libfuzzer_sys::fuzz_target;
 use reqwest::Url;
@@ -33,13 +35,13 @@ fuzz_target!(|input: &[u8]| {
     let Some(pointers) = pointers(line) else { return };
     let base = Url::parse("https://api.example.org/v1/list").unwrap();
     let hosts = [Host::parse("*.example.net").unwrap()];
-    let reach = Reach::new([&base], &hosts, false);
+    let egress_policy = EgressPolicy::new([&base], &hosts, false);
 
     let text = json.strip_prefix("\u{feff}".as_bytes()).unwrap_or(json);
     let document: Option<Value> = serde_json::from_slice(text).ok();
     let list = document.as_ref().and_then(|document| document.pointer(&pointers.list));
     let list = list.and_then(Value::as_array);
-    let entries = match (read(json, &pointers, MAX, &base, &reach), list) {
+    let entries = match (read(json, &pointers, MAX, &base, &egress_policy), list) {
         (Ok(entries), Some(list)) if entries.len() == list.len() => entries,
         (Err(ParseError::TooManyEntries(_)), Some(list)) => return assert!(list.len() > MAX),
         (Err(error), None) => return assert!(is_one_line(&error.to_string()), "{error:?}"),

@@ -1,7 +1,6 @@
-//! The HTTP client: it asks only whom it may, follows redirects by itself, and is not kept waiting.
+//! An HTTP/1.1 client that enforces the egress policy, follows redirects itself and limits silence.
 //!
-//! HTTP/1.1 only. What was checked is what is connected to: names are looked up here, and the
-//! addresses that were looked at are those that are used.
+//! The client resolves names itself and connects only to the addresses that the policy checked.
 
 use std::collections::HashSet;
 use std::error::Error as _;
@@ -18,75 +17,56 @@ use rustls::ClientConfig;
 use tokio::time::timeout;
 
 use crate::http::egress;
-use crate::http::egress::{Reach, Refused};
+use crate::http::egress::{EgressPolicy, Refused};
 use crate::http::tls_error::{TlsError, TlsErrorKind};
 use crate::net::idle_timer::timeout_while_running;
 
-/// How many redirects are followed.
 const MAX_REDIRECTS: usize = 5;
 
-/// The largest number of header fields in a reply, as in curl. hyper bounds their size (408 KiB).
+/// Maximum number of header fields of a reply, as in curl. hyper limits their size (408 KiB).
 const MAX_HEADERS: usize = 5000;
 
-/// The largest body that is read only so that its connection can be used again.
+/// Maximum bytes of an unused body that are read to reuse its connection.
 const MAX_DRAINED: usize = 16 << 10;
 
-/// How long that may take.
-const MAX_DRAINING: Duration = Duration::from_secs(1);
+/// Maximum duration of that read.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long a connection is kept that nobody uses.
-const KEEP_IDLE: Duration = Duration::from_secs(30);
+/// Lifetime of an idle connection.
+const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Why there is no client.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BuildError {
-    /// The proxy's URL is none.
     #[error("the proxy's URL cannot be used")]
     Proxy,
-    /// Something else, which is not expected.
     #[error("the HTTP client cannot be made: {0}")]
     Other(String),
 }
 
-/// Why there is no reply, or no end of it.
+/// Why a request has no complete reply.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    /// It may not be asked.
     #[error(transparent)]
     Refused(#[from] Refused),
-    /// A redirect that leads nowhere.
     #[error("it is redirected, but nowhere (no Location)")]
     Nowhere,
-    /// One redirect after the other.
     #[error("it is redirected more than {MAX_REDIRECTS} times")]
     Redirects,
-    /// Nothing came for too long.
     #[error("nothing came for {0:?}")]
     Silent(Duration),
-    /// The server's name stands for no address.
     #[error("cannot look up {host}: {cause}")]
-    Lookup {
-        /// The name.
-        host: String,
-        /// Why.
-        cause: String,
-    },
-    /// No connection.
+    Lookup { host: String, cause: String },
     #[error("cannot connect: {0}")]
     Connect(String),
-    /// No encrypted connection.
     #[error(transparent)]
     Tls(#[from] TlsError),
-    /// The server's reply violates HTTP.
     #[error("the server's reply is malformed: {0}")]
     Malformed(String),
-    /// The connection ended or failed before the end of the reply.
     #[error("the connection failed: {0}")]
     Network(String),
 }
 
 impl Error {
-    /// Whether it may be better a little later.
     pub(crate) fn is_temporary(&self) -> bool {
         match self {
             Self::Refused(_) | Self::Nowhere | Self::Redirects | Self::Malformed(_) => false,
@@ -95,7 +75,7 @@ impl Error {
         }
     }
 
-    /// What reqwest says, without the URL, which it would repeat with its query.
+    /// Omits the URL that reqwest adds, because its query may hold secrets.
     fn of(error: &reqwest::Error, host: &str) -> Self {
         let mut innermost = None;
         let mut cause = error.source();
@@ -128,24 +108,19 @@ impl Error {
     }
 }
 
-/// How a client asks.
 #[derive(Debug)]
 pub(crate) struct Options {
-    /// How servers are verified.
     pub tls: ClientConfig,
-    /// Whom it asks to ask.
     pub proxy: Option<Url>,
-    /// What it says besides, to the origins of `sources` only.
+    /// Sent to the origins of `sources` only.
     pub headers: HeaderMap,
-    /// The URLs that the operator has named.
     pub sources: Vec<Url>,
-    /// How long a server may be silent; without it, whoever asks bounds the whole.
+    /// Maximum silence of a server; without it, the caller limits the whole request.
     pub timeout: Option<Duration>,
-    /// How many connections may be kept.
+    /// Maximum number of idle connections per host.
     pub connections: usize,
 }
 
-/// Asks servers.
 #[derive(Debug)]
 pub(crate) struct Client {
     inner: reqwest::Client,
@@ -153,22 +128,21 @@ pub(crate) struct Client {
     unpooled: reqwest::Client,
     /// Origins that have replied, so that a request to them may use an open connection.
     replied: Mutex<HashSet<url_origin::Origin>>,
-    reach: Arc<Reach>,
+    egress_policy: Arc<EgressPolicy>,
     headers: HeaderMap,
     sources: Vec<url_origin::Origin>,
     timeout: Option<Duration>,
 }
 
 impl Client {
-    /// One that asks whom `reach` permits.
-    ///
-    /// # Errors
-    /// If the proxy cannot be used.
-    pub(crate) fn new(options: Options, reach: Arc<Reach>) -> Result<Self, BuildError> {
+    pub(crate) fn new(
+        options: Options,
+        egress_policy: Arc<EgressPolicy>,
+    ) -> Result<Self, BuildError> {
         let Options { tls, proxy, headers, sources, timeout, connections } = options;
         let resolver = Resolver {
-            reach: Arc::clone(&reach),
-            // The operator has named it, and what it may ask is its own affair.
+            egress_policy: Arc::clone(&egress_policy),
+            // Named by the operator, so that it may have any address.
             proxy: proxy.as_ref().map(egress::host_of),
         };
         let proxy = proxy.map(Proxy::all).transpose().map_err(|_| BuildError::Proxy)?;
@@ -182,9 +156,9 @@ impl Client {
                 .http1_allow_spaces_after_header_name_in_responses(true)
                 .http1_max_headers(MAX_HEADERS)
                 .tls_backend_preconfigured(tls.clone())
-                // The environment does not say whom we ask.
+                // Ignore proxies of the environment.
                 .no_proxy()
-                .pool_idle_timeout(KEEP_IDLE)
+                .pool_idle_timeout(POOL_IDLE_TIMEOUT)
                 .pool_max_idle_per_host(max_idle)
                 .dns_resolver(resolver.clone());
             if let Some(timeout) = timeout {
@@ -199,56 +173,46 @@ impl Client {
         let (inner, unpooled) = (build(connections)?, build(0)?);
         let sources = sources.iter().map(url_origin::of).collect();
         let replied = Mutex::default();
-        Ok(Self { inner, unpooled, replied, reach, headers, sources, timeout })
+        Ok(Self { inner, unpooled, replied, egress_policy, headers, sources, timeout })
     }
 
-    /// Asks for `url`, follows redirects, and returns the head of the reply, whatever its status
-    /// is. Whoever they lead to is told `headers`, too.
-    ///
-    /// # Errors
-    /// If it may not be asked, cannot be reached, or does not answer.
+    /// Returns the head of the reply after redirects, with any status. `headers` are sent to the
+    /// targets of redirects, too.
     pub(crate) async fn get(&self, url: &Url, headers: &HeaderMap) -> Result<Response, Error> {
         let mut url = url.clone();
-        self.reach.may_ask(&url)?;
+        self.egress_policy.check_url(&url)?;
         for _ in 0..=MAX_REDIRECTS {
-            let mut response = self.ask(Method::GET, &url, headers, None).await?;
+            let mut response = self.send(Method::GET, &url, headers, None).await?;
             if !is_redirect(response.status()) {
                 return Ok(response);
             }
             let location = response.headers().get(LOCATION).map(location);
             let location = location.filter(|location| !location.trim().is_empty());
-            url = self.reach.next_hop(&url, &location.ok_or(Error::Nowhere)?)?;
+            url = self.egress_policy.check_redirect(&url, &location.ok_or(Error::Nowhere)?)?;
             self.drain(&mut response).await;
         }
         Err(Error::Redirects)
     }
 
-    /// Asks for `url`, and returns the head of the reply, whatever its status is. A redirect is not
-    /// followed: what is said is meant for this URL.
-    ///
-    /// # Errors
-    /// If it may not be asked, cannot be reached, or does not answer.
+    /// Like [`Client::get`], but returns redirects: `headers` are meant for this URL only.
     pub(crate) async fn get_here(&self, url: &Url, headers: &HeaderMap) -> Result<Response, Error> {
-        self.reach.may_ask(url)?;
-        self.ask(Method::GET, url, headers, None).await
+        self.egress_policy.check_url(url)?;
+        self.send(Method::GET, url, headers, None).await
     }
 
-    /// Sends `body` to `url`, and returns the head of the reply, whatever its status is. A redirect
-    /// is not followed: what is sent is meant for this URL.
-    ///
-    /// # Errors
-    /// If it may not be asked, cannot be reached, or does not answer.
+    /// Returns the head of the reply with any status. Follows no redirect: `body` is meant for this
+    /// URL only.
     pub(crate) async fn post(
         &self,
         url: &Url,
         headers: &HeaderMap,
         body: impl Into<Body>,
     ) -> Result<Response, Error> {
-        self.reach.may_ask(url)?;
-        self.ask(Method::POST, url, headers, Some(body.into())).await
+        self.egress_policy.check_url(url)?;
+        self.send(Method::POST, url, headers, Some(body.into())).await
     }
 
-    async fn ask(
+    async fn send(
         &self,
         method: Method,
         url: &Url,
@@ -257,14 +221,14 @@ impl Client {
     ) -> Result<Response, Error> {
         let mut request = Request::new(method, url.clone());
         *request.body_mut() = body;
-        let said = request.headers_mut();
+        let request_headers = request.headers_mut();
         let agent = concat!("handout/", env!("CARGO_PKG_VERSION"));
-        said.insert(USER_AGENT, HeaderValue::from_static(agent));
+        request_headers.insert(USER_AGENT, HeaderValue::from_static(agent));
         let origin = url_origin::of(url);
         if self.sources.contains(&origin) {
-            said.extend(self.headers.clone());
+            request_headers.extend(self.headers.clone());
         }
-        said.extend(headers.clone());
+        request_headers.extend(headers.clone());
         let has_replied = self.replied.lock().contains(&origin);
         let repeated = request.try_clone().filter(|_| has_replied && request.method().is_safe());
         let executed = async {
@@ -276,7 +240,7 @@ impl Client {
                 (result, _) => result,
             }
         };
-        let response = self.unless_silent(&egress::host_of(url), executed).await?;
+        let response = self.with_silence_limit(&egress::host_of(url), executed).await?;
         if !has_replied {
             self.replied.lock().insert(origin);
         }
@@ -284,8 +248,7 @@ impl Client {
         Ok(response)
     }
 
-    /// What comes of `reply`, if it comes in time.
-    async fn unless_silent<T>(
+    async fn with_silence_limit<T>(
         &self,
         host: &str,
         reply: impl Future<Output = reqwest::Result<T>>,
@@ -300,7 +263,7 @@ impl Client {
         replied.map_err(|error| Error::of(&error, host))
     }
 
-    /// Reads a small body of which nothing is wanted, so that its connection can be used again.
+    /// Discards a small body to make its connection reusable.
     pub(crate) async fn drain(&self, response: &mut Response) {
         let drain = async {
             let mut left = MAX_DRAINED;
@@ -311,20 +274,16 @@ impl Client {
                 }
             }
         };
-        // One that comes slowly is not worth the wait.
-        let _ = timeout(MAX_DRAINING, drain).await;
+        let _ = timeout(DRAIN_TIMEOUT, drain).await;
     }
 
-    /// The next piece of a body; `None` at its end.
-    ///
-    /// # Errors
-    /// If it does not come, or the body ends before its end.
+    /// Returns the next part of a body, `None` at its end.
     pub(crate) async fn piece(
         &self,
         response: &mut Response,
     ) -> Result<Option<bytes::Bytes>, Error> {
         let host = egress::host_of(response.url());
-        self.unless_silent(&host, response.chunk()).await
+        self.with_silence_limit(&host, response.chunk()).await
     }
 }
 
@@ -344,8 +303,7 @@ fn is_closed_without_reply(error: &reqwest::Error) -> bool {
     false
 }
 
-/// Checks that the body can be taken out of its transfer codings (RFC 9112, 6.1): hyper leaves all in
-/// place but a `chunked` that is named last.
+/// Refuses transfer codings (RFC 9112, 6.1) that hyper does not decode: all but a final `chunked`.
 fn check_transfer_codings(headers: &HeaderMap) -> Result<(), Error> {
     let lists = headers.get_all(TRANSFER_ENCODING).iter();
     let codings = lists.flat_map(|list| list.as_bytes().split(|byte| *byte == b','));
@@ -359,8 +317,7 @@ fn check_transfer_codings(headers: &HeaderMap) -> Result<(), Error> {
     Err(Error::Malformed("it has a transfer coding that is not supported".to_owned()))
 }
 
-/// A `Location` as a reference: what is not ASCII is percent-encoded byte by byte, in whatever
-/// encoding it is, as curl does. The rest, such as spaces, is the URL parser's.
+/// Percent-encodes the bytes of a `Location` outside ASCII, as curl does.
 fn location(value: &HeaderValue) -> String {
     value.as_bytes().iter().fold(String::new(), |mut location, &byte| {
         if byte.is_ascii() {
@@ -376,7 +333,7 @@ fn is_redirect(status: StatusCode) -> bool {
     matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308)
 }
 
-/// Scheme, host and port: what a secret is meant for.
+/// Scheme, host and port: the scope of a secret.
 mod url_origin {
     use reqwest::Url;
 
@@ -387,10 +344,10 @@ mod url_origin {
     }
 }
 
-/// Looks names up, and at what is found.
+/// Resolves names and checks the addresses against the policy.
 #[derive(Debug, Clone)]
 struct Resolver {
-    reach: Arc<Reach>,
+    egress_policy: Arc<EgressPolicy>,
     proxy: Option<String>,
 }
 
@@ -404,7 +361,7 @@ struct LookupError {
 
 impl Resolve for Resolver {
     fn resolve(&self, name: Name) -> Resolving {
-        let Self { reach, proxy } = self.clone();
+        let Self { egress_policy, proxy } = self.clone();
         Box::pin(async move {
             let host = name.as_str();
             let error = |cause| LookupError { host: host.to_owned(), cause };
@@ -415,10 +372,44 @@ impl Resolve for Resolver {
             }
             if proxy.as_deref() != Some(host) {
                 let addresses: Vec<IpAddr> = found.iter().map(SocketAddr::ip).collect();
-                reach.may_connect(host, addresses)?;
+                egress_policy.check_addresses(host, addresses)?;
             }
             let found: Addrs = Box::new(found.into_iter());
             Ok(found)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percent_encodes_locations_outside_ascii() {
+        let encoded = |bytes: &[u8]| location(&HeaderValue::from_bytes(bytes).unwrap());
+        assert_eq!(encoded(b"/a b?c=%20"), "/a b?c=%20");
+        assert_eq!(encoded("/ü".as_bytes()), "/%C3%BC");
+        assert_eq!(encoded(b"/\xfc"), "/%FC");
+    }
+
+    #[test]
+    fn accepts_only_a_final_chunked_coding() {
+        let check = |values: &[&'static str]| {
+            let headers = values.iter().map(|value| (TRANSFER_ENCODING, value.parse().unwrap()));
+            check_transfer_codings(&headers.collect()).is_ok()
+        };
+        assert!(check(&[]));
+        assert!(check(&["Chunked"]));
+        assert!(check(&["identity", "chunked"]));
+        assert!(!check(&["chunked, identity"]));
+        assert!(!check(&["gzip, chunked"]));
+    }
+
+    #[test]
+    fn origins_compare_scheme_host_and_port() {
+        let origin = |text: &str| url_origin::of(&text.parse().unwrap());
+        assert_eq!(origin("https://Example.org./a"), origin("https://example.org:443/b"));
+        assert_ne!(origin("https://example.org/"), origin("http://example.org/"));
+        assert_ne!(origin("https://example.org/"), origin("https://example.org:8443/"));
     }
 }

@@ -1,7 +1,7 @@
-//! Which hosts and addresses may be asked, and where a redirect may lead.
+//! Egress policy: the hosts and addresses that requests and redirects may reach.
 //!
-//! Only arithmetic on names and addresses. A host that the operator names may have any address;
-//! any other, public ones only, so that nobody is led to services that trust this machine's network.
+//! Performs no I/O. Hosts named by the operator may have any address, all other hosts only public
+//! addresses: a server cannot direct requests to services that trust this machine's network.
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -11,10 +11,10 @@ use reqwest::Url;
 
 use crate::fs::filename::escape;
 
-/// The longest address (URL) that is asked, in bytes; longer than any that works everywhere.
+/// Maximum length of a URL in bytes.
 const MAX_URL: usize = 8192;
 
-/// IPv4 networks that are not of the public Internet (RFC 6890 and IANA's registry).
+/// IPv4 networks outside the public Internet (RFC 6890 and IANA's registry).
 const SPECIAL_V4: [Ipv4Net; 15] = [
     v4([0, 0, 0, 0], 8),
     v4([10, 0, 0, 0], 8),
@@ -34,10 +34,10 @@ const SPECIAL_V4: [Ipv4Net; 15] = [
     v4([240, 0, 0, 0], 4),
 ];
 
-/// All of public IPv6, so far.
+/// The global unicast addresses that IANA has allocated.
 const GLOBAL_V6: Ipv6Net = v6([0x2000, 0, 0], 3);
 
-/// What is in it and not public: protocols with Teredo among them, documentation, 6to4.
+/// Exceptions in [`GLOBAL_V6`]: protocol assignments with Teredo, documentation, 6to4.
 const SPECIAL_V6: [Ipv6Net; 4] = [
     v6([0x2001, 0, 0], 23),
     v6([0x2001, 0xdb8, 0], 32),
@@ -45,7 +45,7 @@ const SPECIAL_V6: [Ipv6Net; 4] = [
     v6([0x3fff, 0, 0], 20),
 ];
 
-/// IPv4 addresses behind a translator (RFC 6052), as networks without IPv4 have them from DNS64.
+/// IPv4 addresses behind a translator (RFC 6052), as DNS64 returns them.
 const NAT64: Ipv6Net = v6([0x64, 0xff9b, 0], 96);
 
 const fn v4([a, b, c, d]: [u8; 4], prefix: u8) -> Ipv4Net {
@@ -56,8 +56,7 @@ const fn v6([a, b, c]: [u16; 3], prefix: u8) -> Ipv6Net {
     Ipv6Net::new_assert(Ipv6Addr::new(a, b, c, 0, 0, 0, 0, 0), prefix)
 }
 
-/// Whether an address is one of the public Internet: not private, loopback, link-local, shared,
-/// multicast, reserved or for documentation, in whatever form.
+/// Whether an address belongs to the public Internet, also in its mapped and translated forms.
 pub(crate) fn is_public(address: IpAddr) -> bool {
     match address.to_canonical() {
         IpAddr::V4(address) => !SPECIAL_V4.iter().any(|special| special.contains(&address)),
@@ -72,49 +71,31 @@ pub(crate) fn is_public(address: IpAddr) -> bool {
     }
 }
 
-/// Why somebody is not asked.
+/// Why a request is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    /// It is no URL.
     #[error("expected a URL as https://example.org/file: {0}")]
     Url(String),
-    /// It is too long.
     #[error("the URL is longer than {MAX_URL} bytes")]
     Long,
-    /// It is not for HTTP.
     #[error("expected http:// or https://")]
     Scheme,
-    /// It has a user or a password in it.
     #[error("the URL has a user or a password in it, which would be seen in many places")]
     Credentials,
-    /// Nobody named the host.
     #[error("{0} is not among the hosts that may be asked (`hosts`)")]
     Host(String),
-    /// The host is not named, and has an address that is not public.
     #[error("{host} has the address {address}, which is not public: only a host that is named may")]
-    Address {
-        /// The host.
-        host: String,
-        /// Its address.
-        address: IpAddr,
-    },
-    /// A redirect from https to http.
+    Address { host: String, address: IpAddr },
     #[error("it is redirected from https to http")]
     Downgrade,
 }
 
-/// Takes a text for a URL that can be asked.
-///
-/// # Errors
-/// If it is none, or has what no URL should have.
+/// Parses a URL for HTTP(S) without credentials.
 pub(crate) fn url(text: &str) -> Result<Url, Refused> {
     check(Url::parse(text).map_err(|error| Refused::Url(error.to_string()))?)
 }
 
-/// Takes a text that is relative to a URL for another.
-///
-/// # Errors
-/// As [`url`].
+/// Resolves a reference against `base`, with the checks of [`url`].
 pub(crate) fn join(base: &Url, text: &str) -> Result<Url, Refused> {
     check(base.join(text).map_err(|error| Refused::Url(error.to_string()))?)
 }
@@ -129,12 +110,11 @@ fn check(mut url: Url) -> Result<Url, Refused> {
     if !url.username().is_empty() || url.password().is_some() {
         return Err(Refused::Credentials);
     }
-    // It is not for the server.
     url.set_fragment(None);
     Ok(url)
 }
 
-/// A URL as people are told it: on one line and without its query, which may hold secrets.
+/// A URL for messages: on one line and without its query, which may hold secrets.
 pub(crate) fn shown(url: &Url) -> String {
     let mut shown = url.clone();
     shown.set_query(None);
@@ -142,40 +122,35 @@ pub(crate) fn shown(url: &Url) -> String {
     escape(shown.as_str()) + more
 }
 
-/// A host as it is compared.
 fn canonical(host: &str) -> String {
     host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase()
 }
 
-/// The host of a URL, as it is compared.
+/// The host of a URL in its canonical form.
 pub(crate) fn host_of(url: &Url) -> String {
     canonical(url.host_str().unwrap_or_default())
 }
 
-/// The address that a host is, if it is no name.
 fn address_of(host: &str) -> Option<IpAddr> {
     host.trim_start_matches('[').trim_end_matches(']').parse().ok()
 }
 
-/// Whether a host is this machine, whatever the names in the network say.
+/// Whether a host is this machine, independent of DNS.
 pub(crate) fn is_loopback(host: &str) -> bool {
     host == "localhost" || address_of(host).is_some_and(|ip| ip.to_canonical().is_loopback())
 }
 
-/// Hosts that may be asked.
+/// A pattern of permitted hosts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Host {
-    /// Exactly this one.
+    /// One host.
     Exact(String),
-    /// Every one whose name ends with this, which begins with a dot.
+    /// A suffix that starts with a dot.
     Below(String),
 }
 
 impl Host {
-    /// Reads a host's name or address, or `*.example.org` for all hosts below a domain.
-    ///
-    /// # Errors
-    /// Says what was expected.
+    /// Parses a name, an address, or `*.example.org` for all hosts below a domain.
     pub fn parse(text: &str) -> Result<Self, String> {
         let expected = || "expected a host, as cdn.example.org or *.example.org".to_owned();
         let (below, name) = text.strip_prefix("*.").map_or((false, text), |name| (true, name));
@@ -198,61 +173,52 @@ impl Host {
     }
 }
 
-/// Who may be asked.
+/// The hosts and addresses that a client may connect to.
 #[derive(Debug, Clone, Default)]
-pub struct Reach {
+pub struct EgressPolicy {
     /// Hosts that may have any address.
     named: HashSet<String>,
-    /// Ends of names of hosts that must have public addresses.
-    below: Vec<String>,
-    /// Whether every other host with public addresses may be asked.
-    anybody: bool,
+    /// Suffixes of hosts that must have public addresses.
+    suffixes: Vec<String>,
+    /// Whether all hosts with public addresses are permitted.
+    allow_any_public: bool,
 }
 
-impl Reach {
-    /// The hosts of these URLs, and these hosts; if so, also `anybody` with public addresses.
+impl EgressPolicy {
+    /// Permits the hosts of `urls` and `hosts`, and on request all with public addresses.
     pub fn new<'a>(
         urls: impl IntoIterator<Item = &'a Url>,
         hosts: impl IntoIterator<Item = &'a Host>,
-        anybody: bool,
+        allow_any_public: bool,
     ) -> Self {
-        let mut reach = Self { anybody, ..Self::default() };
-        reach.named.extend(urls.into_iter().map(host_of));
+        let mut policy = Self { allow_any_public, ..Self::default() };
+        policy.named.extend(urls.into_iter().map(host_of));
         for host in hosts {
             match host {
-                Host::Exact(name) => drop(reach.named.insert(name.clone())),
-                Host::Below(end) => reach.below.push(end.clone()),
+                Host::Exact(name) => drop(policy.named.insert(name.clone())),
+                Host::Below(end) => policy.suffixes.push(end.clone()),
             }
         }
-        reach
+        policy
     }
 
-    /// Whether a URL may be asked, as far as it says itself.
-    ///
-    /// An address in a URL is never looked up, so that it must be looked at here.
-    ///
-    /// # Errors
-    /// Why not.
-    pub fn may_ask(&self, url: &Url) -> Result<(), Refused> {
+    /// Checks the host of a URL, and its address if it is a literal: the resolver never sees one.
+    pub fn check_url(&self, url: &Url) -> Result<(), Refused> {
         let host = host_of(url);
         if self.named.contains(&host) {
             return Ok(());
         }
-        if !self.anybody && !self.below.iter().any(|end| host.ends_with(end)) {
+        if !self.allow_any_public && !self.suffixes.iter().any(|end| host.ends_with(end)) {
             return Err(Refused::Host(escape(&host)));
         }
         match address_of(&host) {
-            Some(address) => self.may_connect(&host, [address]),
+            Some(address) => self.check_addresses(&host, [address]),
             None => Ok(()),
         }
     }
 
-    /// Whether a host may be connected to that turns out to have these addresses: all must be
-    /// public unless it is named.
-    ///
-    /// # Errors
-    /// Why not.
-    pub fn may_connect(
+    /// Checks the resolved addresses of a host: all must be public unless the host is named.
+    pub fn check_addresses(
         &self,
         host: &str,
         addresses: impl IntoIterator<Item = IpAddr>,
@@ -266,16 +232,13 @@ impl Reach {
         }
     }
 
-    /// Where a redirect leads.
-    ///
-    /// # Errors
-    /// Why it is not followed.
-    pub fn next_hop(&self, from: &Url, location: &str) -> Result<Url, Refused> {
+    /// Resolves and checks the target of a redirect.
+    pub fn check_redirect(&self, from: &Url, location: &str) -> Result<Url, Refused> {
         let to = join(from, location)?;
         if from.scheme() == "https" && to.scheme() != "https" {
             return Err(Refused::Downgrade);
         }
-        self.may_ask(&to).map(|()| to)
+        self.check_url(&to).map(|()| to)
     }
 }
 
@@ -289,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn only_addresses_of_the_internet_are_public() {
+    fn distinguishes_public_from_special_addresses() {
         for public in [
             "8.8.8.8",
             "1.1.1.1",
@@ -354,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn a_url_is_for_http_and_has_no_password() {
+    fn accepts_only_http_urls_without_credentials() {
         assert_eq!(url("https://Example.org/a#b").unwrap().as_str(), "https://example.org/a");
         assert_eq!(url("ftp://example.org/"), Err(Refused::Scheme));
         assert_eq!(url("file:///etc/passwd"), Err(Refused::Scheme));
@@ -368,13 +331,13 @@ mod tests {
     }
 
     #[test]
-    fn a_query_is_not_shown() {
+    fn hides_queries_in_messages() {
         assert_eq!(shown(&url("https://a.org/b?key=secret").unwrap()), "https://a.org/b?…");
         assert_eq!(shown(&url("https://a.org/b").unwrap()), "https://a.org/b");
     }
 
     #[test]
-    fn hosts_are_exact_or_below_a_domain() {
+    fn parses_exact_hosts_and_domain_patterns() {
         assert_eq!(Host::parse("CDN.example.org."), Ok(Host::Exact("cdn.example.org".to_owned())));
         assert_eq!(Host::parse("*.example.org"), Ok(Host::Below(".example.org".to_owned())));
         assert_eq!(Host::parse("127.1"), Ok(Host::Exact("127.0.0.1".to_owned())));
@@ -397,15 +360,15 @@ mod tests {
         }
     }
 
-    fn mirror() -> Reach {
+    fn mirror() -> EgressPolicy {
         let source = url("http://api.example.org/list").unwrap();
         let hosts = ["cdn.example.net", "*.example.com"].map(|host| Host::parse(host).unwrap());
-        Reach::new([&source], &hosts, false)
+        EgressPolicy::new([&source], &hosts, false)
     }
 
     #[test]
-    fn a_mirror_asks_whom_it_was_told_to() {
-        let may = |text: &str| mirror().may_ask(&url(text).unwrap());
+    fn permits_only_configured_hosts() {
+        let may = |text: &str| mirror().check_url(&url(text).unwrap());
         for good in [
             "http://api.example.org/x",
             "https://API.example.org.:8443/",
@@ -425,21 +388,21 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_named_may_have_an_address_that_is_not_public() {
+    fn permits_private_addresses_only_for_named_hosts() {
         let private = [address("10.0.0.1")];
-        assert_eq!(mirror().may_connect("api.example.org", private), Ok(()));
-        assert_eq!(mirror().may_connect("cdn.example.net.", private), Ok(()));
-        assert!(mirror().may_connect("a.example.com", private).is_err());
-        // One of several is enough: which one would be connected to, nobody knows.
+        assert_eq!(mirror().check_addresses("api.example.org", private), Ok(()));
+        assert_eq!(mirror().check_addresses("cdn.example.net.", private), Ok(()));
+        assert!(mirror().check_addresses("a.example.com", private).is_err());
+        // Any of several addresses may be used for the connection.
         let both = [address("8.8.8.8"), address("::1")];
-        assert!(mirror().may_connect("a.example.com", both).is_err());
-        assert_eq!(mirror().may_connect("a.example.com", [address("8.8.8.8")]), Ok(()));
+        assert!(mirror().check_addresses("a.example.com", both).is_err());
+        assert_eq!(mirror().check_addresses("a.example.com", [address("8.8.8.8")]), Ok(()));
     }
 
     #[test]
-    fn a_literal_address_is_looked_at_in_every_notation() {
-        let anybody = Reach::new([&url("http://127.0.0.1:8080/").unwrap()], [], true);
-        let may = |text: &str| anybody.may_ask(&url(text).unwrap());
+    fn checks_literal_addresses_in_every_notation() {
+        let policy = EgressPolicy::new([&url("http://127.0.0.1:8080/").unwrap()], [], true);
+        let may = |text: &str| policy.check_url(&url(text).unwrap());
         assert_eq!(may("http://127.0.0.1:9/"), Ok(()));
         assert_eq!(may("http://8.8.8.8/"), Ok(()));
         for bad in [
@@ -455,9 +418,9 @@ mod tests {
     }
 
     #[test]
-    fn a_redirect_stays_with_https_and_with_those_who_may_be_asked() {
+    fn refuses_redirects_to_http_and_to_other_hosts() {
         let hop = |from: &str, to: &str| {
-            mirror().next_hop(&url(from).unwrap(), to).map(|to| to.to_string())
+            mirror().check_redirect(&url(from).unwrap(), to).map(|to| to.to_string())
         };
         assert_eq!(
             hop("https://api.example.org/a/b", "../c"),
@@ -481,7 +444,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn an_ipv4_address_is_as_public_in_its_other_forms(bits: u32) {
+        fn treats_mapped_ipv4_addresses_like_ipv4(bits: u32) {
             let [a, b, c, d] = bits.to_be_bytes();
             let v4 = Ipv4Addr::from(bits);
             let translated = format!("64:ff9b::{:x}:{:x}", u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
@@ -491,11 +454,11 @@ mod tests {
         }
 
         #[test]
-        fn nothing_that_a_server_says_leads_to_where_it_must_not(location in "\\PC{0,40}|(https?:)?//[a-z0-9.@:\\[\\]]{0,20}/x") {
+        fn no_redirect_leaves_the_permitted_hosts(location in "\\PC{0,40}|(https?:)?//[a-z0-9.@:\\[\\]]{0,20}/x") {
             let from = url("https://api.example.org/").unwrap();
-            if let Ok(to) = mirror().next_hop(&from, &location) {
+            if let Ok(to) = mirror().check_redirect(&from, &location) {
                 prop_assert_eq!(to.scheme(), "https");
-                prop_assert!(mirror().may_ask(&to).is_ok());
+                prop_assert!(mirror().check_url(&to).is_ok());
                 prop_assert!(to.username().is_empty());
             }
         }

@@ -18,7 +18,7 @@ use crate::document::without_bom;
 use crate::fs::filename::{NameError, escape, file_name};
 use crate::http::client::Client;
 use crate::http::codings::{self, Codings};
-use crate::http::egress::{self, Reach, Refused, shown};
+use crate::http::egress::{self, EgressPolicy, Refused, shown};
 use crate::http::retry;
 use crate::mirror::download;
 use crate::mirror::manifest::Validators;
@@ -168,7 +168,7 @@ impl Listing {
 #[derive(Debug)]
 pub(crate) struct ListingRequest<'a> {
     pub client: &'a Client,
-    pub reach: &'a Reach,
+    pub egress_policy: &'a EgressPolicy,
     pub url: &'a Url,
     pub pointers: &'a Pointers,
     pub retries: u32,
@@ -202,7 +202,8 @@ impl ListingRequest<'_> {
         };
         match (received, cached) {
             (Some(Body { json, base, validators }), _) => {
-                let entries = read(&json, self.pointers, self.max_entries, &base, self.reach)?;
+                let entries =
+                    read(&json, self.pointers, self.max_entries, &base, self.egress_policy)?;
                 Ok(Listing { validators, entries })
             }
             (None, Some(cached)) => Ok(cached),
@@ -264,7 +265,7 @@ pub fn read(
     pointers: &Pointers,
     max: usize,
     base: &Url,
-    reach: &Reach,
+    egress_policy: &EgressPolicy,
 ) -> Result<Vec<Result<Entry, InvalidEntry>>, ParseError> {
     let document: Value = serde_json::from_slice(without_bom(json)).map_err(ParseError::Json)?;
     let list = document.pointer(&pointers.list).and_then(Value::as_array);
@@ -275,7 +276,7 @@ pub fn read(
     let mut url_length = 0;
     let mut entries = Vec::with_capacity(list.len());
     for (index, item) in list.iter().enumerate() {
-        let entry = pointers.read_entry(item, base, reach);
+        let entry = pointers.read_entry(item, base, egress_policy);
         url_length += entry.as_ref().map_or(0, |entry| entry.url.as_str().len());
         if url_length > MAX_URLS {
             return Err(ParseError::UrlsTooLong);
@@ -287,7 +288,12 @@ pub fn read(
 }
 
 impl Pointers {
-    fn read_entry(&self, item: &Value, base: &Url, reach: &Reach) -> Result<Entry, EntryError> {
+    fn read_entry(
+        &self,
+        item: &Value,
+        base: &Url,
+        egress_policy: &EgressPolicy,
+    ) -> Result<Entry, EntryError> {
         let text = |pointer: &String| {
             text_at(item, pointer).ok_or_else(|| EntryError::Missing(pointer.clone()))
         };
@@ -300,7 +306,7 @@ impl Pointers {
         if url == *base {
             return Err(EntryError::ListingUrl);
         }
-        reach.may_ask(&url)?;
+        egress_policy.check_url(&url)?;
         let name = match &self.filename {
             None => name_of(&url)?,
             Some(pointer) => accept_name(text(pointer)?)?,
@@ -413,8 +419,8 @@ mod tests {
     }
 
     fn read_bytes(json: &[u8], pointers: &Pointers, max: usize) -> Result<Entries, ParseError> {
-        let reach = Reach::new([&base()], [], false);
-        read(json, pointers, max, &base(), &reach)
+        let egress_policy = EgressPolicy::new([&base()], [], false);
+        read(json, pointers, max, &base(), &egress_policy)
     }
 
     fn entries(json: &Value, pointers: &Pointers) -> Entries {
@@ -429,9 +435,9 @@ mod tests {
     #[test]
     fn bounds_the_total_length_of_relative_urls() {
         let base = egress::url(&format!("http://a/{}/", "x".repeat(8000))).unwrap();
-        let reach = Reach::new([&base], [], false);
+        let egress_policy = EgressPolicy::new([&base], [], false);
         let json = serde_json::to_vec(&(0..9000).map(|it| it.to_string()).collect::<Vec<_>>());
-        let read = read(&json.unwrap(), &Pointers::default(), 100_000, &base, &reach);
+        let read = read(&json.unwrap(), &Pointers::default(), 100_000, &base, &egress_policy);
         assert!(matches!(read, Err(ParseError::UrlsTooLong)));
     }
 

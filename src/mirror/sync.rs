@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::fs::created_dirs::CreatedDirs;
 use crate::http::client::{BuildError, Client, Options};
-use crate::http::egress::{Host, Reach, shown};
+use crate::http::egress::{EgressPolicy, Host, shown};
 use crate::http::tls;
 use crate::http::tls::{CaFile, CaFileError};
 use crate::mirror::download::{self, Budget, Done, Outcome, Shared, Terms, transfer};
@@ -124,12 +124,13 @@ pub(crate) fn read_token(path: &Path) -> Result<HeaderValue, String> {
 }
 
 /// Builds the HTTP client; blocks while it reads the CA certificates and the token.
-fn build_client(options: &SyncOptions) -> Result<(Client, Arc<Reach>), Error> {
+fn build_client(options: &SyncOptions) -> Result<(Client, Arc<EgressPolicy>), Error> {
     let sources = match &options.source {
         Source::Listing { url, .. } => std::slice::from_ref(url),
         Source::Urls(urls) => urls,
     };
-    let reach = Arc::new(Reach::new(sources, &options.hosts, options.allow_any_public));
+    let egress_policy =
+        Arc::new(EgressPolicy::new(sources, &options.hosts, options.allow_any_public));
     let mut headers = options.headers.clone();
     if let Some(path) = &options.bearer_token {
         let token = read_token(path)
@@ -144,7 +145,7 @@ fn build_client(options: &SyncOptions) -> Result<(Client, Arc<Reach>), Error> {
         timeout: Some(options.timeout),
         connections: options.jobs,
     };
-    Ok((Client::new(client_options, Arc::clone(&reach))?, reach))
+    Ok((Client::new(client_options, Arc::clone(&egress_policy))?, egress_policy))
 }
 
 /// Returns the files of the source. Reuses `cached` if the server answers 304.
@@ -154,15 +155,21 @@ pub(crate) async fn list(
     cancel: &CancellationToken,
 ) -> Result<(Client, Listing), Error> {
     let cloned = options.clone();
-    let (client, reach) = spawn_blocking(move || build_client(&cloned)).await??;
+    let (client, egress_policy) = spawn_blocking(move || build_client(&cloned)).await??;
     let (url, pointers) = match &options.source {
         Source::Urls(urls) => return Ok((client, Listing::of_urls(urls))),
         Source::Listing { url, pointers } => (url, pointers),
     };
     let Terms { retries, max_duration, .. } = options.limits;
     let max_entries = options.max_files;
-    let request =
-        ListingRequest { client: &client, reach: &reach, url, pointers, retries, max_entries };
+    let request = ListingRequest {
+        client: &client,
+        egress_policy: &egress_policy,
+        url,
+        pointers,
+        retries,
+        max_entries,
+    };
     let listing =
         match cancel.run_until_cancelled(timeout(max_duration, request.send(cached))).await {
             None => Err(download::Error::Interrupted.into()),

@@ -20,7 +20,7 @@ use tokio::time::timeout;
 use crate::config_reader::{Reported, Spanned, Table, values};
 use crate::http::ca_certs;
 use crate::http::client::{self, Client, Options};
-use crate::http::egress::{self, Reach, shown};
+use crate::http::egress::{self, EgressPolicy, shown};
 use crate::http::tls::{self, CaFile};
 use crate::notify::outcome::{Failure, FailureKind, Sent, printable, read_password};
 use crate::secret::{self, Secret, Secrets};
@@ -224,7 +224,7 @@ impl Settings {
             let tls = tls::client_config(&ca_file);
             let tls =
                 tls.map_err(|error| Failure::channel_broken(printable(&error.to_string())))?;
-            let reach = Arc::new(Reach::new([&url], [], false));
+            let egress_policy = Arc::new(EgressPolicy::new([&url], [], false));
             let options = Options {
                 tls,
                 proxy: None,
@@ -233,7 +233,8 @@ impl Settings {
                 timeout: None,
                 connections: 1,
             };
-            Client::new(options, reach).map_err(|error| Failure::channel_broken(error.to_string()))
+            Client::new(options, egress_policy)
+                .map_err(|error| Failure::channel_broken(error.to_string()))
         };
         // Reading the certificates of the system may block.
         let client = tokio::task::spawn_blocking(build).await;
