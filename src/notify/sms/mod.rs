@@ -107,8 +107,7 @@ impl Settings {
         };
         let to = to.and_then(|to| numbers(to.unwrap_or_default(), provider.as_ref().ok(), &table));
         let provider = provider?;
-        let missing =
-            |key, value: &str| table.report(key, format_args!("missing; expected {value}"));
+        let missing = |key, hint| table.report(key, format_args!("missing; expected {hint}"));
         let needs = |placeholder| provider.has_basic_auth() || provider.uses(placeholder);
         let account = match account {
             None if needs(Placeholder::Account) => {
