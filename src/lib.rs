@@ -71,10 +71,11 @@ pub mod internals {
     pub use crate::fs::filename::{escape, escape_bytes, file_name, last_component, relative_path};
     pub use crate::fs::folder::{Folder, MAX_NAME};
     pub use crate::net::connection::{
-        Broken, Connection, Deadlines, Next, Peer, Shutdown, Stream, Terms,
+        Connection, ConnectionContext, Deadlines, MoreToCome, Peer, ServeError, Shutdown, Stream,
     };
     pub use crate::net::memfd::MemoryFile;
     pub use crate::net::proxy_protocol::{MAX_HEADER, ParsedHeader};
+    pub use crate::net::service::Service;
     pub use crate::net::udp_filter::may_be_answered;
     pub use crate::secret::{Secret, Secrets};
     pub use crate::services::folder::{FolderService, Settings as FolderSettings};

@@ -12,9 +12,9 @@ use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
 /// A socket whose readiness can be waited for apart from what is done with it.
 #[derive(Debug)]
-pub(crate) struct Watched(AsyncFd<OwnedFd>);
+pub(crate) struct RegisteredFd(AsyncFd<OwnedFd>);
 
-impl Watched {
+impl RegisteredFd {
     /// Hands the socket to tokio's reactor, which must be running, to be told of this.
     ///
     /// # Errors
@@ -51,7 +51,7 @@ impl Watched {
     }
 }
 
-impl AsFd for Watched {
+impl AsFd for RegisteredFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.get_ref().as_fd()
     }

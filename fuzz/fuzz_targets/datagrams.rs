@@ -6,7 +6,9 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use handout::internals::{Format, TimeService, TimeSettings as Settings, may_be_answered};
+use handout::internals::{
+    Format, Service as _, TimeService, TimeSettings as Settings, may_be_answered,
+};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use libfuzzer_sys::fuzz_target;

@@ -10,7 +10,9 @@ use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use handout::internals::{Connection, Deadlines, MemoryFile, Next, Peer, Shutdown, Stream, Terms};
+use handout::internals::{
+    Connection, ConnectionContext, Deadlines, MemoryFile, MoreToCome, Peer, Shutdown, Stream,
+};
 use tempfile::TempDir;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -104,7 +106,7 @@ impl Stream for Memory {
         &mut self,
         _: &mut Context<'_>,
         bytes: &[u8],
-        _: Next,
+        _: MoreToCome,
     ) -> Poll<io::Result<usize>> {
         // Returns less than requested, where possible.
         let now = bytes.len().div_ceil(2);
@@ -142,10 +144,10 @@ impl Stream for Memory {
 /// Returns the reply to a client that sends these pieces.
 pub fn answered<'a>(
     pieces: impl IntoIterator<Item = &'a [u8]>,
-    answer: impl AsyncFnOnce(&mut Connection<Memory>) -> Result<(), handout::internals::Broken>,
+    answer: impl AsyncFnOnce(&mut Connection<Memory>) -> Result<(), handout::internals::ServeError>,
 ) -> Vec<u8> {
     let hour = Duration::from_secs(3600);
-    let terms = Terms {
+    let terms = ConnectionContext {
         service: "fuzzed".into(),
         deadlines: Deadlines { idle: hour, total: hour },
         shutdown: Shutdown::default(),

@@ -9,7 +9,13 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use crate::daemon::plan::HeldSocket;
 use crate::net::endpoint::Endpoint;
-use crate::net::listener::{DatagramSocket, Duty, Family, Listener};
+use crate::net::listener::{self, Family, Listener};
+use crate::net::service::Service as _;
+use crate::net::udp::DatagramSocket;
+use crate::services::Service;
+
+type Assignment = listener::Assignment<Service>;
+
 use crate::net::sockets::{self, Inherited, Socket};
 
 /// The sockets of one address.
@@ -27,7 +33,7 @@ pub(crate) struct BoundSocket {
 #[derive(Debug, Clone)]
 struct ListenerTasks {
     /// Dropping it ends the tasks.
-    assignment: watch::Sender<Duty>,
+    assignment: watch::Sender<Assignment>,
     handles: Vec<AbortHandle>,
 }
 
@@ -101,7 +107,7 @@ impl BoundSocket {
     }
 
     /// Assigns a service, and starts to serve if this is the first assignment.
-    pub(crate) fn assign(&mut self, assignment: Duty, tasks: &mut JoinSet<()>) {
+    pub(crate) fn assign(&mut self, assignment: Assignment, tasks: &mut JoinSet<()>) {
         if let Some(tasks) = &self.tasks {
             // Listeners with an equal assignment are not woken.
             tasks.assignment.send_if_modified(|before| {
@@ -116,8 +122,8 @@ impl BoundSocket {
         let start = |(event_loop, socket): &(Handle, Registered)| {
             let receiver = receiver.clone();
             match socket.clone() {
-                Registered::Listener(one) => tasks.spawn_on(one.accept(receiver), event_loop),
-                Registered::Datagrams(one) => tasks.spawn_on(one.answer(receiver), event_loop),
+                Registered::Listener(one) => tasks.spawn_on(one.run(receiver), event_loop),
+                Registered::Datagrams(one) => tasks.spawn_on(one.run(receiver), event_loop),
             }
         };
         let handles = self.sockets.iter().map(start).collect();
@@ -126,7 +132,7 @@ impl BoundSocket {
 
     pub(crate) fn is_for_monitoring(&self) -> bool {
         let assignment = self.tasks.as_ref().map(|tasks| tasks.assignment.borrow());
-        assignment.is_some_and(|assignment| assignment.served.service.is_for_monitoring())
+        assignment.is_some_and(|assignment| assignment.instance.service.is_monitoring())
     }
 
     /// Ends the tasks, and returns their handles.

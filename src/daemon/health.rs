@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 
 use crate::clock::Health;
-use crate::net::instance::Served;
+use crate::daemon::manager::ServiceInstance;
+use crate::net::service::Service as _;
 use crate::telemetry::counters::Ending;
 use crate::telemetry::event::{Change, Event, EventSender, Kind};
 use crate::telemetry::mirror_stats::MirrorStats;
@@ -62,7 +63,7 @@ impl HealthMonitor {
     /// Checks everything and sends events of these kinds.
     pub(crate) fn check<'a>(
         &mut self,
-        services: impl Iterator<Item = &'a Arc<Served>>,
+        services: impl Iterator<Item = &'a Arc<ServiceInstance>>,
         mirrors: &[Arc<MirrorStats>],
         failed_reload: Option<&str>,
         kinds: &BTreeSet<Kind>,
@@ -96,7 +97,7 @@ impl HealthMonitor {
 
     fn check_services<'a>(
         &mut self,
-        services: impl Iterator<Item = &'a Arc<Served>>,
+        services: impl Iterator<Item = &'a Arc<ServiceInstance>>,
         now: Instant,
     ) -> Vec<Problem> {
         let mut problems = Vec::new();
@@ -107,7 +108,7 @@ impl HealthMonitor {
             let mut add = |kind, description| {
                 problems.push(Problem { kind, subject: Arc::clone(name), description });
             };
-            if let Some(description) = served.listener_trouble() {
+            if let Some(description) = served.listener_problem() {
                 add(Kind::ServiceFailed, description);
             }
             let panics = served.counts().endings.get(Ending::Panic);
@@ -120,7 +121,7 @@ impl HealthMonitor {
                 let problem = format!("{connections} ended by a fault of the program; see the log");
                 add(Kind::ServiceFailed, problem);
             }
-            if let Some(description) = served.service.trouble() {
+            if let Some(description) = served.service.problem() {
                 add(Kind::FileMissing, description);
             }
             if served.is_full() {

@@ -4,7 +4,7 @@
 //! applied, which cannot fail. [`crate::daemon::plan`] computes the changes.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
@@ -22,12 +22,16 @@ use crate::daemon::plan::{
 use crate::fs::blocking_pool::{BlockingPool, UNANSWERED};
 use crate::net::connection::Shutdown;
 use crate::net::endpoint::Endpoint;
-use crate::net::instance::Served;
-use crate::net::listener::Duty;
+use crate::net::instance;
+use crate::net::listener::Assignment;
+use crate::net::service::Service as _;
 use crate::net::sockets::{self, BindError, Inherited};
 use crate::runtime::Workers;
 use crate::services::{Service, Settings};
-use crate::telemetry::metrics::Monitor;
+use crate::telemetry::metrics::{Monitor, ServiceStats};
+
+/// A running service of any kind.
+pub(crate) type ServiceInstance = instance::ServiceInstance<Service>;
 
 /// Interval of the checks whether a removed service has connections.
 const DRAIN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
@@ -69,7 +73,7 @@ struct DrainGroups {
 
 impl DrainGroups {
     fn of(&self, service: &Service) -> &DrainGroup {
-        if service.is_for_monitoring() { &self.monitoring } else { &self.serving }
+        if service.is_monitoring() { &self.monitoring } else { &self.serving }
     }
 }
 
@@ -80,7 +84,7 @@ pub(crate) struct ServiceManager {
     services: Vec<RunningService>,
     sockets: Vec<BoundSocket>,
     /// Removed services that still have connections.
-    draining: Vec<Arc<Served>>,
+    draining: Vec<Arc<ServiceInstance>>,
     /// Listeners, and the background work of services.
     tasks: JoinSet<()>,
     groups: DrainGroups,
@@ -92,7 +96,7 @@ pub(crate) struct ServiceManager {
 #[derive(Debug, Clone)]
 struct RunningService {
     config: config::Service,
-    instance: Arc<Served>,
+    instance: Arc<ServiceInstance>,
     /// Dropping it ends the background work of the service; `None` before the work has started.
     work: Option<Arc<DropGuard>>,
 }
@@ -134,7 +138,7 @@ impl ServiceManager {
         self.workers.loops()
     }
 
-    pub(crate) fn instances(&self) -> impl Iterator<Item = &Arc<Served>> {
+    pub(crate) fn instances(&self) -> impl Iterator<Item = &Arc<ServiceInstance>> {
         self.services.iter().map(|service| &service.instance)
     }
 
@@ -187,12 +191,12 @@ impl ServiceManager {
         };
         let shutdown = match (change, before) {
             (ServiceChange::Add, _) | (_, None) => self.groups.of(&service).shutdown.child(),
-            (_, Some(before)) => before.terms.shutdown.clone(),
+            (_, Some(before)) => before.context.shutdown.clone(),
         };
         let limits = config.limits.clone();
         let instance = Arc::new(match before {
-            Some(before) => before.successor(service, limits, shutdown),
-            None => Served::new(Arc::clone(&config.name), service, limits, shutdown),
+            Some(before) => before.reconfigured(service, limits, shutdown),
+            None => ServiceInstance::new(Arc::clone(&config.name), service, limits, shutdown),
         });
         Ok(RunningService { config: config.clone(), instance, work })
     }
@@ -278,7 +282,11 @@ impl ServiceManager {
         let names: Vec<_> = self.instances().map(|instance| Arc::clone(instance.name())).collect();
         // A service that is back has the counters of its predecessor.
         self.draining.retain(|one| one.counts().active() > 0 && !names.contains(one.name()));
-        self.monitor.watch(self.instances().chain(&self.draining).cloned().collect());
+        let stats = |instance| {
+            let stats: Weak<ServiceInstance> = Arc::downgrade(instance);
+            stats as Weak<dyn ServiceStats>
+        };
+        self.monitor.watch(self.instances().chain(&self.draining).map(stats).collect());
     }
 
     /// Starts the background work of new services.
@@ -288,7 +296,7 @@ impl ServiceManager {
             let end = self.groups.of(&instance.service).shutdown.drain.child_token();
             service.work = Some(Arc::new(end.clone().drop_guard()));
             self.tasks.spawn(async move {
-                end.run_until_cancelled(instance.service.work()).await;
+                end.run_until_cancelled(instance.service.background()).await;
             });
         }
     }
@@ -304,8 +312,8 @@ impl ServiceManager {
             let name = socket.held.service.as_ref();
             let service = self.services.iter().find(|service| Some(&service.config.name) == name);
             let instance = &service.expect("each socket has a service").instance;
-            let assignment = Duty {
-                served: Arc::clone(instance),
+            let assignment = Assignment {
+                instance: Arc::clone(instance),
                 connections: self.groups.of(&instance.service).connections.clone(),
                 own_ports: Arc::clone(&own_ports),
             };
@@ -372,9 +380,9 @@ fn bind_error(service: &Arc<str>, source: BindError) -> Error {
 }
 
 /// Lets the connections of a removed service finish.
-async fn drain(instance: Arc<Served>, grace: Duration) {
-    instance.sum_up();
-    let Shutdown { drain, abort } = &instance.terms.shutdown;
+async fn drain(instance: Arc<ServiceInstance>, grace: Duration) {
+    instance.log_summary();
+    let Shutdown { drain, abort } = &instance.context.shutdown;
     drain.cancel();
     let all_closed = async {
         while instance.counts().active() > 0 {
@@ -384,7 +392,7 @@ async fn drain(instance: Arc<Served>, grace: Duration) {
     if timeout(grace, all_closed).await.is_err() {
         abort.cancel();
     }
-    instance.sum_up();
+    instance.log_summary();
 }
 
 #[cfg(test)]

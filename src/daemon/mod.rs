@@ -30,6 +30,7 @@ use crate::clock::watch::ClockWatch;
 use crate::config::{AlertSettings, Config, MirrorSettings, Sources, Validated};
 use crate::config_reader::Diagnostics;
 use crate::fs::blocking_pool::BlockingPool;
+use crate::net::service::Service as _;
 use crate::net::sockets::Inherited;
 use crate::runtime::{self, Workers};
 use crate::telemetry::event::Kind;
@@ -183,7 +184,7 @@ impl Daemon {
     }
 
     fn serves_time(&self) -> bool {
-        self.manager.instances().any(|instance| instance.service.datagrams().is_some())
+        self.manager.instances().any(|instance| instance.service.answers_datagrams())
     }
 
     /// Applies the current configuration, or keeps the old one and returns the reason.
@@ -309,7 +310,7 @@ impl Daemon {
     }
 
     fn log_summaries(&self) {
-        self.manager.instances().for_each(|instance| instance.sum_up());
+        self.manager.instances().for_each(|instance| instance.log_summary());
         let all = self.log.lost();
         let lost = all - self.manager.monitor.note_lost_lines(all);
         if lost > 0 {

@@ -6,7 +6,7 @@ use ipnet::IpNet;
 
 /// The access lists of a service. Unix sockets are governed by the permissions of their folder.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Access {
+pub(crate) struct Access {
     /// Permitted networks; if empty, all.
     pub allow: Vec<IpNet>,
     /// Refused networks; takes precedence over `allow`.
@@ -15,7 +15,7 @@ pub struct Access {
 
 impl Access {
     /// Whether a client with this address may connect.
-    pub fn permits(&self, address: IpAddr) -> bool {
+    pub(crate) fn permits(&self, address: IpAddr) -> bool {
         let among = |networks| is_among(networks, address);
         !among(&self.deny) && (self.allow.is_empty() || among(&self.allow))
     }

@@ -29,7 +29,7 @@ pub(crate) struct Clients {
 
 /// One connection of a client, counted until it is dropped.
 #[derive(Debug)]
-pub struct ClientGuard {
+pub(crate) struct ClientGuard {
     clients: Arc<Clients>,
     client: IpAddr,
     crowded: bool,
@@ -37,7 +37,7 @@ pub struct ClientGuard {
 
 impl ClientGuard {
     /// Whether the client used more than half of its limit when it connected.
-    pub fn is_crowded(&self) -> bool {
+    pub(crate) fn is_crowded(&self) -> bool {
         self.crowded
     }
 }

@@ -8,7 +8,6 @@
 //!
 //! What services say, and who may connect, is not decided here.
 
-use std::fmt;
 use std::io::{self, ErrorKind};
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
@@ -26,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use crate::net::idle_timer::{IdleTimer, ready_within, timeout_while_running};
 use crate::net::memfd::MemoryFile;
 use crate::telemetry::counters::{Counts, Ending, Label, Refusal};
+pub use crate::telemetry::peer::Peer;
 
 /// How much of what a client sends is read and dropped; beyond it the client waits.
 const MAX_DISCARDED: u64 = 16 << 20;
@@ -67,7 +67,7 @@ const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::f
 
 /// What comes after the bytes that are sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Next {
+pub enum MoreToCome {
     /// Perhaps nothing for a long time: they are to leave now.
     Unknown,
     /// More, or the end, at once: what does not fill a packet can leave with that.
@@ -76,7 +76,7 @@ pub enum Next {
 
 /// What was heard of a client that has been answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Heard {
+pub enum PeerState {
     /// Nothing yet.
     Nothing,
     /// It has ended its side, and there is no fault.
@@ -88,12 +88,12 @@ pub enum Heard {
 /// A stream socket, or what stands for one in a test, of which the close is a reset until it is
 /// told otherwise.
 pub trait Stream: AsyncRead + Unpin + Send {
-    /// Writes some of `bytes`, of which more [`Next`] tells.
+    /// Writes some of `bytes`, of which more [`MoreToCome`] tells.
     fn poll_write(
         &mut self,
         context: &mut Context<'_>,
         bytes: &[u8],
-        next: Next,
+        next: MoreToCome,
     ) -> Poll<io::Result<usize>>;
 
     /// Writes some of a file in memory, at most `length` bytes from `offset` on.
@@ -131,28 +131,9 @@ pub trait Stream: AsyncRead + Unpin + Send {
     fn close_cleanly(&self, both_ended: bool) -> io::Result<()>;
 }
 
-/// Who is at the other end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Peer {
-    /// An Internet address, with a v4-mapped IPv6 address unmapped.
-    Internet(SocketAddr),
-    /// The user who opened a Unix socket, if the kernel says.
-    Unix(Option<u32>),
-}
-
-impl fmt::Display for Peer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Peer::Internet(address) => address.fmt(f),
-            Peer::Unix(Some(uid)) => write!(f, "unix:uid={uid}"),
-            Peer::Unix(None) => f.write_str("unix"),
-        }
-    }
-}
-
 /// Why a connection could not be brought to its end.
 #[derive(Debug, thiserror::Error)]
-pub enum Broken {
+pub enum ServeError {
     /// The client, or the way to it, ended the connection.
     #[error("the client ended the connection")]
     Client(#[source] io::Error),
@@ -164,7 +145,7 @@ pub enum Broken {
     Service(#[source] io::Error),
 }
 
-impl Broken {
+impl ServeError {
     /// Tells the client's errors from this machine's.
     fn of_socket(error: io::Error) -> Self {
         match error.kind() {
@@ -184,7 +165,7 @@ impl Broken {
 #[derive(Debug)]
 enum Outcome {
     Complete,
-    Broken(Broken),
+    ServeError(ServeError),
     MaxDuration,
     Shutdown,
     Refused,
@@ -195,9 +176,9 @@ impl Outcome {
     fn ending(&self) -> Option<Ending> {
         Some(match self {
             Outcome::Complete => Ending::Complete,
-            Outcome::Broken(Broken::Client(_)) => Ending::Reset,
-            Outcome::Broken(Broken::Idle) => Ending::IdleTimeout,
-            Outcome::Broken(Broken::Service(_)) => Ending::Failed,
+            Outcome::ServeError(ServeError::Client(_)) => Ending::Reset,
+            Outcome::ServeError(ServeError::Idle) => Ending::IdleTimeout,
+            Outcome::ServeError(ServeError::Service(_)) => Ending::Failed,
             Outcome::MaxDuration => Ending::MaxDuration,
             Outcome::Shutdown => Ending::Shutdown,
             Outcome::Refused => return None,
@@ -234,7 +215,7 @@ impl Shutdown {
 
 /// What the connections of one service have in common.
 #[derive(Debug, Clone)]
-pub struct Terms {
+pub struct ConnectionContext {
     /// The service's name in the log.
     pub service: Arc<str>,
     /// How long they may last.
@@ -252,7 +233,7 @@ pub struct Terms {
 pub struct Connection<S: Stream> {
     stream: S,
     peer: Peer,
-    terms: Arc<Terms>,
+    context: Arc<ConnectionContext>,
     started: Instant,
     written: u64,
     discarded: u64,
@@ -269,12 +250,12 @@ pub struct Connection<S: Stream> {
 
 impl<S: Stream> Connection<S> {
     /// Takes over a stream that was just accepted.
-    pub fn new(stream: S, peer: Peer, terms: Arc<Terms>) -> Self {
-        terms.counts.begin();
+    pub fn new(stream: S, peer: Peer, context: Arc<ConnectionContext>) -> Self {
+        context.counts.begin();
         Self {
             stream,
             peer,
-            terms,
+            context,
             started: Instant::now(),
             written: 0,
             discarded: 0,
@@ -291,11 +272,11 @@ impl<S: Stream> Connection<S> {
     /// by [`Connection::finish`]. Nothing remains if it failed.
     pub async fn answer<F>(mut self, answer: F) -> Option<Self>
     where
-        F: AsyncFnOnce(&mut Self) -> Result<(), Broken>,
+        F: AsyncFnOnce(&mut Self) -> Result<(), ServeError>,
     {
         let answered = async |connection: &mut Self| {
             answer(connection).await?;
-            connection.stream.half_close().map_err(Broken::of_socket)?;
+            connection.stream.half_close().map_err(ServeError::of_socket)?;
             connection.half_closed = true;
             Ok(())
         };
@@ -303,26 +284,27 @@ impl<S: Stream> Connection<S> {
         self.outcome.is_none().then_some(self)
     }
 
-    /// Lets `introduce` find out from the stream who the client is, within the deadlines, if it is
+    /// Lets `read_proxy_header` find out from the stream who the client is, within the deadlines, if it is
     /// not who has connected. Nothing remains, and it is a refusal, if that is not told.
-    pub async fn introduce<F>(mut self, introduce: F) -> Option<Self>
+    pub async fn read_proxy_header<F>(mut self, read_proxy_header: F) -> Option<Self>
     where
         F: AsyncFnOnce(&mut S) -> io::Result<Option<SocketAddr>>,
     {
-        let time = HEADER_TIME.min(self.terms.deadlines.idle);
-        let drain = self.terms.shutdown.drain.clone();
+        let time = HEADER_TIME.min(self.context.deadlines.idle);
+        let drain = self.context.shutdown.drain.clone();
         let introduced = async |connection: &mut Self| {
-            let introducing = timeout_while_running(time, introduce(&mut connection.stream));
+            let introducing =
+                timeout_while_running(time, read_proxy_header(&mut connection.stream));
             let at_stop = async {
                 drain.cancelled().await;
                 tokio::time::sleep(HEADER_TIME_AT_STOP).await;
             };
             let client = tokio::select! {
                 biased;
-                client = introducing => client.ok_or(Broken::Idle)?,
-                () = at_stop => return Err(Broken::Idle),
+                client = introducing => client.ok_or(ServeError::Idle)?,
+                () = at_stop => return Err(ServeError::Idle),
             };
-            if let Some(client) = client.map_err(Broken::of_socket)? {
+            if let Some(client) = client.map_err(ServeError::of_socket)? {
                 connection.peer = Peer::Internet(client);
             }
             Ok(())
@@ -342,15 +324,15 @@ impl<S: Stream> Connection<S> {
     ///
     /// # Errors
     /// If it takes so long.
-    pub async fn wait_for<T>(&self, reading: impl Future<Output = T>) -> Result<T, Broken> {
-        timeout_while_running(self.terms.deadlines.idle, reading).await.ok_or_else(|| {
-            Broken::Service(io::Error::other("the file system does not answer (idle-timeout)"))
+    pub async fn wait_for<T>(&self, reading: impl Future<Output = T>) -> Result<T, ServeError> {
+        timeout_while_running(self.context.deadlines.idle, reading).await.ok_or_else(|| {
+            ServeError::Service(io::Error::other("the file system does not answer (idle-timeout)"))
         })
     }
 
     /// Resets it as one that never was served, for this reason.
     pub fn refuse(mut self, reason: Refusal) {
-        self.terms.counts.refusals.add(reason);
+        self.context.counts.refusals.add(reason);
         self.outcome = Some(Outcome::Refused);
     }
 
@@ -367,16 +349,16 @@ impl<S: Stream> Connection<S> {
     /// Does a part of what there is to do. If it fails, or a deadline is over, that is the outcome.
     async fn within_deadlines<F>(&mut self, act: F)
     where
-        F: AsyncFnOnce(&mut Self) -> Result<(), Broken>,
+        F: AsyncFnOnce(&mut Self) -> Result<(), ServeError>,
     {
-        let deadline = self.started + self.terms.deadlines.total;
-        let abort = self.terms.shutdown.abort.clone();
+        let deadline = self.started + self.context.deadlines.total;
+        let abort = self.context.shutdown.abort.clone();
         let outcome = tokio::select! {
             // In this order, nothing is spent on timers for a connection that never waits.
             biased;
             ended = act(self) => match ended {
                 Ok(()) => return,
-                Err(broken) => Outcome::Broken(broken),
+                Err(broken) => Outcome::ServeError(broken),
             },
             // Whatever of its turn the client has used up.
             () = unconstrained(tokio::time::sleep_until(deadline)) => Outcome::MaxDuration,
@@ -404,36 +386,36 @@ impl<S: Stream> Connection<S> {
 
     /// Looks, without waiting, whether the client has everything and has closed its side, or the
     /// connection has failed. Then there is nothing more to be done.
-    pub fn is_over(&mut self, heard: Heard) -> bool {
+    pub fn is_over(&mut self, heard: PeerState) -> bool {
         let read = match heard {
-            Heard::Nothing => Ok(()),
-            Heard::End => {
+            PeerState::Nothing => Ok(()),
+            PeerState::End => {
                 self.input_ended = true;
                 Ok(())
             }
-            Heard::Something => self.discard_a_little(),
+            PeerState::Something => self.discard_a_little(),
         };
-        let over = self.input_ended || self.terms.shutdown.drain.is_cancelled();
+        let over = self.input_ended || self.context.shutdown.drain.is_cancelled();
         match read.and_then(|()| if over { self.close_if_delivered() } else { Ok(false) }) {
-            Err(broken) => self.end(Outcome::Broken(broken)),
+            Err(broken) => self.end(Outcome::ServeError(broken)),
             Ok(true) => self.end(Outcome::Complete),
-            Ok(false) if self.terms.shutdown.abort.is_cancelled() => self.end(Outcome::Shutdown),
+            Ok(false) if self.context.shutdown.abort.is_cancelled() => self.end(Outcome::Shutdown),
             Ok(false) => {}
         }
         self.outcome.is_some()
     }
 
     /// Makes the close a clean one if everything was delivered.
-    fn close_if_delivered(&mut self) -> Result<bool, Broken> {
-        if self.half_closed && self.stream.unacknowledged().map_err(Broken::of_socket)? == 0 {
+    fn close_if_delivered(&mut self) -> Result<bool, ServeError> {
+        if self.half_closed && self.stream.unacknowledged().map_err(ServeError::of_socket)? == 0 {
             self.close_cleanly()?;
         }
         Ok(self.finished)
     }
 
     /// Makes the coming close a clean end: everything was delivered.
-    fn close_cleanly(&mut self) -> Result<(), Broken> {
-        self.stream.close_cleanly(self.input_ended).map_err(Broken::Service)?;
+    fn close_cleanly(&mut self) -> Result<(), ServeError> {
+        self.stream.close_cleanly(self.input_ended).map_err(ServeError::Service)?;
         self.finished = true;
         Ok(())
     }
@@ -444,18 +426,18 @@ impl<S: Stream> Connection<S> {
     ///
     /// # Errors
     /// If the client has gone, or neither sends nor acknowledges a byte for the idle time-out.
-    pub async fn receive(&mut self, input: &mut BytesMut) -> Result<usize, Broken> {
+    pub async fn receive(&mut self, input: &mut BytesMut) -> Result<usize, ServeError> {
         self.input_wanted = true;
         input.reserve(RECEIVE_BUFFER);
-        let mut timer = IdleTimer::new(self.terms.deadlines.idle);
+        let mut timer = IdleTimer::new(self.context.deadlines.idle);
         let received = loop {
             let received = tokio::select! {
                 biased;
                 received = ready_within(timer.interval(), self.stream.read_buf(input)) => received,
-                () = self.terms.shutdown.drain.cancelled() => return Ok(0),
+                () = self.context.shutdown.drain.cancelled() => return Ok(0),
             };
             match received {
-                Ok(received) => break received.map_err(Broken::of_socket)?,
+                Ok(received) => break received.map_err(ServeError::of_socket)?,
                 // The client may still be reading an earlier reply.
                 Err(waited) => self.check_idle(&mut timer, waited)?,
             }
@@ -475,8 +457,8 @@ impl<S: Stream> Connection<S> {
     ///
     /// # Errors
     /// If the client has gone, or acknowledges no byte for the idle time-out.
-    pub async fn send(&mut self, bytes: &[u8]) -> Result<(), Broken> {
-        self.send_before(Next::Unknown, bytes).await
+    pub async fn send(&mut self, bytes: &[u8]) -> Result<(), ServeError> {
+        self.send_before(MoreToCome::Unknown, bytes).await
     }
 
     /// The same for bytes that more follow at once, or the end: the reply and its end are then one
@@ -484,14 +466,14 @@ impl<S: Stream> Connection<S> {
     ///
     /// # Errors
     /// As [`Connection::send`].
-    pub async fn send_part(&mut self, bytes: &[u8]) -> Result<(), Broken> {
-        self.send_before(Next::AtOnce, bytes).await
+    pub async fn send_part(&mut self, bytes: &[u8]) -> Result<(), ServeError> {
+        self.send_before(MoreToCome::AtOnce, bytes).await
     }
 
-    async fn send_before(&mut self, next: Next, mut bytes: &[u8]) -> Result<(), Broken> {
+    async fn send_before(&mut self, next: MoreToCome, mut bytes: &[u8]) -> Result<(), ServeError> {
         while !bytes.is_empty() {
             let now = bytes.get(..MAX_SENT).unwrap_or(bytes);
-            let next = if now.len() < bytes.len() { Next::AtOnce } else { next };
+            let next = if now.len() < bytes.len() { MoreToCome::AtOnce } else { next };
             let sent = self.step(|stream, context| stream.poll_write(context, now, next)).await?;
             bytes = bytes.get(sent..).unwrap_or_default();
             if !bytes.is_empty() {
@@ -506,7 +488,7 @@ impl<S: Stream> Connection<S> {
     ///
     /// # Errors
     /// As [`Connection::send`].
-    pub async fn send_file(&mut self, file: &MemoryFile) -> Result<(), Broken> {
+    pub async fn send_file(&mut self, file: &MemoryFile) -> Result<(), ServeError> {
         let length = file.len();
         let mut offset = 0;
         while offset < length {
@@ -526,24 +508,24 @@ impl<S: Stream> Connection<S> {
     async fn step(
         &mut self,
         mut write: impl FnMut(&mut S, &mut Context<'_>) -> Poll<io::Result<usize>>,
-    ) -> Result<usize, Broken> {
-        let mut timer = IdleTimer::new(self.terms.deadlines.idle);
+    ) -> Result<usize, ServeError> {
+        let mut timer = IdleTimer::new(self.context.deadlines.idle);
         let sent = loop {
             let step = std::future::poll_fn(|context| self.poll_send(context, &mut write));
             match ready_within(timer.interval(), step).await {
-                Ok(sent) => break sent.map_err(Broken::of_socket)?,
+                Ok(sent) => break sent.map_err(ServeError::of_socket)?,
                 Err(waited) => self.check_idle(&mut timer, waited)?,
             }
         };
         self.written += sent as u64;
-        self.terms.counts.add_sent(sent as u64);
+        self.context.counts.add_sent(sent as u64);
         Ok(sent)
     }
 
     /// Checks after a wait of `waited` whether the client still acknowledges bytes.
-    fn check_idle(&self, timer: &mut IdleTimer, waited: Duration) -> Result<(), Broken> {
-        let unacknowledged = self.stream.unacknowledged().map_err(Broken::of_socket)?;
-        if timer.is_expired_after(waited, unacknowledged) { Err(Broken::Idle) } else { Ok(()) }
+    fn check_idle(&self, timer: &mut IdleTimer, waited: Duration) -> Result<(), ServeError> {
+        let unacknowledged = self.stream.unacknowledged().map_err(ServeError::of_socket)?;
+        if timer.is_expired_after(waited, unacknowledged) { Err(ServeError::Idle) } else { Ok(()) }
     }
 
     fn poll_send(
@@ -589,7 +571,7 @@ impl<S: Stream> Connection<S> {
 
     /// Reads and drops until `time` is over or the input ends. Returns whether the client sent
     /// something, and how much of `time` counts against it.
-    async fn discard_for(&mut self, time: Duration) -> Result<(bool, Duration), Broken> {
+    async fn discard_for(&mut self, time: Duration) -> Result<(bool, Duration), ServeError> {
         let before = self.discarded;
         let discard = async {
             if !self.listens() {
@@ -601,7 +583,7 @@ impl<S: Stream> Connection<S> {
             Ok(())
         };
         let waited = match ready_within(time, discard).await {
-            Ok(discarded) => discarded.map(|()| Duration::ZERO).map_err(Broken::of_socket)?,
+            Ok(discarded) => discarded.map(|()| Duration::ZERO).map_err(ServeError::of_socket)?,
             Err(waited) => waited,
         };
         Ok((self.discarded > before, waited))
@@ -609,7 +591,7 @@ impl<S: Stream> Connection<S> {
 
     /// Reads and drops some of what is there, without waiting: whoever sends much is not worth a
     /// look's time.
-    fn discard_a_little(&mut self) -> Result<(), Broken> {
+    fn discard_a_little(&mut self) -> Result<(), ServeError> {
         // A last word, and the end.
         for _ in 0..2 {
             if !self.listens() {
@@ -618,7 +600,7 @@ impl<S: Stream> Connection<S> {
             match self.stream.try_discard() {
                 Ok(read) => self.note_discarded(read),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(error) => return Err(Broken::of_socket(error)),
+                Err(error) => return Err(ServeError::of_socket(error)),
             }
         }
         Ok(())
@@ -629,8 +611,8 @@ impl<S: Stream> Connection<S> {
     /// Closing at once could lose the end: a kernel that holds input which nobody read answers the
     /// close with a reset and throws the send queue away. So the client's input is read and
     /// dropped, within bounds, until it closes its side and the send queue is empty.
-    async fn deliver(&mut self) -> Result<(), Broken> {
-        let idle = self.terms.deadlines.idle;
+    async fn deliver(&mut self) -> Result<(), ServeError> {
+        let idle = self.context.deadlines.idle;
         let mut timer = IdleTimer::new(idle);
         let longest_pause = timer.interval().clamp(LOOK_AGAIN.0, LOOK_AGAIN.1);
         let (mut lingered, mut silent) = (Duration::ZERO, Duration::ZERO);
@@ -641,19 +623,19 @@ impl<S: Stream> Connection<S> {
             silent = if heard { Duration::ZERO } else { silent + waited };
             pause = (pause * 2).clamp(LOOK_AGAIN.0, longest_pause);
 
-            let unacknowledged = self.stream.unacknowledged().map_err(Broken::of_socket)?;
+            let unacknowledged = self.stream.unacknowledged().map_err(ServeError::of_socket)?;
             if unacknowledged == 0 {
                 let waited_enough = !self.listens()
                     || silent >= LINGER_SILENCE.min(idle)
                     || lingered >= LINGER_TOTAL
-                    || self.terms.shutdown.drain.is_cancelled();
+                    || self.context.shutdown.drain.is_cancelled();
                 if waited_enough {
                     self.close_cleanly()?;
                     self.end(Outcome::Complete);
                     return Ok(());
                 }
             } else if timer.is_expired_after(waited, unacknowledged) {
-                return Err(Broken::Idle);
+                return Err(ServeError::Idle);
             }
         }
     }
@@ -684,12 +666,12 @@ impl<S: Stream> Drop for Connection<S> {
             None if std::thread::panicking() => Some(Ending::Panic),
             None => Some(Ending::Shutdown),
         };
-        let Some(ending) = ending else { return self.terms.counts.take_back() };
-        self.terms.counts.end(ending, duration);
+        let Some(ending) = ending else { return self.context.counts.take_back() };
+        self.context.counts.end(ending, duration);
 
         let duration = duration.as_secs_f64();
-        let (service, peer, outcome) = (&*self.terms.service, self.peer, ending.name());
-        if let Some(Outcome::Broken(Broken::Service(cause))) = &self.outcome {
+        let (service, peer, outcome) = (&*self.context.service, self.peer, ending.name());
+        if let Some(Outcome::ServeError(ServeError::Service(cause))) = &self.outcome {
             let message = format_args!("{service}: {peer} {outcome}: {cause}");
             tracing::warn!(service, %peer, bytes, duration, outcome, %cause, "{message}");
             return;
@@ -697,10 +679,10 @@ impl<S: Stream> Drop for Connection<S> {
         // The message alone is what `journalctl` shows.
         let message = format_args!("{service}: {peer} {outcome}");
         let unserved = self.is_unserved(ending, bytes);
-        if unserved && !self.terms.log_at_debug {
-            self.terms.counts.add_unserved(ending, self.peer);
+        if unserved && !self.context.log_at_debug {
+            self.context.counts.add_unserved(ending, self.peer);
         }
-        if unserved || self.terms.log_at_debug {
+        if unserved || self.context.log_at_debug {
             tracing::debug!(service, %peer, bytes, duration, outcome, "{message}");
         } else {
             tracing::info!(service, %peer, bytes, duration, outcome, "{message}");
@@ -726,7 +708,7 @@ mod tests {
             &mut self,
             context: &mut Context<'_>,
             bytes: &[u8],
-            _: Next,
+            _: MoreToCome,
         ) -> Poll<io::Result<usize>> {
             Pin::new(&mut self.stream).poll_write(context, bytes)
         }
@@ -802,20 +784,20 @@ mod tests {
             reset: Arc::clone(&reset),
         };
         let peer = Peer::Unix(None);
-        let terms = Terms {
+        let context = ConnectionContext {
             service: "test.one".into(),
             deadlines,
             shutdown: shutdown.clone(),
             counts: Arc::default(),
             log_at_debug: false,
         };
-        let connection = Connection::new(memory, peer, Arc::new(terms));
+        let connection = Connection::new(memory, peer, Arc::new(context));
         Tried { client, connection, unacknowledged, reset, shutdown }
     }
 
     async fn run(
         connection: Connection<Memory>,
-        answer: impl AsyncFnOnce(&mut Connection<Memory>) -> Result<(), Broken>,
+        answer: impl AsyncFnOnce(&mut Connection<Memory>) -> Result<(), ServeError>,
     ) {
         if let Some(connection) = connection.answer(answer).await {
             connection.finish().await;
@@ -824,7 +806,7 @@ mod tests {
 
     const DOCUMENT: &[u8] = &[b'd'; 1000];
 
-    async fn push(connection: &mut Connection<Memory>) -> Result<(), Broken> {
+    async fn push(connection: &mut Connection<Memory>) -> Result<(), ServeError> {
         connection.send(DOCUMENT).await
     }
 
@@ -1074,7 +1056,7 @@ mod tests {
         let Tried { client, connection, reset, .. } = connected(30, 3600);
         let failing = async |connection: &mut Connection<Memory>| {
             connection.send(b"{").await?;
-            Err(Broken::Service(io::Error::other("the file shrank")))
+            Err(ServeError::Service(io::Error::other("the file shrank")))
         };
         run(connection, failing).await;
         assert!(reset.load(Ordering::Relaxed));

@@ -17,7 +17,7 @@ pub(crate) use crate::net::udp_rate::DatagramRate;
 
 /// The limits of one service.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Limits {
+pub(crate) struct Limits {
     /// Simultaneous connections. Further clients wait in the kernel's accept queue.
     pub max_connections: NonZeroU32,
     /// Simultaneous connections of one client. Further ones are reset.
@@ -31,7 +31,7 @@ pub struct Limits {
 
 /// Datagrams answered per second.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DatagramLimits {
+pub(crate) struct DatagramLimits {
     /// To all clients together.
     pub total: NonZeroU32,
     /// To one IPv4 address or IPv6 /64. A fraction of further datagrams is still answered.

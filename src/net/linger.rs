@@ -11,10 +11,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
-use crate::net::connection::{Connection, Heard};
+use crate::net::connection::{Connection, PeerState};
 use crate::net::limits::ClientGuard;
-use crate::net::permits::Place;
-use crate::net::stream::AcceptedSocket;
+use crate::net::permits::Permit;
+use crate::net::stream::LazySocket;
 
 /// How often they are looked at, while there are any.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
@@ -25,14 +25,14 @@ const LOOKS: u32 = 16;
 
 /// A connection that has been answered.
 #[derive(Debug)]
-pub(crate) struct Answered {
+pub(crate) struct LingeringConnection {
     /// The connection, of which nothing more is to be sent.
-    pub connection: Connection<AcceptedSocket>,
+    pub connection: Connection<LazySocket>,
     /// What it has of its service's limits, until its end.
-    pub held: Held,
+    pub held: ConnectionGuards,
 }
 
-impl Answered {
+impl LingeringConnection {
     /// Waits until the client has everything.
     pub(crate) async fn finish(self) {
         self.connection.finish().await;
@@ -43,17 +43,17 @@ impl Answered {
 /// The share of its service's limits that a connection holds until it is dropped.
 #[derive(Debug)]
 #[expect(dead_code, reason = "fields are held for their drop")]
-pub(crate) struct Held {
-    pub(crate) place: Place,
+pub(crate) struct ConnectionGuards {
+    pub(crate) place: Permit,
     pub(crate) guard: Option<ClientGuard>,
     pub(crate) under_way: TaskTrackerToken,
 }
 
 /// A connection, and how often it has been looked at.
-type Lingering = (Answered, u32);
+type Lingering = (LingeringConnection, u32);
 
 /// Sees every connection that arrives to its end, until no more can arrive.
-pub(crate) async fn see_to_the_end(mut arriving: UnboundedReceiver<Answered>) {
+pub(crate) async fn linger_all(mut arriving: UnboundedReceiver<LingeringConnection>) {
     let mut lingering: Vec<Lingering> = Vec::new();
     loop {
         if lingering.is_empty() {
@@ -80,7 +80,7 @@ pub(crate) async fn see_to_the_end(mut arriving: UnboundedReceiver<Answered>) {
 }
 
 /// Asks the kernel about all of them at once.
-fn listen_to_all(lingering: &[Lingering]) -> Vec<Heard> {
+fn listen_to_all(lingering: &[Lingering]) -> Vec<PeerState> {
     let sockets = lingering.iter().map(|(answered, _)| answered.connection.stream().fd());
     let polled = |socket| Ok(PollFd::from_borrowed_fd(socket?, PollFlags::IN));
     let polled: io::Result<Vec<_>> = sockets.map(polled).collect();
@@ -94,5 +94,5 @@ fn listen_to_all(lingering: &[Lingering]) -> Vec<Heard> {
         return heard.collect();
     }
     // Interrupted, or without memory: it is seen from each.
-    vec![Heard::Something; lingering.len()]
+    vec![PeerState::Something; lingering.len()]
 }

@@ -1,45 +1,36 @@
-//! The only accept loop, and the only loop that receives datagrams.
+//! The accept loop for TCP and Unix sockets. There is only one.
 //!
-//! Both go on until they are let go; no error ends them. What they serve can change meanwhile,
-//! without the socket being closed.
+//! No accept error ends it: errors of a single connection are skipped, resource exhaustion backs
+//! off. A reload replaces the assigned service without closing the socket.
 
-use std::array;
-use std::future::pending;
-use std::io::{self, ErrorKind, IoSliceMut};
+use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use quinn_udp::{BATCH_SIZE, RecvMeta, Transmit, UdpSocketState};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::socket_peercred;
 use rustix::net::{SocketFlags, acceptfrom_with};
 use tokio::io::Interest;
-use tokio::net::UdpSocket;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
 use crate::net::connection::{Connection, Peer};
-use crate::net::instance::Served;
+use crate::net::instance::ServiceInstance;
 use crate::net::limits::ClientGuard;
-use crate::net::linger::{Answered, Held, see_to_the_end};
-use crate::net::permits::Place;
-use crate::net::sockets::{BACKLOG, SocketFile, turn_away};
-use crate::net::stream::{AcceptedSocket, Kind};
-use crate::net::udp_filter::may_be_answered;
-use crate::services::time::TimeService;
-use crate::sys::Watched;
-use crate::telemetry::counters::{Datagram, Refusal};
-
-/// The longest datagram, or several of one sender that the kernel hands over as one. Only what is
-/// used of the buffers takes memory.
-const DATAGRAM: usize = 64 << 10;
+use crate::net::linger::{ConnectionGuards, LingeringConnection, linger_all};
+use crate::net::permits::Permit;
+use crate::net::service::Service;
+use crate::net::sockets::{BACKLOG, SocketFile, drop_new_syns};
+use crate::net::stream::{Kind, LazySocket};
+use crate::sys::RegisteredFd;
+use crate::telemetry::counters::Refusal;
 
 /// The first and the longest pause after an error that would only repeat itself.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
@@ -48,27 +39,37 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_s
 const HANDSHAKE: Duration = Duration::from_millis(5);
 
 /// What a socket is there for at the moment.
-#[derive(Debug, Clone)]
-pub(crate) struct Duty {
-    /// The service that answers.
-    pub served: Arc<Served>,
+#[derive(Debug)]
+pub(crate) struct Assignment<S> {
+    pub instance: Arc<ServiceInstance<S>>,
     /// Where connections are counted as under way.
     pub connections: TaskTracker,
     /// The ports at which this daemon receives datagrams.
     pub own_ports: Arc<[u16]>,
 }
 
-impl Duty {
+// Derived, it would require `S: Clone`.
+impl<S> Clone for Assignment<S> {
+    fn clone(&self) -> Self {
+        Self {
+            instance: Arc::clone(&self.instance),
+            connections: self.connections.clone(),
+            own_ports: Arc::clone(&self.own_ports),
+        }
+    }
+}
+
+impl<S> Assignment<S> {
     /// Whether there is nothing different to do.
     pub(crate) fn is(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.served, &other.served) && self.own_ports == other.own_ports
+        Arc::ptr_eq(&self.instance, &other.instance) && self.own_ports == other.own_ports
     }
 }
 
 /// Does what is to be done, anew whenever that changes, until whoever gave the orders has gone.
-async fn follow<F: Future<Output = ()>>(
-    mut orders: watch::Receiver<Duty>,
-    mut act: impl FnMut(Duty) -> F,
+pub(super) async fn run_until_reassigned<S, F: Future<Output = ()>>(
+    mut orders: watch::Receiver<Assignment<S>>,
+    mut act: impl FnMut(Assignment<S>) -> F,
 ) {
     loop {
         let duty = orders.borrow_and_update().clone();
@@ -83,7 +84,7 @@ async fn follow<F: Future<Output = ()>>(
 /// A socket that accepts connections, registered with the reactor.
 #[derive(Debug)]
 pub(crate) struct Listener {
-    socket: Watched,
+    socket: RegisteredFd,
     family: Family,
 }
 
@@ -110,17 +111,11 @@ enum Queue {
 
 /// A connection that was just accepted.
 struct Accepted {
-    socket: AcceptedSocket,
+    socket: LazySocket,
     peer: Peer,
 }
 
 impl AsFd for Listener {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
-    }
-}
-
-impl AsFd for DatagramSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
@@ -132,26 +127,27 @@ impl Listener {
     /// # Errors
     /// If it cannot be watched.
     pub(crate) fn new(socket: OwnedFd, family: Family) -> io::Result<Self> {
-        Ok(Self { socket: Watched::new(socket, Interest::READABLE)?, family })
+        Ok(Self { socket: RegisteredFd::new(socket, Interest::READABLE)?, family })
     }
 
     /// Accepts connections, each of which is served at once as far as it need not wait, until the sender of `orders` is
     /// dropped. Who is in the queue then is still served, as far as there are places.
-    pub(crate) async fn accept(self: Arc<Self>, orders: watch::Receiver<Duty>) {
+    pub(crate) async fn run<S: Service>(self: Arc<Self>, orders: watch::Receiver<Assignment<S>>) {
         let (answered, arriving) = unbounded_channel();
-        tokio::spawn(see_to_the_end(arriving));
+        tokio::spawn(linger_all(arriving));
         let last = orders.clone();
-        follow(orders, |duty| self.accept_for(duty, &answered)).await;
+        run_until_reassigned(orders, |duty| self.accept_for(duty, &answered)).await;
         // The close resets whom the kernel connects between the last look at the queue and then.
-        if matches!(self.family, Family::Tcp { inherited: false }) && turn_away(&*self).is_ok() {
+        if matches!(self.family, Family::Tcp { inherited: false }) && drop_new_syns(&*self).is_ok()
+        {
             tokio::time::sleep(HANDSHAKE).await;
         }
         let duty = last.borrow().clone();
         // No more than a queue's length, as others may go on coming.
         for _ in 0..BACKLOG {
-            let Some(place) = duty.served.free_place() else { break };
+            let Some(place) = duty.instance.try_acquire_permit() else { break };
             match self.accept_next() {
-                Ok(accepted) => begin(accepted, place, &duty, &answered),
+                Ok(accepted) => serve_connection(accepted, place, &duty, &answered),
                 Err(error) if ends_one_connection_only(&error) => {}
                 Err(_) => break,
             }
@@ -171,22 +167,26 @@ impl Listener {
         poll(&mut queue, Some(&Timespec::default())) != Ok(0)
     }
 
-    async fn accept_for(&self, duty: Duty, answered: &UnboundedSender<Answered>) {
-        let mut pause = Pause::default();
+    async fn accept_for<S: Service>(
+        &self,
+        duty: Assignment<S>,
+        answered: &UnboundedSender<LingeringConnection>,
+    ) {
+        let mut pause = AcceptBackoff::default();
         let mut queue = Queue::Unknown;
         loop {
-            match self.next_connection(&duty.served, &mut queue).await {
+            match self.next_connection(&duty.instance, &mut queue).await {
                 Ok((accepted, place)) => {
                     pause.reset();
-                    begin(accepted, place, &duty, answered);
+                    serve_connection(accepted, place, &duty, answered);
                 }
                 Err(error) if ends_one_connection_only(&error) => {
-                    duty.served.counts().refusals.add(Refusal::Aborted);
+                    duty.instance.counts().refusals.add(Refusal::Aborted);
                 }
                 // Without descriptors or memory the connection stays in the queue and the socket
                 // stays readable: going on at once would only spin.
                 Err(error) => {
-                    pause.after(&duty.served, "cannot accept connections", &error).await;
+                    pause.after(&duty.instance, "cannot accept connections", &error).await;
                 }
             }
         }
@@ -195,14 +195,14 @@ impl Listener {
     /// Waits for a client, then for a place, and only then accepts: a client that is one too many
     /// waits in the kernel's queue. In this order an idle listener holds no place that another
     /// listener of the same service could use.
-    async fn next_connection(
+    async fn next_connection<S: Service>(
         &self,
-        served: &Served,
+        served: &ServiceInstance<S>,
         queue: &mut Queue,
-    ) -> io::Result<(Accepted, Place)> {
+    ) -> io::Result<(Accepted, Permit)> {
         loop {
             let mut ready = self.socket.readable().await?;
-            let place = match served.free_place() {
+            let place = match served.try_acquire_permit() {
                 Some(place) => place,
                 None if !self.has_waiting() => {
                     ready.clear_ready();
@@ -211,7 +211,7 @@ impl Listener {
                 }
                 None => {
                     served.note_limit_reached();
-                    served.place().await.map_err(io::Error::other)?
+                    served.acquire_permit().await
                 }
             };
             let accepted = ready.try_io(|_| match queue {
@@ -244,18 +244,18 @@ impl Listener {
                 (Kind::Tcp, Peer::Internet(address))
             }
         };
-        Ok(Accepted { socket: AcceptedSocket::new(socket, kind), peer })
+        Ok(Accepted { socket: LazySocket::new(socket, kind), peer })
     }
 }
 
 /// Serves a connection.
-fn begin(
+fn serve_connection<S: Service>(
     Accepted { socket, peer }: Accepted,
-    place: Place,
-    duty: &Duty,
-    answered: &UnboundedSender<Answered>,
+    place: Permit,
+    duty: &Assignment<S>,
+    answered: &UnboundedSender<LingeringConnection>,
 ) {
-    let served = Arc::clone(&duty.served);
+    let served = Arc::clone(&duty.instance);
     let from_balancer = served.is_balancer(&peer);
     let guard = match peer {
         Peer::Internet(address) if !from_balancer => match served.admit(address.ip()) {
@@ -265,25 +265,25 @@ fn begin(
         },
         Peer::Internet(_) | Peer::Unix(_) => None,
     };
-    let held = Held { place, guard, under_way: duty.connections.token() };
+    let held = ConnectionGuards { place, guard, under_way: duty.connections.token() };
     let answered = answered.clone();
     // From here on it counts.
-    let connection = Connection::new(socket, peer, Arc::clone(&served.terms));
+    let connection = Connection::new(socket, peer, Arc::clone(&served.context));
     if from_balancer {
-        first_turn(Box::pin(answer_behind_balancer(connection, held, served, answered)));
+        poll_once_then_spawn(Box::pin(serve_behind_balancer(connection, held, served, answered)));
     } else {
-        first_turn(Box::pin(answer(connection, held, served, answered)));
+        poll_once_then_spawn(Box::pin(serve_and_linger(connection, held, served, answered)));
     }
 }
 
 /// The same for a connection of a balancer, which first says whom it is for.
-async fn answer_behind_balancer(
-    connection: Connection<AcceptedSocket>,
-    mut held: Held,
-    served: Arc<Served>,
-    answered: UnboundedSender<Answered>,
+async fn serve_behind_balancer<S: Service>(
+    connection: Connection<LazySocket>,
+    mut held: ConnectionGuards,
+    served: Arc<ServiceInstance<S>>,
+    answered: UnboundedSender<LingeringConnection>,
 ) {
-    let introduced = connection.introduce(AcceptedSocket::read_header).await;
+    let introduced = connection.read_proxy_header(LazySocket::read_header).await;
     let Some(connection) = introduced else { return };
     if let Peer::Internet(client) = connection.peer() {
         match served.admit(client.ip()) {
@@ -291,21 +291,21 @@ async fn answer_behind_balancer(
             Err(reason) => return connection.refuse(reason),
         }
     }
-    answer(connection, held, served, answered).await;
+    serve_and_linger(connection, held, served, answered).await;
 }
 
 /// Answers a connection, and sees to its end or leaves that to others.
-async fn answer(
-    connection: Connection<AcceptedSocket>,
-    held: Held,
-    served: Arc<Served>,
-    answered: UnboundedSender<Answered>,
+async fn serve_and_linger<S: Service>(
+    connection: Connection<LazySocket>,
+    held: ConnectionGuards,
+    served: Arc<ServiceInstance<S>>,
+    answered: UnboundedSender<LingeringConnection>,
 ) {
     let service = &served.service;
-    let answer = async |connection: &mut Connection<_>| service.answer(connection).await;
+    let answer = async |connection: &mut Connection<_>| service.serve(connection).await;
     let Some(connection) = connection.answer(answer).await else { return };
-    let one = Answered { connection, held };
-    if served.is_crowded() || one.held.guard.as_ref().is_some_and(ClientGuard::is_crowded) {
+    let one = LingeringConnection { connection, held };
+    if served.is_near_limit() || one.held.guard.as_ref().is_some_and(ClientGuard::is_crowded) {
         // Others wait for its place, which is to be free as soon as the client has gone.
         one.finish().await;
     } else {
@@ -316,7 +316,7 @@ async fn answer(
 
 /// Lets a connection go as far as it can without waiting. What is left then is a task of its own,
 /// which most never need.
-fn first_turn(mut connection: Pin<Box<impl Future<Output = ()> + Send + 'static>>) {
+fn poll_once_then_spawn(mut connection: Pin<Box<impl Future<Output = ()> + Send + 'static>>) {
     // Nobody is to be woken: a task looks for itself at what it is to wait for.
     let mut context = Context::from_waker(Waker::noop());
     let turn = || connection.as_mut().poll(&mut context);
@@ -350,17 +350,22 @@ fn ends_one_connection_only(error: &io::Error) -> bool {
 
 /// Pauses that grow while a fault lasts.
 #[derive(Debug, Default)]
-struct Pause {
+pub(super) struct AcceptBackoff {
     next: Option<Duration>,
 }
 
-impl Pause {
-    fn reset(&mut self) {
+impl AcceptBackoff {
+    pub(super) fn reset(&mut self) {
         self.next = None;
     }
 
     /// Says what is wrong, not too often, and waits.
-    async fn after(&mut self, served: &Served, act: &'static str, error: &io::Error) {
+    pub(super) async fn after<S: Service>(
+        &mut self,
+        served: &ServiceInstance<S>,
+        act: &'static str,
+        error: &io::Error,
+    ) {
         if served.counts().note_trouble() {
             let service = &**served.name();
             let remedy = match Errno::from_io_error(error) {
@@ -381,122 +386,20 @@ impl Pause {
     }
 }
 
-/// A socket that receives datagrams, registered with the reactor.
-#[derive(Debug)]
-pub(crate) struct DatagramSocket {
-    socket: UdpSocket,
-    state: UdpSocketState,
-    /// Used by one task after the other: memory that was written once stays.
-    buffer: tokio::sync::Mutex<Vec<u8>>,
-}
-
-impl DatagramSocket {
-    /// Makes a bound socket ready to receive.
-    ///
-    /// # Errors
-    /// If it cannot be watched, or cannot say where datagrams were sent to.
-    pub(crate) fn new(socket: std::net::UdpSocket) -> io::Result<Self> {
-        let socket = UdpSocket::from_std(socket)?;
-        // The library asks the kernel for each datagram's destination: on a wildcard address, the
-        // answer must leave from where the question went to.
-        let state = UdpSocketState::new((&socket).into())?;
-        let buffer = vec![0; BATCH_SIZE * DATAGRAM].into();
-        Ok(Self { socket, state, buffer })
-    }
-
-    /// Answers datagrams, in one task and in memory that does not grow, until the sender of
-    /// `orders` is dropped.
-    pub(crate) async fn answer(self: Arc<Self>, orders: watch::Receiver<Duty>) {
-        follow(orders, |duty| self.answer_for(duty)).await;
-    }
-
-    async fn answer_for(&self, duty: Duty) {
-        // The configuration does not give such a socket to a service that answers no datagrams.
-        let Some(time) = duty.served.service.datagrams() else { return pending().await };
-        let mut buffer = self.buffer.lock().await;
-        let mut metas = [RecvMeta::default(); BATCH_SIZE];
-        let mut reply = Vec::new();
-        let mut pause = Pause::default();
-        loop {
-            let received = self.socket.async_io(Interest::READABLE, || {
-                let mut pieces = buffer.chunks_mut(DATAGRAM);
-                let mut slices: [IoSliceMut<'_>; BATCH_SIZE] =
-                    array::from_fn(|_| IoSliceMut::new(pieces.next().unwrap_or_default()));
-                self.state.recv((&self.socket).into(), &mut slices, &mut metas)
-            });
-            let received = match received.await {
-                Ok(received) => received,
-                Err(error) => {
-                    pause.after(&duty.served, "cannot receive datagrams", &error).await;
-                    continue;
-                }
-            };
-            pause.reset();
-            let now = Instant::now();
-            for (meta, payload) in metas.iter().zip(buffer.chunks(DATAGRAM)).take(received) {
-                let payload = payload.get(..meta.len).unwrap_or_default();
-                // The kernel may hand over several datagrams of one sender as one.
-                for datagram in segments(payload, meta.stride) {
-                    let answered = self.answer_one(meta, datagram, now, &duty, time, &mut reply);
-                    let became = answered.err().unwrap_or(Datagram::Answered);
-                    duty.served.counts().datagrams.add(became);
-                }
-            }
-            // A flood of datagrams must not keep the other tasks of this thread waiting.
-            tokio::task::consume_budget().await;
-        }
-    }
-
-    /// Answers a datagram if it may be; or says why not.
-    fn answer_one(
-        &self,
-        meta: &RecvMeta,
-        datagram: &[u8],
-        now: Instant,
-        duty: &Duty,
-        time: &TimeService,
-        reply: &mut Vec<u8>,
-    ) -> Result<(), Datagram> {
-        let resembles_reply = || time.resembles_reply(datagram);
-        if !may_be_answered(meta.addr, meta.dst_ip, &duty.own_ports, resembles_reply) {
-            return Err(Datagram::Unanswerable);
-        }
-        duty.served.admit_datagram(meta.addr.ip(), now)?;
-        reply.clear();
-        time.tell(reply).map_err(|_| Datagram::Failed)?;
-        if !time.outranks(reply, datagram) {
-            return Err(Datagram::Unanswerable);
-        }
-        // A queue that is full drops the answer, as any network may.
-        let sent = self.state.try_send((&self.socket).into(), &answer_to(meta, reply));
-        sent.map_err(|_| Datagram::Failed)
-    }
-}
-
-fn segments(payload: &[u8], stride: usize) -> impl Iterator<Item = &[u8]> {
-    // An empty datagram is one, too.
-    let empty = payload.is_empty().then_some(payload);
-    empty.into_iter().chain(payload.chunks(stride.max(1)))
-}
-
-fn answer_to<'a>(meta: &RecvMeta, reply: &'a [u8]) -> Transmit<'a> {
-    Transmit {
-        destination: meta.addr,
-        ecn: None,
-        contents: reply,
-        segment_size: None,
-        src_ip: meta.dst_ip,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::Format;
-    use crate::net::connection::Shutdown;
+    use crate::net::connection::{ServeError, Shutdown};
     use crate::net::limits::Limits;
-    use crate::services::Service;
-    use crate::services::time::Settings;
+
+    #[derive(Debug)]
+    struct Silent;
+
+    impl Service for Silent {
+        async fn serve(&self, _: &mut Connection<LazySocket>) -> Result<(), ServeError> {
+            Ok(())
+        }
+    }
 
     #[test]
     fn an_aborted_connection_is_told_from_a_lack_of_descriptors() {
@@ -507,10 +410,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_connection_that_panics_or_waits_does_not_hold_up_the_listener() {
-        first_turn(Box::pin(async { panic!("a connection's own") }));
+        poll_once_then_spawn(Box::pin(async { panic!("a connection's own") }));
         let (told, telling) = tokio::sync::oneshot::channel();
         let (done, doing) = tokio::sync::oneshot::channel();
-        first_turn(Box::pin(async move {
+        poll_once_then_spawn(Box::pin(async move {
             let told: Result<(), _> = telling.await;
             done.send(told.is_ok()).unwrap();
         }));
@@ -518,27 +421,12 @@ mod tests {
         assert!(doing.await.unwrap());
     }
 
-    #[test]
-    fn coalesced_datagrams_are_told_apart() {
-        let told = |payload, stride| segments(payload, stride).collect::<Vec<_>>();
-        assert_eq!(told(b"", 0), [b""]);
-        assert_eq!(told(b"a", 1), [b"a"]);
-        assert_eq!(told(b"aabbc", 2), [&b"aa"[..], b"bb", b"c"]);
-    }
-
     #[tokio::test(start_paused = true)]
     async fn pauses_grow_to_a_second_and_begin_anew() {
-        let mut pause = Pause::default();
+        let mut pause = AcceptBackoff::default();
         let error = Errno::MFILE.into();
-        let settings = Settings {
-            format: Format::Python,
-            timezone: "UTC".to_owned(),
-            zone: jiff::tz::TimeZone::UTC,
-            newline: true,
-        };
-        let service = Service::Time(TimeService::new("time.clock".into(), settings).into());
         let limits = Limits::default();
-        let served = Served::new("time.clock".into(), service, limits, Shutdown::default());
+        let served = ServiceInstance::new("t".into(), Silent, limits, Shutdown::default());
         let start = tokio::time::Instant::now();
         for _ in 0..10 {
             pause.after(&served, "cannot accept connections", &error).await;

@@ -2,7 +2,7 @@
 //!
 //! A connection passes through: [`listener`] (permit, accept, access check) → [`connection`]
 //! (timeouts, delivery, outcome) → the service → [`linger`] (half-close until everything is
-//! acknowledged). Datagrams: [`listener`] → [`udp_filter`] → the service. Limits are in [`limits`]
+//! acknowledged). Datagrams: [`udp`] → [`udp_filter`] → the service. Limits are in [`limits`]
 //! and [`permits`]. Configuration and signals belong to `daemon`.
 
 pub(crate) mod access;
@@ -18,7 +18,9 @@ pub(crate) mod listener;
 pub(crate) mod memfd;
 pub(crate) mod permits;
 pub(crate) mod proxy_protocol;
+pub(crate) mod service;
 pub(crate) mod sockets;
 pub(crate) mod stream;
+pub(crate) mod udp;
 pub(crate) mod udp_filter;
 pub(crate) mod udp_rate;

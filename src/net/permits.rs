@@ -1,87 +1,79 @@
-//! The places of a service: one for each connection that it may have at one time. How many there are
-//! can change while they are taken.
+//! Connection permits: how many connections a service serves at the same time.
+//!
+//! A listener acquires a permit before it accepts, so excess clients wait in the kernel's accept
+//! queue. The limit can change while permits are held; nothing here knows sockets or configuration.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use tokio::sync::{AcquireError, Semaphore};
+use tokio::sync::Semaphore;
 
-/// The places of a service.
+/// The resizable pool of permits of one service.
 #[derive(Debug)]
-pub(crate) struct Places {
-    permits: Semaphore,
-    /// So many of the permits go when they are met with, before anybody gets one, as there are fewer
-    /// places than there were. Whoever waited before that gets none of them.
-    surplus: AtomicUsize,
+pub(crate) struct ConnectionPermits {
+    semaphore: Semaphore,
+    /// Permits of the semaphore above the limit, because it was lowered; each is discarded when it
+    /// is next acquired, so that none reaches a task that waited before.
+    excess: AtomicUsize,
 }
 
-/// A place for one connection, which is given back when it is dropped.
+/// The right to serve one connection; returned on drop.
 #[derive(Debug)]
-pub struct Place {
-    places: Arc<Places>,
+pub(crate) struct Permit {
+    permits: Arc<ConnectionPermits>,
 }
 
-impl Places {
-    /// So many places, all of them free.
-    pub(crate) fn new(count: u32) -> Self {
-        Self { permits: Semaphore::new(number(count)), surplus: AtomicUsize::new(0) }
+impl ConnectionPermits {
+    pub(crate) fn new(limit: usize) -> Self {
+        Self { semaphore: Semaphore::new(limit), excess: AtomicUsize::new(0) }
     }
 
-    /// Makes so many places of those that were `before`. Those that are taken stay so until they are
-    /// given back.
-    pub(crate) fn change(&self, before: u32, now: u32) {
-        let (before, now) = (number(before), number(now));
-        let more = now.saturating_sub(before);
-        // Those that would have gone are the first to stay.
-        let stay = |surplus: usize| surplus.saturating_sub(more);
-        let surplus = self.surplus.update(Ordering::AcqRel, Ordering::Acquire, stay);
-        self.permits.add_permits(more.saturating_sub(surplus));
-        self.surplus.fetch_add(before.saturating_sub(now), Ordering::AcqRel);
-    }
-
-    /// Whether the permit that was met with is one of those that go.
-    fn one_goes(&self) -> bool {
-        let one_less = |surplus: usize| surplus.checked_sub(1);
-        self.surplus.try_update(Ordering::AcqRel, Ordering::Acquire, one_less).is_ok()
-    }
-
-    /// How many are free.
-    pub(crate) fn free(&self) -> usize {
-        self.permits.available_permits().saturating_sub(self.surplus.load(Ordering::Acquire))
-    }
-
-    /// Takes one, if one is free.
-    pub(crate) fn try_take(self: &Arc<Self>) -> Option<Place> {
+    /// Waits for a free permit, in order of arrival.
+    pub(crate) async fn acquire(self: &Arc<Self>) -> Permit {
         loop {
-            self.permits.try_acquire().ok()?.forget();
-            if !self.one_goes() {
-                return Some(Place { places: Arc::clone(self) });
+            self.semaphore.acquire().await.expect("the semaphore is never closed").forget();
+            if !self.discard_excess() {
+                return Permit { permits: Arc::clone(self) };
             }
         }
     }
 
-    /// Waits for one.
-    ///
-    /// # Errors
-    /// None: the places are never closed.
-    pub(crate) async fn take(self: &Arc<Self>) -> Result<Place, AcquireError> {
+    pub(crate) fn try_acquire(self: &Arc<Self>) -> Option<Permit> {
         loop {
-            self.permits.acquire().await?.forget();
-            if !self.one_goes() {
-                return Ok(Place { places: Arc::clone(self) });
+            self.semaphore.try_acquire().ok()?.forget();
+            if !self.discard_excess() {
+                return Some(Permit { permits: Arc::clone(self) });
             }
         }
     }
+
+    pub(crate) fn available(&self) -> usize {
+        self.semaphore.available_permits().saturating_sub(self.excess.load(Ordering::Acquire))
+    }
+
+    /// Raises the limit by `count`. Permits above the old limit are kept first.
+    pub(crate) fn grow(&self, count: usize) {
+        let keep = |excess: usize| excess.saturating_sub(count);
+        let excess = self.excess.update(Ordering::AcqRel, Ordering::Acquire, keep);
+        self.semaphore.add_permits(count.saturating_sub(excess));
+    }
+
+    /// Lowers the limit by `count`. Held permits stay until they are returned.
+    pub(crate) fn shrink(&self, count: usize) {
+        self.excess.fetch_add(count, Ordering::AcqRel);
+    }
+
+    /// Counts the permit just acquired as discarded if there is one too many.
+    fn discard_excess(&self) -> bool {
+        let one_less = |excess: usize| excess.checked_sub(1);
+        self.excess.try_update(Ordering::AcqRel, Ordering::Acquire, one_less).is_ok()
+    }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
-        self.places.permits.add_permits(1);
+        self.permits.semaphore.add_permits(1);
     }
-}
-
-fn number(places: u32) -> usize {
-    usize::try_from(places).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS)
 }
 
 #[cfg(test)]
@@ -90,20 +82,38 @@ mod tests {
     use std::task::{Context, Poll, Waker};
 
     #[test]
-    fn who_waited_before_there_were_fewer_gets_no_place_that_goes() {
-        let places = Arc::new(Places::new(3));
-        let mut taken: Vec<_> = std::iter::from_fn(|| places.try_take()).collect();
-        let mut waiting = Box::pin(places.take());
+    fn a_waiting_client_gets_no_retired_permit() {
+        let permits = Arc::new(ConnectionPermits::new(3));
+        let mut held: Vec<_> = std::iter::from_fn(|| permits.try_acquire()).collect();
+        let mut waiting = Box::pin(permits.acquire());
         let mut context = Context::from_waker(Waker::noop());
-        let mut look = || waiting.as_mut().poll(&mut context);
-        assert!(look().is_pending());
-        // To two by way of one.
-        places.change(3, 1);
-        places.change(1, 2);
-        assert!(look().is_pending());
-        taken.pop();
-        assert!(look().is_pending(), "two are taken");
-        taken.pop();
-        assert!(matches!(look(), Poll::Ready(Ok(_))));
+        let mut poll = || waiting.as_mut().poll(&mut context);
+        assert!(poll().is_pending());
+        permits.shrink(2);
+        permits.grow(1);
+        assert!(poll().is_pending());
+        held.pop();
+        assert!(poll().is_pending(), "two are held");
+        held.pop();
+        assert!(matches!(poll(), Poll::Ready(_)));
+    }
+
+    #[test]
+    fn lowering_the_limit_discards_held_permits_on_release() {
+        let permits = Arc::new(ConnectionPermits::new(3));
+        let held: Vec<_> = std::iter::from_fn(|| permits.try_acquire()).collect();
+        permits.shrink(2);
+        drop(held);
+        assert_eq!(permits.available(), 1);
+    }
+
+    #[test]
+    fn raising_the_limit_cancels_pending_retirements() {
+        let permits = Arc::new(ConnectionPermits::new(3));
+        let held: Vec<_> = std::iter::from_fn(|| permits.try_acquire()).collect();
+        permits.shrink(2);
+        permits.grow(1);
+        drop(held);
+        assert_eq!(permits.available(), 2);
     }
 }

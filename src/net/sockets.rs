@@ -231,7 +231,7 @@ pub(crate) fn share_port(socket: impl AsFd, shared: bool) -> io::Result<()> {
 ///
 /// # Errors
 /// None is expected of a TCP socket.
-pub(crate) fn turn_away(listening: impl AsFd) -> io::Result<()> {
+pub(crate) fn drop_new_syns(listening: impl AsFd) -> io::Result<()> {
     // The words of classic BPF (linux/filter.h).
     const LOAD_BYTE: u16 = 0x30;
     const AND: u16 = 0x54;
@@ -373,7 +373,7 @@ mod tests {
         let listening = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listening.local_addr().unwrap();
         let mut before = TcpStream::connect(address).unwrap();
-        turn_away(&listening).unwrap();
+        drop_new_syns(&listening).unwrap();
         let after = socket2::Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
         after.set_nonblocking(true).unwrap();
         assert!(after.connect(&address.into()).is_err());

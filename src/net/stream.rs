@@ -18,11 +18,11 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 use tokio::io::{AsyncRead, Interest, ReadBuf};
 use tokio::task::coop;
 
-use crate::net::connection::{Heard, Next, Stream};
+use crate::net::connection::{MoreToCome, PeerState, Stream};
 use crate::net::memfd::MemoryFile;
 use crate::net::proxy_protocol::{MAX_HEADER, ParsedHeader};
 use crate::sys;
-use crate::sys::Watched;
+use crate::sys::RegisteredFd;
 
 /// How much is received at one time.
 const RECEIVE_BUFFER: usize = 16 << 10;
@@ -34,7 +34,7 @@ const UNIX_WRITE: usize = 7 << 10;
 
 /// A connected TCP or Unix socket that does not block.
 #[derive(Debug)]
-pub(crate) struct AcceptedSocket {
+pub struct LazySocket {
     socket: Socket,
     kind: Kind,
 }
@@ -78,12 +78,12 @@ enum Socket {
     /// It has not been waited for yet.
     Fresh(OwnedFd),
     /// The reactor wakes whoever waits for it.
-    Watched(Watched),
+    RegisteredFd(RegisteredFd),
     /// It could not be registered, and was closed, which resets it.
     Lost,
 }
 
-impl AcceptedSocket {
+impl LazySocket {
     /// Takes over a socket that does not block.
     pub(crate) fn new(socket: OwnedFd, kind: Kind) -> Self {
         Self { socket: Socket::Fresh(socket), kind }
@@ -96,15 +96,15 @@ impl AcceptedSocket {
     pub(crate) fn fd(&self) -> io::Result<BorrowedFd<'_>> {
         match &self.socket {
             Socket::Fresh(socket) => Ok(socket.as_fd()),
-            Socket::Watched(socket) => Ok(socket.as_fd()),
+            Socket::RegisteredFd(socket) => Ok(socket.as_fd()),
             Socket::Lost => Err(ErrorKind::NotConnected.into()),
         }
     }
 
     /// What these events, which were polled for after it was answered, say of its client.
-    pub(crate) fn heard(&self, events: PollFlags) -> Heard {
+    pub(crate) fn heard(&self, events: PollFlags) -> PeerState {
         if events.is_empty() {
-            Heard::Nothing
+            PeerState::Nothing
         } else if self.kind == Kind::Tcp
             && events.contains(PollFlags::HUP)
             && !events.contains(PollFlags::ERR)
@@ -112,9 +112,9 @@ impl AcceptedSocket {
             // Both sides have ended, as ours has. What the client has sent need not be read: once
             // it has everything, the kernel has closed the connection (`Stream::close_cleanly`). On
             // a Unix socket, what nobody reads turns the close into a reset.
-            Heard::End
+            PeerState::End
         } else {
-            Heard::Something
+            PeerState::Something
         }
     }
 
@@ -168,11 +168,12 @@ impl AcceptedSocket {
             }
             if let Socket::Fresh(socket) = std::mem::replace(&mut self.socket, Socket::Lost) {
                 let both = Interest::READABLE | Interest::WRITABLE;
-                self.socket =
-                    Socket::Watched(Watched::new(socket, both).map_err(|error| unwatched(&error))?);
+                self.socket = Socket::RegisteredFd(
+                    RegisteredFd::new(socket, both).map_err(|error| unwatched(&error))?,
+                );
             }
         }
-        let Socket::Watched(socket) = &self.socket else {
+        let Socket::RegisteredFd(socket) = &self.socket else {
             return Poll::Ready(Err(ErrorKind::NotConnected.into()));
         };
         loop {
@@ -193,14 +194,14 @@ fn unwatched(error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("the client cannot be waited for: {error}{remedy}"))
 }
 
-impl Stream for AcceptedSocket {
+impl Stream for LazySocket {
     fn poll_write(
         &mut self,
         context: &mut Context<'_>,
         bytes: &[u8],
-        next: Next,
+        next: MoreToCome,
     ) -> Poll<io::Result<usize>> {
-        let more = if next == Next::AtOnce { SendFlags::MORE } else { SendFlags::empty() };
+        let more = if next == MoreToCome::AtOnce { SendFlags::MORE } else { SendFlags::empty() };
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL | more;
         let kind = self.kind;
         self.poll(context, Interest::WRITABLE, |socket| {
@@ -263,7 +264,7 @@ impl Stream for AcceptedSocket {
     }
 }
 
-impl AsyncRead for AcceptedSocket {
+impl AsyncRead for LazySocket {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -302,7 +303,7 @@ mod tests {
         let (mut balancer, accepted) = connected();
         balancer.write_all(b"PROXY TCP4 192.0.2.7 10.0.0.1 4321 6789\r\nhello.txt\n").unwrap();
         let mut rest = accepted.try_clone().unwrap();
-        let mut socket = AcceptedSocket::new(accepted.into(), Kind::Tcp);
+        let mut socket = LazySocket::new(accepted.into(), Kind::Tcp);
         // Where no reactor runs, to wait would be a panic.
         let mut context = Context::from_waker(Waker::noop());
         let read = pin!(socket.read_header()).poll(&mut context);

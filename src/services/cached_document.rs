@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use crate::net::connection::{Broken, Connection, Stream};
+use crate::net::connection::{Connection, ServeError, Stream};
 use crate::net::memfd::MemoryFile;
 
 /// From this length on, the kernel's copying costs more than a call that spares it.
@@ -53,7 +53,7 @@ impl ReadyMade {
     pub(crate) async fn send<S: Stream>(
         &self,
         connection: &mut Connection<S>,
-    ) -> Result<(), Broken> {
+    ) -> Result<(), ServeError> {
         match self {
             Self::Bytes(bytes) => connection.send_part(bytes).await,
             Self::Memory(file) => connection.send_file(file).await,

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use crate::document;
 use crate::fs::blocking_pool::BlockingPool;
 use crate::fs::file::OpenFile;
-use crate::net::connection::{Broken, Connection, Stream};
+use crate::net::connection::{Connection, ServeError, Stream};
 
 /// How much of a file is read, encoded and sent at one time; each connection holds one such
 /// piece, encoded.
@@ -66,13 +66,13 @@ pub(crate) async fn send_encoded<S: Stream>(
     (readers, name): (&BlockingPool, &str),
     digest: Option<Sha256>,
     connection: &mut Connection<S>,
-) -> Result<Option<Sha256>, Broken> {
+) -> Result<Option<Sha256>, ServeError> {
     let size = file.stamp.size;
     let mut sending = Sending { digest, ..Sending::default() };
     while sending.offset < size {
         // What the kernel has in memory is had faster than another thread.
         let at_hand = sending.next(size, |piece, offset| file.read_cached_at(piece, offset));
-        if !at_hand.map_err(Broken::Service)? {
+        if !at_hand.map_err(ServeError::Service)? {
             // A file can keep a reader waiting, and must not keep the other connections waiting.
             let file = Arc::clone(file);
             let reading = readers.run(name, move || {
@@ -81,9 +81,9 @@ pub(crate) async fn send_encoded<S: Stream>(
                 (sending, read)
             });
             let reading = connection.wait_for(reading).await?;
-            let (returned, read) = reading.map_err(Broken::Service)?;
+            let (returned, read) = reading.map_err(ServeError::Service)?;
             sending = returned;
-            read.map_err(Broken::Service)?;
+            read.map_err(ServeError::Service)?;
         }
         connection.send(&sending.encoded).await?;
         // The other connections' turn.

@@ -18,7 +18,9 @@ use tokio_util::sync::CancellationToken;
 use crate::document;
 use crate::fs::blocking_pool::{BlockingPool, UNANSWERED, if_slow};
 use crate::fs::file::{OpenFile, Stamp};
-use crate::net::connection::{Broken, Connection, Stream};
+use crate::net::connection::{Connection, ServeError, Stream};
+use crate::net::service::Service;
+use crate::net::stream::LazySocket;
 
 use crate::services::cached_document::ReadyMade;
 use crate::services::encoder;
@@ -39,7 +41,7 @@ const OLDER_DESCRIPTORS: u64 = 64;
 
 /// The settings of one file service.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Settings {
+pub(crate) struct Settings {
     /// The file.
     pub path: PathBuf,
     /// Its name in the document.
@@ -54,7 +56,7 @@ pub struct Settings {
 
 /// A file service that is ready to answer.
 #[derive(Debug)]
-pub struct FileService {
+pub(crate) struct FileService {
     name: Arc<str>,
     settings: Settings,
     versions: Mutex<Versions>,
@@ -130,7 +132,7 @@ impl FileService {
     ///
     /// # Errors
     /// If the file cannot be opened, read or held in memory.
-    pub fn open(name: Arc<str>, settings: Settings) -> io::Result<Self> {
+    pub(crate) fn open(name: Arc<str>, settings: Settings) -> io::Result<Self> {
         let current = Version::load(&settings).map_err(|error| {
             let path = settings.path.to_string_lossy();
             let problem = format!("cannot open {}: {error}", path.escape_debug());
@@ -152,12 +154,12 @@ impl FileService {
     }
 
     /// Why the file cannot be read, if so.
-    pub fn trouble(&self) -> Option<String> {
+    pub(crate) fn trouble(&self) -> Option<String> {
         self.trouble.get()
     }
 
     /// When the content that is served was last modified.
-    pub fn version(&self) -> Timestamp {
+    pub(crate) fn version(&self) -> Timestamp {
         self.versions().current.stamp.modified()
     }
 
@@ -165,13 +167,16 @@ impl FileService {
     ///
     /// # Errors
     /// If the client went away, or the file cannot be sent to its end as it was at the beginning.
-    pub async fn answer<S: Stream>(&self, connection: &mut Connection<S>) -> Result<(), Broken> {
+    pub(crate) async fn answer<S: Stream>(
+        &self,
+        connection: &mut Connection<S>,
+    ) -> Result<(), ServeError> {
         let version = Arc::clone(&self.versions().current);
         tokio::select! {
             biased;
             sent = self.send(&version, connection) => sent,
             () = version.outdated.cancelled() => {
-                Err(Broken::Service(io::Error::other("the file was replaced too often meanwhile")))
+                Err(ServeError::Service(io::Error::other("the file was replaced too often meanwhile")))
             }
         }
     }
@@ -180,7 +185,7 @@ impl FileService {
         &self,
         version: &Version,
         connection: &mut Connection<S>,
-    ) -> Result<(), Broken> {
+    ) -> Result<(), ServeError> {
         let file = match &version.content {
             Content::Document(document) => return document.send(connection).await,
             Content::Open(file) => file,
@@ -193,7 +198,7 @@ impl FileService {
 
     /// Follows the file: a new version is served as soon as it is there, and as long as there is
     /// none, the last one.
-    pub async fn follow(self: &Arc<Self>) {
+    pub(crate) async fn follow(self: &Arc<Self>) {
         let mut rewrite = None;
         let mut looks = interval(LOOK_EVERY);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -301,5 +306,22 @@ impl FileService {
                 older.outdated.cancel();
             }
         }
+    }
+}
+impl Service for Arc<FileService> {
+    async fn serve(&self, connection: &mut Connection<LazySocket>) -> Result<(), ServeError> {
+        self.answer(connection).await
+    }
+
+    async fn background(&self) {
+        self.follow().await;
+    }
+
+    fn problem(&self) -> Option<String> {
+        self.trouble()
+    }
+
+    fn file_version(&self) -> Option<Timestamp> {
+        Some(self.version())
     }
 }

@@ -25,7 +25,9 @@ use crate::fs::blocking_pool::{BlockingPool, UNANSWERED, if_slow};
 use crate::fs::file::{OpenFile, Stamp};
 use crate::fs::filename::escape;
 use crate::fs::folder::{Entry, Folder, Listing, MAX_NAME, Omission};
-use crate::net::connection::{Broken, Connection, Stream};
+use crate::net::connection::{Connection, ServeError, Stream};
+use crate::net::service::Service;
+use crate::net::stream::LazySocket;
 use crate::text::counted;
 
 use crate::services::encoder;
@@ -213,7 +215,7 @@ impl FolderService {
     pub async fn answer<S: Stream>(
         self: &Arc<Self>,
         connection: &mut Connection<S>,
-    ) -> Result<(), Broken> {
+    ) -> Result<(), ServeError> {
         let mut lines =
             AnyDelimiterCodec::new_with_max_length(b"\n".to_vec(), Vec::new(), MAX_NAME);
         let mut input = BytesMut::new();
@@ -246,7 +248,7 @@ impl FolderService {
         self: &Arc<Self>,
         line: &[u8],
         connection: &mut Connection<S>,
-    ) -> Result<(), Broken> {
+    ) -> Result<(), ServeError> {
         if line.is_empty() {
             return match connection.wait_for(self.list()).await? {
                 Ok(list) => connection.send(list.as_bytes()).await,
@@ -319,7 +321,7 @@ impl FolderService {
         file: &Arc<OpenFile>,
         digest: Option<[u8; 32]>,
         connection: &mut Connection<S>,
-    ) -> Result<(), Broken> {
+    ) -> Result<(), ServeError> {
         let stamp = file.stamp;
         let opening = document::file_opening(name, stamp.size, stamp.modified());
         connection.send_part(opening.as_bytes()).await?;
@@ -508,8 +510,22 @@ async fn refuse<S: Stream>(
     connection: &mut Connection<S>,
     problem: &str,
     name: Option<&str>,
-) -> Result<(), Broken> {
+) -> Result<(), ServeError> {
     connection.send(document::refusal(problem, name).as_bytes()).await
+}
+
+impl Service for Arc<FolderService> {
+    async fn serve(&self, connection: &mut Connection<LazySocket>) -> Result<(), ServeError> {
+        self.answer(connection).await
+    }
+
+    async fn background(&self) {
+        self.follow().await;
+    }
+
+    fn problem(&self) -> Option<String> {
+        self.trouble()
+    }
 }
 
 #[cfg(test)]

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use bytes::BytesMut;
 use httparse::{EMPTY_HEADER, Error, Request, Status};
 
-use crate::net::connection::{Broken, Connection, Stream};
+use crate::net::connection::{Connection, ServeError, Stream};
+use crate::net::service::Service;
+use crate::net::stream::LazySocket;
 use crate::telemetry::metrics::{MEDIA_TYPE, Monitor};
 
 /// The longest request line with its header fields, in bytes.
@@ -65,7 +67,10 @@ impl MetricsService {
     ///
     /// # Errors
     /// If the client went away, or did not say all in time.
-    pub async fn answer<S: Stream>(&self, connection: &mut Connection<S>) -> Result<(), Broken> {
+    pub async fn answer<S: Stream>(
+        &self,
+        connection: &mut Connection<S>,
+    ) -> Result<(), ServeError> {
         let mut request = BytesMut::new();
         let reply = loop {
             if connection.receive(&mut request).await? == 0 {
@@ -118,6 +123,16 @@ impl MetricsService {
             },
             _ => Reply::text("404 Not Found", "expected /metrics or /healthz\n".to_owned()),
         }
+    }
+}
+
+impl Service for MetricsService {
+    async fn serve(&self, connection: &mut Connection<LazySocket>) -> Result<(), ServeError> {
+        self.answer(connection).await
+    }
+
+    fn is_monitoring(&self) -> bool {
+        true
     }
 }
 

@@ -19,12 +19,15 @@ use jiff::Timestamp;
 
 use crate::config_reader::{Findings, PathKind, Question, Reported, Table, values};
 use crate::fs::folder::Folder;
-use crate::net::connection::{Broken, Connection, Stream};
+use crate::net::connection::{Connection, ServeError};
+use crate::net::service as net;
+use crate::net::stream::LazySocket;
+use crate::telemetry::counters::Datagram;
 use crate::telemetry::metrics::Monitor;
 
 /// The checked settings of a service.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Settings {
+pub(crate) enum Settings {
     /// `[time.NAME]`
     Time(time::Settings),
     /// `[file.NAME]` whose path is a file.
@@ -37,7 +40,7 @@ pub enum Settings {
 
 impl Settings {
     /// Whether such a service answers datagrams.
-    pub fn datagrams(&self) -> bool {
+    pub(crate) fn datagrams(&self) -> bool {
         matches!(self, Self::Time(_))
     }
 
@@ -126,7 +129,7 @@ fn read_file(table: &mut Table<'_>) -> Result<Settings, Reported> {
 
 /// A service that is ready to answer.
 #[derive(Debug, Clone)]
-pub enum Service {
+pub(crate) enum Service {
     /// Tells the time.
     Time(Arc<time::TimeService>),
     /// Hands out one file.
@@ -143,7 +146,11 @@ impl Service {
     ///
     /// # Errors
     /// If what it serves cannot be opened.
-    pub fn start(name: Arc<str>, settings: Settings, monitor: Arc<Monitor>) -> io::Result<Self> {
+    pub(crate) fn start(
+        name: Arc<str>,
+        settings: Settings,
+        monitor: Arc<Monitor>,
+    ) -> io::Result<Self> {
         Ok(match settings {
             Settings::Time(settings) => {
                 let time = time::TimeService::new(name, settings);
@@ -160,65 +167,62 @@ impl Service {
         })
     }
 
-    /// Answers one connection.
-    ///
-    /// # Errors
-    /// If the client went away, or the service cannot finish what it began.
-    pub async fn answer<S: Stream>(&self, connection: &mut Connection<S>) -> Result<(), Broken> {
+    /// Applies what a reload has found outside of the configuration.
+    pub(crate) fn refresh(&self, settings: &Settings) {
+        if let (Self::Time(time), Settings::Time(settings)) = (self, settings) {
+            time.use_zone(settings.zone.clone());
+        }
+    }
+}
+
+/// Calls a method of the service of whichever kind.
+macro_rules! delegate {
+    ($self:ident, $service:ident => $call:expr) => {
+        match $self {
+            Service::Time($service) => $call,
+            Service::File($service) => $call,
+            Service::Folder($service) => $call,
+            Service::Metrics($service) => $call,
+        }
+    };
+}
+
+impl net::Service for Service {
+    async fn serve(&self, connection: &mut Connection<LazySocket>) -> Result<(), ServeError> {
         match self {
             Self::Time(time) => time.answer(connection).await,
-            // Apart, so that the time's connections are not as large as theirs.
+            // Boxed, so that connections of the time service do not have the size of the others.
             Self::File(file) => Box::pin(file.answer(connection)).await,
             Self::Folder(folder) => Box::pin(folder.answer(connection)).await,
             Self::Metrics(metrics) => Box::pin(metrics.answer(connection)).await,
         }
     }
 
-    /// What answers datagrams, if this service does.
-    pub fn datagrams(&self) -> Option<&time::TimeService> {
-        match self {
-            Self::Time(time) => Some(time),
-            Self::File(_) | Self::Folder(_) | Self::Metrics(_) => None,
-        }
+    fn answers_datagrams(&self) -> bool {
+        delegate!(self, service => service.answers_datagrams())
     }
 
-    /// Whether it tells of the daemon, as long as that lives, and is no part of what it is there
-    /// for.
-    pub fn is_for_monitoring(&self) -> bool {
-        matches!(self, Self::Metrics(_))
+    fn resembles_reply(&self, datagram: &[u8]) -> bool {
+        delegate!(self, service => service.resembles_reply(datagram))
     }
 
-    /// Why it cannot read what it serves, if so.
-    pub fn trouble(&self) -> Option<String> {
-        match self {
-            Self::Time(_) | Self::Metrics(_) => None,
-            Self::File(file) => file.trouble(),
-            Self::Folder(folder) => folder.trouble(),
-        }
+    fn reply(&self, datagram: &[u8], reply: &mut Vec<u8>) -> Result<(), Datagram> {
+        delegate!(self, service => service.reply(datagram, reply))
     }
 
-    /// When the content of the file that it serves was last modified.
-    pub fn version(&self) -> Option<Timestamp> {
-        match self {
-            Self::Time(_) | Self::Folder(_) | Self::Metrics(_) => None,
-            Self::File(file) => Some(file.version()),
-        }
+    async fn background(&self) {
+        delegate!(self, service => service.background().await);
     }
 
-    /// Applies what a reload has found outside of the configuration.
-    pub fn refresh(&self, settings: &Settings) {
-        if let (Self::Time(time), Settings::Time(settings)) = (self, settings) {
-            time.use_zone(settings.zone.clone());
-        }
+    fn problem(&self) -> Option<String> {
+        delegate!(self, service => service.problem())
     }
 
-    /// What the service does by itself while it runs; it does not end.
-    pub async fn work(&self) {
-        match self {
-            Self::Metrics(_) => std::future::pending().await,
-            Self::Time(time) => time.follow().await,
-            Self::File(file) => file.follow().await,
-            Self::Folder(folder) => folder.follow().await,
-        }
+    fn file_version(&self) -> Option<Timestamp> {
+        delegate!(self, service => service.file_version())
+    }
+
+    fn is_monitoring(&self) -> bool {
+        delegate!(self, service => service.is_monitoring())
     }
 }

@@ -12,7 +12,10 @@ use tokio::time::{MissedTickBehavior, interval};
 use crate::clock::{Format, Health, ReplyShapes, current_zone, find_zone};
 use crate::config_reader::{Question, Reported, Table};
 use crate::fs::blocking_pool::{BlockingPool, UNANSWERED, if_slow};
-use crate::net::connection::{Broken, Connection, Stream};
+use crate::net::connection::{Connection, ServeError, Stream};
+use crate::net::service::Service;
+use crate::net::stream::LazySocket;
+use crate::telemetry::counters::Datagram;
 
 use crate::telemetry::health_flag::Trouble;
 
@@ -177,23 +180,41 @@ impl TimeService {
         format.write(now, &self.current().zone, *newline, reply)
     }
 
-    /// Whether a datagram could be the reply of another time service.
-    pub fn resembles_reply(&self, datagram: &[u8]) -> bool {
-        self.current().shapes.match_datagram(datagram)
-    }
-
-    /// Whether `reply` may be the answer to a datagram that resembles none: see [`ReplyShapes`].
-    pub fn outranks(&self, reply: &[u8], datagram: &[u8]) -> bool {
-        self.current().shapes.outranks(reply, datagram)
-    }
-
     /// Sends the time.
     ///
     /// # Errors
     /// If the client went away, or the time cannot be told.
-    pub async fn answer<S: Stream>(&self, connection: &mut Connection<S>) -> Result<(), Broken> {
+    pub async fn answer<S: Stream>(
+        &self,
+        connection: &mut Connection<S>,
+    ) -> Result<(), ServeError> {
         let mut reply = Vec::with_capacity(64);
-        self.tell(&mut reply).map_err(Broken::Service)?;
+        self.tell(&mut reply).map_err(ServeError::Service)?;
         connection.send_part(&reply).await
+    }
+}
+impl Service for TimeService {
+    async fn serve(&self, connection: &mut Connection<LazySocket>) -> Result<(), ServeError> {
+        self.answer(connection).await
+    }
+
+    fn answers_datagrams(&self) -> bool {
+        true
+    }
+
+    fn resembles_reply(&self, datagram: &[u8]) -> bool {
+        self.current().shapes.match_datagram(datagram)
+    }
+
+    fn reply(&self, datagram: &[u8], reply: &mut Vec<u8>) -> Result<(), Datagram> {
+        self.tell(reply).map_err(|_| Datagram::Failed)?;
+        if self.current().shapes.outranks(reply, datagram) {
+            return Ok(());
+        }
+        Err(Datagram::Unanswerable)
+    }
+
+    async fn background(&self) {
+        self.follow().await;
     }
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::net::connection::Peer;
+use crate::telemetry::peer::Peer;
 use crate::text::counted;
 
 /// After a listener's fault, the service is called not well for so long; longer than the longest
@@ -287,7 +287,7 @@ impl Counts {
     }
 
     /// Logs what strangers have caused since the last time, if anything.
-    pub fn sum_up(&self, service: &str, max_per_client: NonZeroU32) {
+    pub fn log_summary(&self, service: &str, max_per_client: NonZeroU32) {
         let mut before = self.summed_up.lock().unwrap_or_else(PoisonError::into_inner);
         let datagrams = self.datagrams.take_new(&mut before.datagrams);
         let refusals = self.refusals.take_new(&mut before.refusals);

@@ -5,8 +5,10 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Weak};
 
+use jiff::Timestamp;
+use parking_lot::Mutex;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder, NoLabelSet};
@@ -16,8 +18,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::clock::Health;
-use crate::net::instance::Served;
-use crate::telemetry::counters::{Counter, Label};
+use crate::telemetry::counters::{Counter, Counts, Label};
 use crate::telemetry::event;
 use crate::telemetry::mirror_stats::MirrorStats;
 
@@ -38,10 +39,23 @@ impl Label for Reload {
         &[(Self::Done, "done"), (Self::Failed, "failed")];
 }
 
+/// The measurements of a running service.
+pub(crate) trait ServiceStats: Send + Sync + fmt::Debug {
+    /// Name of the service, such as `time.clock`.
+    fn name(&self) -> &str;
+    fn counts(&self) -> &Counts;
+    fn max_connections(&self) -> u32;
+    fn answers_datagrams(&self) -> bool;
+    fn file_version(&self) -> Option<Timestamp>;
+    /// Returns the reason why the service is not healthy.
+    fn problem(&self) -> Option<String>;
+}
+
 /// What is known of the daemon as a whole.
 #[derive(Debug, Default)]
 pub struct Monitor {
-    services: Mutex<Vec<Arc<Served>>>,
+    /// Weak, because the metrics service holds this monitor.
+    services: Mutex<Vec<Weak<dyn ServiceStats>>>,
     mirrors: Mutex<Vec<Arc<MirrorStats>>>,
     alerts: Mutex<Vec<Arc<event::ChannelCounters>>>,
     reloads: Counter<Reload>,
@@ -52,18 +66,18 @@ pub struct Monitor {
 
 impl Monitor {
     /// These are the services from now on.
-    pub fn watch(&self, services: Vec<Arc<Served>>) {
-        *self.services.lock().unwrap_or_else(PoisonError::into_inner) = services;
+    pub(crate) fn watch(&self, services: Vec<Weak<dyn ServiceStats>>) {
+        *self.services.lock() = services;
     }
 
     /// These are the mirrors from now on.
     pub(crate) fn watch_mirrors(&self, mirrors: Vec<Arc<MirrorStats>>) {
-        *self.mirrors.lock().unwrap_or_else(PoisonError::into_inner) = mirrors;
+        *self.mirrors.lock() = mirrors;
     }
 
     /// These are the channels from now on over which the operator is told.
     pub fn watch_alerts(&self, alerts: Vec<Arc<event::ChannelCounters>>) {
-        *self.alerts.lock().unwrap_or_else(PoisonError::into_inner) = alerts;
+        *self.alerts.lock() = alerts;
     }
 
     /// A reload has ended.
@@ -82,8 +96,8 @@ impl Monitor {
         self.draining.store(true, Ordering::Relaxed);
     }
 
-    fn services(&self) -> Vec<Arc<Served>> {
-        self.services.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    fn services(&self) -> Vec<Arc<dyn ServiceStats>> {
+        self.services.lock().iter().filter_map(Weak::upgrade).collect()
     }
 
     /// What is not well, a line for each; none if all is.
@@ -92,7 +106,7 @@ impl Monitor {
         let draining = draining.then(|| "the daemon is stopping".to_owned());
         let services = self.services();
         let of_services = services.iter().filter_map(|served| {
-            served.trouble().map(|trouble| format!("{}: {trouble}", served.name()))
+            served.problem().map(|trouble| format!("{}: {trouble}", served.name()))
         });
         draining.into_iter().chain(of_services).collect()
     }
@@ -105,8 +119,8 @@ impl Monitor {
         let mut registry = Registry::with_prefix("handout");
         registry.register_collector(Box::new(Snapshot {
             services: self.services(),
-            mirrors: self.mirrors.lock().unwrap_or_else(PoisonError::into_inner).clone(),
-            alerts: self.alerts.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            mirrors: self.mirrors.lock().clone(),
+            alerts: self.alerts.lock().clone(),
             reloads: self.reloads.each().collect(),
             last_reload_successful: !self.last_reload_failed.load(Ordering::Relaxed),
             lost_lines: self.lost_lines.load(Ordering::Relaxed),
@@ -121,7 +135,7 @@ impl Monitor {
 /// What one answer tells of.
 #[derive(Debug)]
 struct Snapshot {
-    services: Vec<Arc<Served>>,
+    services: Vec<Arc<dyn ServiceStats>>,
     mirrors: Vec<Arc<MirrorStats>>,
     alerts: Vec<Arc<event::ChannelCounters>>,
     reloads: Vec<(Reload, u64)>,
@@ -138,7 +152,7 @@ impl Collector for Snapshot {
             &mut to,
             ("datagrams", "Datagrams that arrived, by what became of them"),
             "outcome",
-            |served| served.service.datagrams().map(|_| &served.counts().datagrams),
+            |served| served.answers_datagrams().then_some(&served.counts().datagrams),
         )?;
         self.files(&mut to)?;
         // Who has no mirror is not told of them.
@@ -173,14 +187,14 @@ impl Snapshot {
             to,
             ("connections_max", "Connections that there may be at one time (max-connections)"),
             None,
-            |served| Some(served.limits.max_connections.get().into()),
+            |served| Some(served.max_connections().into()),
         )?;
         let help = "Bytes that the kernel has taken for clients";
         let mut sent =
             to.encode_descriptor("sent", help, Some(&Unit::Bytes), MetricType::Counter)?;
         for served in &self.services {
             let number = ConstCounter::new(served.counts().sent());
-            number.encode(sent.encode_family(&[("service", &**served.name())])?)?;
+            number.encode(sent.encode_family(&[("service", served.name())])?)?;
         }
         let help = "How long connections lasted, from being accepted to being closed";
         let kind = MetricType::Histogram;
@@ -190,7 +204,7 @@ impl Snapshot {
             let (sum, buckets) = served.counts().durations.read();
             let count = buckets.iter().map(|(_, count)| count).sum();
             durations
-                .encode_family(&[("service", &**served.name())])?
+                .encode_family(&[("service", served.name())])?
                 .encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
         }
         Ok(())
@@ -199,11 +213,11 @@ impl Snapshot {
     fn files(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let help = "When the content of the version that is served was last modified, since 1970";
         self.gauges(to, ("file_version_timestamp", help), Some(&Unit::Seconds), |served| {
-            served.service.version().and_then(|modified| modified.as_second().try_into().ok())
+            served.file_version().and_then(|modified| modified.as_second().try_into().ok())
         })?;
         let help = "1 if its addresses can be served and its files can be read";
         self.gauges(to, ("service_healthy", help), None, |served| {
-            Some(u64::from(served.trouble().is_none()))
+            Some(u64::from(served.problem().is_none()))
         })
     }
 
@@ -311,12 +325,12 @@ impl Snapshot {
         to: &mut DescriptorEncoder<'_>,
         (name, help): (&str, &str),
         label: &str,
-        counter: impl Fn(&Served) -> Option<&Counter<L>>,
+        counter: impl Fn(&dyn ServiceStats) -> Option<&Counter<L>>,
     ) -> fmt::Result {
         let mut family = to.encode_descriptor(name, help, None, MetricType::Counter)?;
         for served in &self.services {
-            for (value, count) in counter(served).into_iter().flat_map(Counter::each) {
-                let labels = [("service", &**served.name()), (label, value.name())];
+            for (value, count) in counter(&**served).into_iter().flat_map(Counter::each) {
+                let labels = [("service", served.name()), (label, value.name())];
                 ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
             }
         }
@@ -329,13 +343,13 @@ impl Snapshot {
         to: &mut DescriptorEncoder<'_>,
         (name, help): (&str, &str),
         unit: Option<&Unit>,
-        value: impl Fn(&Served) -> Option<u64>,
+        value: impl Fn(&dyn ServiceStats) -> Option<u64>,
     ) -> fmt::Result {
         let mut family: MetricEncoder<'_> =
             to.encode_descriptor(name, help, unit, MetricType::Gauge)?;
         for served in &self.services {
-            if let Some(value) = value(served) {
-                let labels = [("service", &**served.name())];
+            if let Some(value) = value(&**served) {
+                let labels = [("service", served.name())];
                 ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
             }
         }

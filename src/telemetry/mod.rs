@@ -12,3 +12,4 @@ mod log_queue;
 pub(crate) mod logging;
 pub(crate) mod metrics;
 pub(crate) mod mirror_stats;
+pub(crate) mod peer;
