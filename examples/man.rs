@@ -17,33 +17,33 @@ use handout::cli::args::{Cli, DEFAULT_CONFIG};
 const CONFIGURATION: &str = include_str!("../config/handout.toml");
 
 const DESCRIPTION: &str = "\
-handout serve is a small daemon for machines whose clock is wrong, so that HTTPS cannot start; for \
-devices that have a socket and nothing else; and for those who learn sockets. \
-The other commands check its configuration, and are clients that trust no server.";
+handout serve is a daemon that serves the time and files over plain TCP to any client that can open a \
+socket, such as nc(1) or telnet(1). The other commands check its configuration, reload it, and are \
+clients for its services.";
 
 const CONFIGURATION_DESCRIPTION: &str = "\
-The configuration is written in TOML. Below it stands as it is shipped: every key with its \
-default, and what it means.";
+The configuration is written in TOML. Below is the shipped configuration: every key with its default \
+and its meaning.";
 
 const FILES: &[(&str, &str)] = &[
-    (DEFAULT_CONFIG, "The configuration, unless another is named; see handout.toml(5)."),
+    (DEFAULT_CONFIG, "The default configuration file; see handout.toml(5)."),
     (
         ".handout-mirror.json",
-        "In a folder that is mirrored into: what is known of its files, so that only what changed is \
-         asked for. It can be removed.",
+        "In the folder of a mirror: the manifest of its files, so that only changed files are \
+         transferred. It can be removed.",
     ),
     (
         ".handout-alerts.json",
-        "In the folder of the service's state, as /var/lib/handout: alerts that wait to be sent.",
+        "In the state folder of the service, such as /var/lib/handout: alerts to be sent.",
     ),
-    ("/run/handout/", "The place for Unix sockets of the service."),
+    ("/run/handout/", "The folder for Unix sockets of the service."),
     ("/run/handout/control", "The socket of handout reload, for root and the user of the service."),
-    ("/usr/share/doc/handout/", "What is sent over the wire, and examples."),
+    ("/usr/share/doc/handout/", "The wire formats, and examples."),
 ];
 const ENVIRONMENT: &[(&str, &str)] = &[
-    ("HANDOUT_CONFIG", "The configuration file, if --config names none."),
-    ("NO_COLOR", "If it is set and not empty, a log on a terminal has no colours."),
-    ("TZ", "The time zone that is called local."),
+    ("HANDOUT_CONFIG", "The configuration file, without --config."),
+    ("NO_COLOR", "If set and not empty, the log on a terminal has no colours."),
+    ("TZ", "The local time zone."),
     (
         "NOTIFY_SOCKET, WATCHDOG_USEC, LISTEN_FDS, JOURNAL_STREAM",
         "Set by systemd for handout serve; see systemd.exec(5).",
