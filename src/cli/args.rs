@@ -10,7 +10,7 @@ use clap_complete::Shell;
 use jiff::tz::TimeZone;
 
 use crate::client::Server;
-use crate::client::fetch::{Order, Output, Wanted};
+use crate::client::fetch::{FetchOptions, Output, Selection};
 use crate::client::time::Question;
 use crate::clock::find_zone;
 use crate::config::Sources;
@@ -367,20 +367,22 @@ pub struct Download {
 }
 
 impl Fetch {
-    /// What to fetch.
+    /// Returns the parameters of the fetch.
     ///
     /// # Errors
-    /// If more than one file is to go to one place.
-    pub fn order(&self) -> Result<Order, clap::Error> {
-        let wanted = match (self.all, self.names.as_slice()) {
-            (true, _) => Wanted::All,
-            (false, []) => Wanted::Pushed,
-            (false, names) => Wanted::Names(names.to_vec()),
+    /// If several files are fetched to an output that is not a folder.
+    pub fn options(&self) -> Result<FetchOptions, clap::Error> {
+        let selection = match (self.all, self.names.as_slice()) {
+            (true, _) => Selection::All,
+            (false, []) => Selection::Pushed,
+            (false, names) => Selection::Names(names.to_vec()),
         };
         let output = match &self.output {
             None => Output::Folder(PathBuf::from(".")),
             Some(path) if is_stdout(path) => Output::Stdout,
-            Some(path) if wanted == Wanted::All || is_folder(path) => Output::Folder(path.clone()),
+            Some(path) if selection == Selection::All || is_folder(path) => {
+                Output::Folder(path.clone())
+            }
             Some(path) => Output::File(path.clone()),
         };
         let several = self.all || self.names.len() > 1;
@@ -388,9 +390,9 @@ impl Fetch {
             let problem = "several files need -o with a folder that is there, or that ends with /";
             return Err(Cli::command().error(ErrorKind::ArgumentConflict, problem));
         }
-        Ok(Order {
+        Ok(FetchOptions {
             server: self.server.clone(),
-            wanted,
+            selection,
             output,
             overwrite: OverwritePolicy::from_flags(self.force, false),
             max_size: self.max_size,

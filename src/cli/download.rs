@@ -20,7 +20,7 @@ use super::output::{fail, print};
 use super::runtime::{interrupted, run_client};
 use crate::cli::args::{Cli, Download};
 use crate::cli::progress::{draw_target, style};
-use crate::client::fetch::within;
+use crate::client::fetch::destination::join_folder;
 use crate::fs::atomic::OverwritePolicy;
 use crate::fs::filename::escape;
 use crate::http::egress::{self, shown};
@@ -160,7 +160,7 @@ async fn dry_run(
                 continue;
             }
         };
-        let path = within(&options.folder, Path::new(&entry.name));
+        let path = join_folder(&options.folder, Path::new(&entry.name));
         let exists = path.symlink_metadata().is_ok();
         let path = escape(&path.to_string_lossy());
         if exists && options.limits.overwrite == OverwritePolicy::Refuse {
@@ -236,7 +236,7 @@ impl Observer for Progress {
         let (started, bar) = self.running.lock().remove(&id).expect("the download has started");
         bar.finish_and_clear();
         self.bars.remove(&bar);
-        let path = within(&self.folder, Path::new(&entry.name));
+        let path = join_folder(&self.folder, Path::new(&entry.name));
         let path = escape(&path.to_string_lossy());
         match result {
             Err(download::Error::Interrupted) => {}

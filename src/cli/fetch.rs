@@ -10,22 +10,22 @@ use crate::client::fetch;
 use crate::fs::filename::escape;
 
 pub(super) fn run(arguments: &args::Fetch) -> ExitCode {
-    let order = match arguments.order() {
-        Ok(order) => order,
+    let options = match arguments.options() {
+        Ok(options) => options,
         Err(error) => error.exit(),
     };
     run_until_signal(async {
         if arguments.list {
-            return list(&order).await;
+            return list(&options).await;
         }
         let mut progress = Progress::new(arguments.quiet);
-        let is_saved = fetch::fetch(&order, &mut progress).await;
+        let is_saved = fetch::fetch(&options, &mut progress).await;
         if is_saved { ExitCode::SUCCESS } else { ExitCode::FAILURE }
     })
 }
 
-async fn list(order: &fetch::Order) -> ExitCode {
-    match fetch::list(order).await {
+async fn list(options: &fetch::FetchOptions) -> ExitCode {
+    match fetch::list(options).await {
         Ok(files) => {
             let lines = files.iter().map(|file| {
                 let modified = escape(file.modified.as_deref().unwrap_or("-"));

@@ -1,4 +1,4 @@
-//! Tells a person how the fetching goes: a bar on a terminal, a line for each file elsewhere.
+//! Progress of `handout fetch` for people: a bar on a terminal, otherwise a line per file.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle, Term
 
 use crate::text::error_chain;
 
-use crate::client::fetch::{Error, Report, Saved};
+use crate::client::fetch::{Error, FetchObserver, SavedFile};
 use crate::fs::filename::escape;
 
 /// Reports to standard error.
@@ -101,8 +101,8 @@ pub(super) fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
-impl Report for Progress {
-    fn begin(&mut self, name: Option<&str>) {
+impl FetchObserver for Progress {
+    fn started(&mut self, name: Option<&str>) {
         self.begun = Instant::now();
         self.bar.reset();
         self.bar.unset_length();
@@ -110,7 +110,7 @@ impl Report for Progress {
         self.bar.set_message(name.map(escape).unwrap_or_default());
     }
 
-    fn silent(&mut self, server: &str, duration: Duration) {
+    fn stalled(&mut self, server: &str, duration: Duration) {
         if !self.quiet {
             self.line(&format!(
                 "handout: {} sent nothing for {} s. A folder service waits for requests: \
@@ -121,7 +121,7 @@ impl Report for Progress {
         }
     }
 
-    fn advance(&mut self, length: u64, size: Option<u64>) {
+    fn advanced(&mut self, length: u64, size: Option<u64>) {
         if let Some(size) = size
             && self.bar.length().is_none()
         {
@@ -133,19 +133,19 @@ impl Report for Progress {
         self.bar.set_position(length);
     }
 
-    fn saved(&mut self, saved: &Saved) {
+    fn saved(&mut self, file: &SavedFile) {
         self.bar.reset();
-        let Some(place) = &saved.place else { return };
+        let Some(path) = &file.path else { return };
         if self.quiet {
             return;
         }
-        let place = escape(&place.to_string_lossy());
-        let size = HumanBytes(saved.length);
+        let path = escape(&path.to_string_lossy());
+        let size = HumanBytes(file.length);
         let seconds = self.begun.elapsed().as_secs_f64();
-        if saved.unchanged {
-            self.line(&format!("{place}: {size}, unchanged"));
+        if file.is_unchanged {
+            self.line(&format!("{path}: {size}, unchanged"));
         } else {
-            self.line(&format!("{place}: {size} in {seconds:.1} s"));
+            self.line(&format!("{path}: {size} in {seconds:.1} s"));
         }
     }
 
