@@ -115,7 +115,9 @@ impl Shared {
     fn add(self: &Arc<Self>, job: Job) -> io::Result<()> {
         let mut state = self.state.lock();
         state.jobs.push_back(job);
-        if state.idle >= state.jobs.len() {
+        // A job returns its permits just before its thread is idle: with all threads started, one of
+        // them is about to take this job.
+        if state.idle >= state.jobs.len() || state.threads == MAX_THREADS {
             self.job_added.notify_one();
             return Ok(());
         }
