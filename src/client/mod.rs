@@ -1,15 +1,7 @@
-//! The clients: they ask any server of this kind, and trust none.
+//! The clients of time and file services. They trust no server: replies are bounded and verified.
 //!
-//! | file | subject |
-//! |---|---|
-//! | `time` | asks a time service |
-//! | `reply` | the time in what it says |
-//! | `clock_offset` | how far two clocks are apart, and the bound of the measurement |
-//! | `fetch` | asks a file service |
-//! | `progress` | how the fetching goes, for a person |
-//! | `download` | asks HTTP(S) servers for files |
-//! | `send` | sends mail and SMS |
-//! | `names` | which names of a server's choice are taken, and how they are printed |
+//! `time` asks, `time_reply` parses the reply and `clock_offset` compares the clocks; `fetch` saves files.
+//! Arguments and output belong to `cli`.
 
 pub(crate) mod clock_offset;
 pub(crate) mod fetch;
@@ -27,7 +19,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::net::host_port::split_host_port;
 
-/// A server to ask: a host, by name or by address, and a port if one is named.
+/// The address of a server: a host name or IP address, and optionally a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Server {
     host: String,

@@ -1,6 +1,6 @@
 //! Files and folders on any file system.
 //!
-//! Services open files with [`file`] and [`folder`], which cannot be left thanks to [`beneath`],
+//! Services open files with [`mod@file`] and [`folder`], which cannot be left thanks to [`beneath`],
 //! on the threads of a [`blocking_pool`]. Clients and mirrors accept a server's [`filename`] and save with
 //! [`atomic`]. Nothing here knows a service or the configuration.
 
