@@ -4,6 +4,7 @@
 //! does not affect the others.
 
 use std::collections::hash_map::{Entry as Slot, HashMap};
+use std::fmt;
 use std::io::{self, Read};
 use std::time::Duration;
 
@@ -12,7 +13,10 @@ use flate2::read::MultiGzDecoder;
 use percent_encoding::percent_decode_str;
 use reqwest::header::{ACCEPT_ENCODING, HeaderMap, HeaderValue};
 use reqwest::{Response, Url};
+use serde::Deserializer;
+use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use crate::document::without_bom;
 use crate::fs::filename::{NameError, escape, file_name};
@@ -26,6 +30,9 @@ use crate::text::{counted, from_hex};
 
 /// Maximum size of a listing, before and after decoding, in bytes.
 const MAX_LISTING: usize = 16 << 20;
+
+/// Maximum size of an entry, in bytes.
+const MAX_ENTRY: usize = 64 << 10;
 
 /// Maximum total length of the URLs, in bytes: a short relative URL becomes as long as its base.
 const MAX_URLS: usize = 64 << 20;
@@ -109,6 +116,8 @@ pub struct InvalidEntry {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum EntryError {
+    #[error("the entry is larger than {}", ByteSize(MAX_ENTRY as u64))]
+    TooLarge,
     #[error("the entry has no text at \"{0}\"")]
     Missing(String),
     /// As of a URL of control characters, or `#`.
@@ -267,24 +276,103 @@ pub fn read(
     base: &Url,
     egress_policy: &EgressPolicy,
 ) -> Result<Vec<Result<Entry, InvalidEntry>>, ParseError> {
-    let document: Value = serde_json::from_slice(without_bom(json)).map_err(ParseError::Json)?;
-    let list = document.pointer(&pointers.list).and_then(Value::as_array);
+    let document = serde_json::from_slice(without_bom(json)).map_err(ParseError::Json)?;
+    let list = find_list(document, &pointers.list, max);
     let list = list.ok_or_else(|| ParseError::NoArray(pointers.list.clone()))?;
     if list.len() > max {
         return Err(ParseError::TooManyEntries(max));
     }
     let mut url_length = 0;
     let mut entries = Vec::with_capacity(list.len());
-    for (index, item) in list.iter().enumerate() {
-        let entry = pointers.read_entry(item, base, egress_policy);
+    for (index, raw) in list.into_iter().map(RawValue::get).enumerate() {
+        if raw.len() > MAX_ENTRY {
+            let error = EntryError::TooLarge;
+            entries.push(Err(pointers.invalid_entry(&Value::Null, index, error)));
+            continue;
+        }
+        let item = serde_json::from_str(raw).map_err(ParseError::Json)?;
+        let entry = pointers.read_entry(&item, base, egress_policy);
         url_length += entry.as_ref().map_or(0, |entry| entry.url.as_str().len());
         if url_length > MAX_URLS {
             return Err(ParseError::UrlsTooLong);
         }
-        entries.push(entry.map_err(|error| pointers.invalid_entry(item, index, error)));
+        entries.push(entry.map_err(|error| pointers.invalid_entry(&item, index, error)));
     }
     reject_duplicates(&mut entries, str::to_owned);
     Ok(entries)
+}
+
+/// Returns the array at a JSON pointer, or its first `max + 1` elements.
+///
+/// Nothing else of the document is kept: a [`Value`] of 16 MiB of small objects takes 1.4 GiB.
+fn find_list<'a>(document: &'a RawValue, pointer: &str, max: usize) -> Option<Vec<&'a RawValue>> {
+    let mut value = document;
+    for token in pointer.split('/').skip(1) {
+        let token = token.replace("~1", "/").replace("~0", "~");
+        value = serde_json::Deserializer::from_str(value.get())
+            .deserialize_any(Member(&token))
+            .ok()
+            .flatten()?;
+    }
+    serde_json::Deserializer::from_str(value.get()).deserialize_seq(Elements { max }).ok()
+}
+
+/// Keeps the member or element that a token of a JSON pointer names.
+struct Member<'a>(&'a str);
+
+impl<'de> Visitor<'de> for Member<'_> {
+    type Value = Option<&'de RawValue>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object or array")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut found = None;
+        while let Some(key) = map.next_key::<String>()? {
+            // The last one of equal keys, as in `Value`.
+            if key == self.0 {
+                found = Some(map.next_value()?);
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(found)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Self::Value, A::Error> {
+        let is_index = self.0 == "0" || !self.0.starts_with(['0', '+']);
+        let Some(index) = self.0.parse().ok().filter(|_| is_index) else {
+            return Elements { max: 0 }.visit_seq(seq).map(|_| None);
+        };
+        let elements = Elements { max: index }.visit_seq(seq)?;
+        Ok(elements.get(index).copied())
+    }
+}
+
+/// Keeps the first `max + 1` elements of an array.
+struct Elements {
+    max: usize,
+}
+
+impl<'de> Visitor<'de> for Elements {
+    type Value = Vec<&'de RawValue>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an array")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+        let mut elements = Vec::new();
+        while elements.len() <= self.max {
+            match seq.next_element()? {
+                Some(element) => elements.push(element),
+                None => return Ok(elements),
+            }
+        }
+        while seq.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(elements)
+    }
 }
 
 impl Pointers {
@@ -395,6 +483,23 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn finds_the_array_that_a_pointer_names() {
+        let json = r#"{"a": [{"b": []}, {"b": [1, 2]}], "a/b": {"~": [3]}, "c": [4], "c": [5, 6]}"#;
+        let document: Value = serde_json::from_str(json).unwrap();
+        for pointer in [
+            "", "/a", "/a/0/b", "/a/1/b", "/a/01/b", "/a/+1/b", "/a/2/b", "/a/1/b/0", "/a~1b/~0",
+            "/c", "/d", "/c/0/a",
+        ] {
+            let expected = document.pointer(pointer).and_then(Value::as_array);
+            let found = find_list(serde_json::from_str(json).unwrap(), pointer, 9).map(|list| {
+                let parse = |raw: &RawValue| serde_json::from_str(raw.get()).unwrap();
+                list.into_iter().map(parse).collect::<Vec<Value>>()
+            });
+            assert_eq!(found.as_ref(), expected, "{pointer}");
+        }
+    }
 
     #[test]
     fn labels_blank_entries_by_number() {

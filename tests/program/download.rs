@@ -778,6 +778,7 @@ fn gzip(content: &[u8]) -> Vec<u8> {
 #[test]
 fn bounds_memory_for_any_response() {
     let entries = "{\"url\":\"a.txt\"},".repeat(4096).into_bytes();
+    let objects = "{\"a\":0},".repeat((2 << 20) - 8) + "0";
     let bomb = gzip(&[b"[".to_vec(), vec![b' '; 300 << 20]].concat());
     assert!(bomb.len() < 1 << 20);
     let long = sample(35, 100 << 20);
@@ -792,6 +793,9 @@ fn bounds_memory_for_any_response() {
         ("entries", endless("[", &entries), true, Some("larger than")),
         ("a text", endless("[\"", &[b'x'; 1 << 16]), true, Some("larger than")),
         ("depth", endless("", &[b'['; 1 << 16]), true, None),
+        ("objects beside", Reply::ok(format!("{{\"a\":[{objects}]}}")), true, Some("no array")),
+        ("objects inside", Reply::ok(format!("[{objects}]")), true, Some("max-files")),
+        ("a large entry", Reply::ok(format!("[[{objects}]]")), true, Some("larger than")),
         ("a bomb", Reply::ok(bomb).with("Content-Encoding", "gzip"), true, Some("larger than")),
     ] {
         let web = Web::always(reply);
