@@ -156,7 +156,7 @@ impl Listener {
 
     /// Whether clients cannot find it any more: somebody has removed its file.
     pub(crate) fn is_out_of_reach(&self) -> bool {
-        matches!(&self.family, Family::Unix(Some(file)) if !file.is_there())
+        matches!(&self.family, Family::Unix(Some(file)) if file.is_gone())
     }
 
     /// Whether somebody is in the queue. To accept in vain costs ten times what it costs to ask, as

@@ -337,9 +337,15 @@ impl SocketFile {
         Ok(Self { path: path.to_owned(), identity: identity(path)? })
     }
 
-    /// Whether it is still there, for clients to find.
-    pub(crate) fn is_there(&self) -> bool {
-        identity(&self.path).is_ok_and(|identity| identity == self.identity)
+    /// Whether clients no longer find it, because it was removed or replaced.
+    pub(crate) fn is_gone(&self) -> bool {
+        match identity(&self.path) {
+            Ok(identity) => identity != self.identity,
+            // Any other error says nothing about the file.
+            Err(error) => {
+                matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+            }
+        }
     }
 }
 
@@ -349,7 +355,7 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if self.is_there() {
+        if identity(&self.path).is_ok_and(|identity| identity == self.identity) {
             // If it cannot be removed, the next start replaces it.
             let _ = fs::remove_file(&self.path);
         }

@@ -4,6 +4,7 @@
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::UdpSocket;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -263,6 +264,20 @@ fn serves_later_clients_after_any_call_failed_once() {
         fail_once(&mut everything, "read", error, &[configuration.to_str().unwrap()]);
     }
     assert!(everything.daemon.stop().success());
+}
+
+#[test]
+fn keeps_unix_sockets_whose_file_cannot_be_examined() {
+    let mut everything = Everything::start();
+    let path = everything.daemon.path("clock.sock");
+    let inode = || fs::metadata(&path).unwrap().ino();
+    let before = inode();
+    let options = ["--trace=statx", "--inject=statx:error=EIO", "-P", path.to_str().unwrap()];
+    let strace = Strace::attach(&everything.daemon, options);
+    everything.ask_all();
+    assert_eq!(everything.reload(), Got::Whole);
+    assert!(strace.detach().contains("(INJECTED)"));
+    assert_eq!(inode(), before);
 }
 
 #[test]
