@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn distinguishes_public_from_special_addresses() {
+    fn permits_public_addresses() {
         for public in [
             "8.8.8.8",
             "1.1.1.1",
@@ -268,6 +268,10 @@ mod tests {
         ] {
             assert!(is_public(address(public)), "{public}");
         }
+    }
+
+    #[test]
+    fn refuses_private_and_special_addresses() {
         for special in [
             "0.0.0.0",
             "0.1.2.3",

@@ -365,6 +365,23 @@ impl Transfer<'_> {
         }
     }
 
+    /// Returns the outcome of a reply 304, or `None` if the file must be requested without condition.
+    fn not_modified(&self, ask: &Precondition, response: &Response) -> Result<Option<Done>, Error> {
+        let validators = validators_of(response);
+        match ask {
+            Precondition::IfChanged(known) => {
+                let local = self.local.ok_or(Error::Part)?;
+                Ok(Some(self.unchanged(local, validators.or(known))))
+            }
+            // Most servers reply 304 for any older file, too.
+            Precondition::IfModifiedAtOtherTime(time) => Ok(self
+                .local
+                .filter(|_| validators.last_modified.as_ref() == Some(time))
+                .map(|local| self.unchanged(local, validators))),
+            Precondition::Always => Ok(None),
+        }
+    }
+
     async fn attempt(&mut self, ask: &Precondition) -> Result<Done, Error> {
         self.give_back();
         let mut resume = self.resume()?;
@@ -381,20 +398,9 @@ impl Transfer<'_> {
                     resume = None;
                     break response;
                 }
-                (304, None) if let Precondition::IfChanged(validators) = ask => {
-                    let validators = validators_of(&response).or(validators);
-                    return self
-                        .local
-                        .map(|local| self.unchanged(local, validators))
-                        .ok_or(Error::Part);
-                }
-                (304, None) if let Precondition::IfModifiedAtOtherTime(time) = ask => {
-                    let validators = validators_of(&response);
-                    // Most servers say so of any file that is older, too.
-                    if let Some(local) = self.local
-                        && validators.last_modified.as_ref() == Some(time)
-                    {
-                        return Ok(self.unchanged(local, validators));
+                (304, None) if *ask != Precondition::Always => {
+                    if let Some(done) = self.not_modified(ask, &response)? {
+                        return Ok(done);
                     }
                     ask = &Precondition::Always;
                 }

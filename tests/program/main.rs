@@ -30,6 +30,7 @@ mod good;
 #[cfg(feature = "gateway")]
 mod http;
 mod hung_fs;
+mod layers;
 mod limits;
 mod load;
 mod logs;
