@@ -1,13 +1,12 @@
 //! Secrets: read from files or credentials, and never printed.
 
-use std::convert::Infallible;
 use std::fmt;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 
-use crate::config_reader::{Question, Reported, Table};
+use crate::config_reader::{Reported, Table};
 use crate::fs::file::OpenFile;
 
 /// Maximum length of a secret, in bytes.
@@ -110,14 +109,9 @@ pub(crate) fn checked_path(
     key: &'static str,
     check: fn(&Path) -> Result<(), String>,
 ) -> Result<Option<PathBuf>, Reported> {
-    let Some(name) = table.text(key, |name| Ok::<_, Infallible>(name.to_owned()))? else {
-        return Ok(None);
-    };
+    let base_dir = table.base_dir();
     let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
-    let found = path(&name, table.base_dir(), credentials.as_deref());
-    let checked = found.clone();
-    table.probe(key, &name, Question::Check(Box::new(move || check(&checked))));
-    Ok(Some(found))
+    table.located_path(key, |name| path(name, base_dir, credentials.as_deref()), check)
 }
 
 #[cfg(test)]

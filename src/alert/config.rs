@@ -124,7 +124,7 @@ fn kind(name: &str) -> Result<Kind, String> {
 }
 
 fn read_channel(kind: &str, name: &str, table: Table<'_>) -> Result<Channel, Reported> {
-    let named = values::check_name(name).map_err(|expected| table.report_here(expected));
+    let named = table.check_name(name);
     let channel = match kind {
         "mail" => mail::Settings::read(name, table).map(Channel::Mail),
         _ => sms::Settings::read(name, table).map(Channel::Sms),

@@ -9,9 +9,9 @@ use std::env;
 use std::fs;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use jiff::tz::{self, TimeZone};
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::fs::file::Stamp;
 
@@ -70,7 +70,7 @@ pub(crate) fn current_zone(name: &str) -> Result<TimeZone, String> {
 }
 
 fn zones() -> MutexGuard<'static, BTreeMap<String, Known>> {
-    ZONES.lock().unwrap_or_else(PoisonError::into_inner)
+    ZONES.lock()
 }
 
 fn read_zone(name: &str) -> Result<TimeZone, String> {

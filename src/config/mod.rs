@@ -214,7 +214,7 @@ fn block_on<T: Send>(
 }
 
 fn read_mirror(name: &str, table: Table<'_>) -> Result<MirrorSettings, Reported> {
-    let checked = values::check_name(name).map_err(|expected| table.report_here(expected));
+    let checked = table.check_name(name);
     let settings = MirrorSettings::read(name, table);
     checked.and(settings)
 }

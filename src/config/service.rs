@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config_reader::{
-    Diagnostic, Findings, PathKind, Question, Reported, Spanned, Table, values, values_of,
+    Diagnostic, Findings, PathKind, Question, Reported, Spanned, Table, values_of,
 };
 use crate::net::access::parse_network;
 use crate::net::connection::Deadlines;
@@ -45,7 +45,7 @@ impl ServiceSpec {
         table: Table<'_>,
         limits: &Limits,
     ) -> Result<Self, Reported> {
-        let checked = values::check_name(name).map_err(|expected| table.report_here(expected));
+        let checked = table.check_name(name);
         let read = Self::read(kind, format!("{}.{name}", kind.name).into(), table, limits);
         checked.and(read)
     }

@@ -14,6 +14,7 @@ use toml::de::{DeTable, DeValue};
 
 use crate::config_reader::probe::Question;
 use crate::config_reader::source::{Origin, Reported, Source, Spanned};
+use crate::config_reader::values;
 
 /// A table that is being read.
 pub struct Table<'a> {
@@ -50,6 +51,11 @@ impl<'a> Table<'a> {
     pub(crate) fn report_here(&self, message: impl Display) -> Reported {
         let origin = self.source.origin(self.offset, self.path.clone(), false);
         self.source.report(&origin, message)
+    }
+
+    /// Reports a name of this table that an operator may not choose.
+    pub(crate) fn check_name(&self, name: &str) -> Result<(), Reported> {
+        values::check_name(name).map_err(|expected| self.report_here(expected))
     }
 
     /// Reports a fault of a value that was read before.
@@ -144,10 +150,21 @@ impl<'a> Table<'a> {
         key: &'static str,
         check: fn(&Path) -> Result<T, String>,
     ) -> Result<Option<PathBuf>, Reported> {
+        let base_dir = self.base_dir();
+        self.located_path(key, |text| base_dir.join(text), check)
+    }
+
+    /// A path that `locate` derives from the text, and that the probe stage checks.
+    pub(crate) fn located_path<T: 'static>(
+        &mut self,
+        key: &'static str,
+        locate: impl FnOnce(&str) -> PathBuf,
+        check: fn(&Path) -> Result<T, String>,
+    ) -> Result<Option<PathBuf>, Reported> {
         let Some(text) = self.text(key, |text| Ok::<_, Infallible>(text.to_owned()))? else {
             return Ok(None);
         };
-        let path = self.base_dir().join(&text);
+        let path = locate(&text);
         let checked = path.clone();
         let question = Question::Check(Box::new(move || check(&checked).map(drop)));
         self.probe(key, &text, question);

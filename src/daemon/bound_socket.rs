@@ -11,12 +11,12 @@ use crate::daemon::plan::HeldSocket;
 use crate::net::endpoint::Endpoint;
 use crate::net::listener::{self, Family, Listener};
 use crate::net::service::Service as _;
+use crate::net::sockets::{self, Inherited, Socket};
 use crate::net::udp::DatagramSocket;
 use crate::services::Service;
 
+/// The assignment of a service of any kind.
 type Assignment = listener::Assignment<Service>;
-
-use crate::net::sockets::{self, Inherited, Socket};
 
 /// The sockets of one address.
 #[derive(Debug, Clone)]

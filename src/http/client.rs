@@ -127,10 +127,10 @@ pub(crate) struct Client {
     /// Never reuses a connection.
     unpooled: reqwest::Client,
     /// Origins that have replied, so that a request to them may use an open connection.
-    replied: Mutex<HashSet<url_origin::Origin>>,
+    replied: Mutex<HashSet<Origin>>,
     egress_policy: Arc<EgressPolicy>,
     headers: HeaderMap,
-    sources: Vec<url_origin::Origin>,
+    sources: Vec<Origin>,
     timeout: Option<Duration>,
 }
 
@@ -171,7 +171,7 @@ impl Client {
             client.map_err(|error| BuildError::Other(crate::text::error_chain(&error)))
         };
         let (inner, unpooled) = (build(connections)?, build(0)?);
-        let sources = sources.iter().map(url_origin::of).collect();
+        let sources = sources.iter().map(origin_of).collect();
         let replied = Mutex::default();
         Ok(Self { inner, unpooled, replied, egress_policy, headers, sources, timeout })
     }
@@ -224,7 +224,7 @@ impl Client {
         let request_headers = request.headers_mut();
         let agent = concat!("handout/", env!("CARGO_PKG_VERSION"));
         request_headers.insert(USER_AGENT, HeaderValue::from_static(agent));
-        let origin = url_origin::of(url);
+        let origin = origin_of(url);
         if self.sources.contains(&origin) {
             request_headers.extend(self.headers.clone());
         }
@@ -334,14 +334,11 @@ fn is_redirect(status: StatusCode) -> bool {
 }
 
 /// Scheme, host and port: the scope of a secret.
-mod url_origin {
-    use reqwest::Url;
+type Origin = (String, String, Option<u16>);
 
-    pub(crate) type Origin = (String, String, Option<u16>);
-
-    pub(crate) fn of(url: &Url) -> Origin {
-        (url.scheme().to_owned(), crate::http::egress::host_of(url), url.port_or_known_default())
-    }
+/// Returns the origin. Unlike [`Url::origin`], ignores the final dot of a host.
+fn origin_of(url: &Url) -> Origin {
+    (url.scheme().to_owned(), egress::host_of(url), url.port_or_known_default())
 }
 
 /// Resolves names and checks the addresses against the policy.
@@ -407,7 +404,7 @@ mod tests {
 
     #[test]
     fn origins_compare_scheme_host_and_port() {
-        let origin = |text: &str| url_origin::of(&text.parse().unwrap());
+        let origin = |text: &str| origin_of(&text.parse().unwrap());
         assert_eq!(origin("https://Example.org./a"), origin("https://example.org:443/b"));
         assert_ne!(origin("https://example.org/"), origin("http://example.org/"));
         assert_ne!(origin("https://example.org/"), origin("https://example.org:8443/"));

@@ -16,6 +16,11 @@ pub(crate) fn is_temporary(status: u16) -> bool {
     matches!(status, 408 | 425 | 429 | 500 | 502 | 503 | 504)
 }
 
+/// The longest delay after `failures` failures in a row, counted from 0: doubles from `first` to `max`.
+pub(crate) fn backoff(failures: u32, first: Duration, max: Duration) -> Duration {
+    first.saturating_mul(2_u32.saturating_pow(failures)).min(max)
+}
+
 /// Delay before retry number `retry`, counted from 0; `None` if no retry is left.
 ///
 /// `random`, between 0 and 1, spreads clients that failed together over half of the backoff.
@@ -28,7 +33,7 @@ pub(crate) fn wait(
     if retry >= retries || asked_for.is_some_and(|asked_for| asked_for > MAX_RETRY_AFTER) {
         return None;
     }
-    let longest = INITIAL_BACKOFF.saturating_mul(2_u32.saturating_pow(retry)).min(MAX_BACKOFF);
+    let longest = backoff(retry, INITIAL_BACKOFF, MAX_BACKOFF);
     let own = longest.mul_f64(0.5 + random.clamp(0.0, 1.0) / 2.0);
     Some(asked_for.map_or(own, |asked_for| own.max(asked_for)))
 }

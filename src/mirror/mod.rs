@@ -225,7 +225,7 @@ fn is_futile(summary: &Summary) -> bool {
 fn interval(failures: u32, every: Duration, asked_for: Option<Duration>, random: f64) -> Duration {
     let interval = match failures.checked_sub(1) {
         None => every,
-        Some(doublings) => FIRST_RETRY.saturating_mul(2_u32.saturating_pow(doublings)).min(every),
+        Some(failures) => retry::backoff(failures, FIRST_RETRY, every),
     };
     retry::around(interval, random).max(asked_for.unwrap_or_default().min(MAX_RETRY_AFTER))
 }

@@ -2,16 +2,20 @@
 
 use std::fmt;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
 use jiff::Timestamp;
+use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
+use crate::net::access::is_among;
+use crate::net::client_limit::{ClientGuard, Clients};
 use crate::net::connection::{ConnectionContext, Peer, Shutdown};
-use crate::net::limits::{ClientGuard, Clients, DatagramRate, Limits, is_among};
+use crate::net::limits::Limits;
 use crate::net::permits::{ConnectionPermits, Permit};
 use crate::net::service::Service;
+use crate::net::udp_rate::DatagramRate;
 use crate::telemetry::counters::{Counts, Datagram, Refusal};
 use crate::telemetry::metrics::ServiceStats;
 
@@ -165,7 +169,7 @@ impl<S: Service> ServiceInstance<S> {
         if !self.limits.access.permits(address) {
             return Err(Datagram::Access);
         }
-        let mut rate = self.datagrams.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rate = self.datagrams.lock();
         if rate.admit(address, now) { Ok(()) } else { Err(Datagram::Rate) }
     }
 }
@@ -207,8 +211,8 @@ fn rate(limits: &Limits) -> Arc<Mutex<DatagramRate>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::access::Access;
     use crate::net::connection::{Connection, ServeError};
-    use crate::net::limits::Access;
     use crate::net::stream::LazySocket;
     use proptest::prelude::*;
     use std::num::NonZeroU32;
@@ -378,7 +382,7 @@ mod tests {
         let shutdown = Shutdown::default();
         let first = ServiceInstance::new("t".into(), service(), limits(4, 2), shutdown.clone());
         let instance = Mutex::new(Arc::new(first));
-        let now = || Arc::clone(&instance.lock().unwrap());
+        let now = || Arc::clone(&instance.lock());
         let (in_all, of_client) = (AtomicU32::new(0), [const { AtomicU32::new(0) }; 3]);
         std::thread::scope(|scope| {
             for thread in 0..8_u8 {
@@ -412,7 +416,7 @@ mod tests {
                 let before = now();
                 let reconfigured = before.reconfigured(service(), limits, shutdown.clone());
                 reconfigured.take_over(&before);
-                *instance.lock().unwrap() = Arc::new(reconfigured);
+                *instance.lock() = Arc::new(reconfigured);
                 std::thread::yield_now();
             }
         });

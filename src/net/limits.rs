@@ -9,11 +9,8 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 use crate::config_reader::{Reported, Table, values, values_of};
-use crate::net::access::parse_network;
-pub(crate) use crate::net::access::{Access, is_among};
-pub(crate) use crate::net::client_limit::{ClientGuard, Clients};
+use crate::net::access::{Access, parse_network};
 use crate::net::connection::Deadlines;
-pub(crate) use crate::net::udp_rate::DatagramRate;
 
 /// The limits of one service.
 #[derive(Debug, Clone, PartialEq, Eq)]

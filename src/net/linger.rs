@@ -11,8 +11,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
+use crate::net::client_limit::ClientGuard;
 use crate::net::connection::{Connection, PeerState};
-use crate::net::limits::ClientGuard;
 use crate::net::permits::Permit;
 use crate::net::stream::LazySocket;
 

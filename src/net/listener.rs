@@ -21,9 +21,9 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
+use crate::net::client_limit::ClientGuard;
 use crate::net::connection::{Connection, Peer};
 use crate::net::instance::ServiceInstance;
-use crate::net::limits::ClientGuard;
 use crate::net::linger::{ConnectionGuards, LingeringConnection, linger_all};
 use crate::net::permits::Permit;
 use crate::net::service::Service;

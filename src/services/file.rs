@@ -8,10 +8,11 @@ use std::fs;
 use std::io;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
@@ -24,7 +25,7 @@ use crate::net::stream::LazySocket;
 
 use crate::services::cached_document::ReadyMade;
 use crate::services::encoder;
-use crate::telemetry::health_flag::Trouble;
+use crate::telemetry::health_flag::HealthFlag;
 
 /// How often the file is looked at. Two looks and the reading fit into a second.
 const LOOK_EVERY: Duration = Duration::from_millis(400);
@@ -61,7 +62,7 @@ pub(crate) struct FileService {
     settings: Settings,
     versions: Mutex<Versions>,
     readers: BlockingPool,
-    trouble: Trouble,
+    health: HealthFlag,
 }
 
 #[derive(Debug)]
@@ -144,18 +145,13 @@ impl FileService {
             settings,
             versions: Mutex::new(versions),
             readers: BlockingPool::default(),
-            trouble: Trouble::default(),
+            health: HealthFlag::default(),
         })
     }
 
     fn versions(&self) -> MutexGuard<'_, Versions> {
         // Nothing that holds this lock can leave the versions half changed.
-        self.versions.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Why the file cannot be read, if so.
-    pub(crate) fn trouble(&self) -> Option<String> {
-        self.trouble.get()
+        self.versions.lock()
     }
 
     /// When the content that is served was last modified.
@@ -233,7 +229,7 @@ impl FileService {
         match found {
             Ok(newer) => {
                 // What is being rewritten has not been read yet.
-                if !is_being_rewritten && self.trouble.end() {
+                if !is_being_rewritten && self.health.clear() {
                     tracing::info!(service, %path, "{service}: {path} is back");
                 }
                 if let Some(version) = newer {
@@ -256,7 +252,7 @@ impl FileService {
         let service = &*self.name;
         let path = self.settings.path.to_string_lossy();
         let path = path.escape_debug();
-        if self.trouble.begin(&format!("{path} cannot be read: {cause}")) {
+        if self.health.set(&format!("{path} cannot be read: {cause}")) {
             let message = format_args!(
                 "{service}: {path} cannot be read ({cause}); its last version goes on being served"
             );
@@ -318,7 +314,7 @@ impl Service for Arc<FileService> {
     }
 
     fn problem(&self) -> Option<String> {
-        self.trouble()
+        self.health.problem()
     }
 
     fn file_version(&self) -> Option<Timestamp> {

@@ -27,7 +27,7 @@ use crate::fs::folder::{Folder, Omission};
 use crate::net::connection::{Connection, ServeError};
 use crate::net::service::Service;
 use crate::net::stream::LazySocket;
-use crate::telemetry::health_flag::Trouble;
+use crate::telemetry::health_flag::HealthFlag;
 
 use cache::{Document, DocumentWeight};
 use unreadable::Unreadable;
@@ -65,12 +65,12 @@ pub struct FolderService {
     /// Size of all documents in memory, cached or being sent, in bytes.
     memory_used: Arc<AtomicU64>,
     list: Mutex<Option<(Instant, Arc<str>)>>,
-    warned_at: std::sync::Mutex<Option<Instant>>,
+    warned_at: parking_lot::Mutex<Option<Instant>>,
     unreadable: Unreadable,
     /// Omitted entries as last logged, and the time of that log line.
-    logged_omissions: std::sync::Mutex<(BTreeMap<Omission, u64>, Option<Instant>)>,
+    logged_omissions: parking_lot::Mutex<(BTreeMap<Omission, u64>, Option<Instant>)>,
     readers: BlockingPool,
-    trouble: Trouble,
+    health: HealthFlag,
 }
 
 impl FolderService {
@@ -85,17 +85,12 @@ impl FolderService {
             digests: Cache::new(MAX_DIGESTS),
             memory_used: Arc::default(),
             list: Mutex::default(),
-            warned_at: std::sync::Mutex::default(),
+            warned_at: parking_lot::Mutex::default(),
             unreadable: Unreadable::default(),
-            logged_omissions: std::sync::Mutex::default(),
+            logged_omissions: parking_lot::Mutex::default(),
             readers: BlockingPool::default(),
-            trouble: Trouble::default(),
+            health: HealthFlag::default(),
         }
-    }
-
-    /// Returns the reason why the folder cannot be read, if any.
-    fn trouble(&self) -> Option<String> {
-        self.trouble.get()
     }
 
     /// Checks at intervals whether the folder can be read. Requests do not depend on the result:
@@ -117,12 +112,12 @@ impl FolderService {
     fn log_check(&self, checked: io::Result<()>) {
         let service = &*self.name;
         match checked {
-            Ok(()) if self.trouble.end() => {
+            Ok(()) if self.health.clear() => {
                 tracing::info!(service, "{service}: the folder is back");
             }
             Ok(()) => {}
             Err(error) => {
-                if self.trouble.begin(&format!("the folder cannot be read: {error}")) {
+                if self.health.set(&format!("the folder cannot be read: {error}")) {
                     let path = escape(&self.settings.folder.path().to_string_lossy());
                     let message =
                         format_args!("{service}: the folder cannot be read: {error} ({path})");
@@ -143,6 +138,6 @@ impl Service for Arc<FolderService> {
     }
 
     fn problem(&self) -> Option<String> {
-        self.trouble()
+        self.health.problem()
     }
 }

@@ -2,11 +2,12 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
+use parking_lot::{RwLock, RwLockReadGuard};
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::clock::{Format, Health, ReplyShapes, current_zone, find_zone};
@@ -17,7 +18,7 @@ use crate::net::service::Service;
 use crate::net::stream::LazySocket;
 use crate::telemetry::counters::Datagram;
 
-use crate::telemetry::health_flag::Trouble;
+use crate::telemetry::health_flag::HealthFlag;
 
 /// How often the files of a zone are checked: `/etc/localtime` and the system's zone database.
 const CHECK_ZONE_EVERY: Duration = Duration::from_secs(5);
@@ -61,7 +62,7 @@ pub struct TimeService {
     settings: Settings,
     current: RwLock<Current>,
     readers: BlockingPool,
-    trouble: Trouble,
+    health: HealthFlag,
 }
 
 /// The zone at the moment, and what depends on it.
@@ -86,13 +87,13 @@ impl TimeService {
             settings,
             current,
             readers: BlockingPool::default(),
-            trouble: Trouble::default(),
+            health: HealthFlag::default(),
         }
     }
 
     fn current(&self) -> RwLockReadGuard<'_, Current> {
         // The value is replaced as a whole.
-        self.current.read().unwrap_or_else(PoisonError::into_inner)
+        self.current.read()
     }
 
     /// Follows the zone: after `timedatectl set-timezone` or an update of tzdata, replies are in the
@@ -119,7 +120,7 @@ impl TimeService {
     /// Replies in this zone from now on.
     pub fn use_zone(&self, zone: TimeZone) {
         let (service, timezone) = (&*self.name, &*self.settings.timezone);
-        if self.trouble.end() {
+        if self.health.clear() {
             tracing::info!(
                 service,
                 timezone,
@@ -135,7 +136,7 @@ impl TimeService {
         }
         let zone_name = zone.iana_name().unwrap_or("a zone without a name").to_owned();
         let current = Current::new(&self.settings.format, zone);
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = current;
+        *self.current.write() = current;
         let message =
             format_args!("{service}: time zone changed: \"{timezone}\" is now {zone_name}");
         tracing::info!(service, timezone, zone = zone_name, "{message}");
@@ -144,7 +145,7 @@ impl TimeService {
     /// Logs once why the zone cannot be read.
     fn complain(&self, cause: &str) {
         let (service, timezone) = (&*self.name, &*self.settings.timezone);
-        if self.trouble.begin(cause) {
+        if self.health.set(cause) {
             let message = format_args!(
                 "{service}: time zone \"{timezone}\" cannot be read: {cause}; keeping the last one"
             );

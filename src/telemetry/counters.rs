@@ -6,8 +6,9 @@
 use std::marker::PhantomData;
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use crate::telemetry::peer::Peer;
 use crate::text::counted;
@@ -281,21 +282,21 @@ impl Counts {
     pub fn add_unserved(&self, ending: Ending, peer: Peer) {
         self.unserved.add(ending);
         // Any of them will do: no connection waits for another's.
-        if let Ok(mut example) = self.unserved_peer.try_lock() {
+        if let Some(mut example) = self.unserved_peer.try_lock() {
             *example = Some(peer);
         }
     }
 
     /// Logs what strangers have caused since the last time, if anything.
     pub fn log_summary(&self, service: &str, max_per_client: NonZeroU32) {
-        let mut before = self.summed_up.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut before = self.summed_up.lock();
         let datagrams = self.datagrams.take_new(&mut before.datagrams);
         let refusals = self.refusals.take_new(&mut before.refusals);
         let unserved = self.unserved.take_new(&mut before.unserved);
         drop(before);
         sum_up_datagrams(service, &datagrams);
         sum_up_refusals(service, &refusals, max_per_client);
-        let example = self.unserved_peer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let example = self.unserved_peer.lock().take();
         sum_up_unserved(service, &unserved, example);
     }
 
@@ -315,7 +316,7 @@ impl Counts {
 
     /// A listener ran into a fault that is not its clients'. True if it is time to say so.
     pub fn note_trouble(&self) -> bool {
-        let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut trouble = self.trouble.lock();
         let now = Instant::now();
         trouble.last = Some(now);
         let said_lately = trouble.said.is_some_and(|said| now.duration_since(said) < SAY_AGAIN);
@@ -327,7 +328,7 @@ impl Counts {
 
     /// Whether a listener has had such a fault just now.
     pub fn in_trouble(&self) -> bool {
-        let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        let trouble = self.trouble.lock();
         trouble.last.is_some_and(|last| last.elapsed() < TROUBLE_LASTS)
     }
 }

@@ -1,29 +1,28 @@
-//! Why a service cannot read what it serves, if so.
+//! The reason why a service cannot read what it serves.
 
-use std::sync::{Mutex, PoisonError};
+use parking_lot::Mutex;
 
-/// The trouble that a service is in, for the log, which says it once, and for monitoring.
+/// The current problem of a service, for the log, which reports changes only, and for monitoring.
 #[derive(Debug, Default)]
-pub(crate) struct Trouble(Mutex<Option<String>>);
+pub(crate) struct HealthFlag(Mutex<Option<String>>);
 
-impl Trouble {
-    /// It is in trouble; true if it was not, or for another cause.
-    pub(crate) fn begin(&self, cause: &str) -> bool {
-        let mut trouble = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let new = trouble.as_deref() != Some(cause);
-        if new {
-            *trouble = Some(cause.to_owned());
+impl HealthFlag {
+    /// Sets the problem. Returns whether it is new.
+    pub(crate) fn set(&self, problem: &str) -> bool {
+        let mut current = self.0.lock();
+        let is_new = current.as_deref() != Some(problem);
+        if is_new {
+            *current = Some(problem.to_owned());
         }
-        new
+        is_new
     }
 
-    /// It is in trouble no more; true if it was.
-    pub(crate) fn end(&self) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take().is_some()
+    /// Clears the problem. Returns whether there was one.
+    pub(crate) fn clear(&self) -> bool {
+        self.0.lock().take().is_some()
     }
 
-    /// What the trouble is.
-    pub(crate) fn get(&self) -> Option<String> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(crate) fn problem(&self) -> Option<String> {
+        self.0.lock().clone()
     }
 }

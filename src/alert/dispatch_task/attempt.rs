@@ -12,8 +12,11 @@ use crate::http::retry;
 use crate::notify::outcome::{Failure, FailureKind, Sent};
 use crate::telemetry::event::{AlertOutcome, Change, Event};
 
-/// First and maximum backoff after a failed attempt.
-const BACKOFF: (Duration, Duration) = (Duration::from_secs(5), Duration::from_mins(15));
+/// Delay after the first failed attempt.
+const INITIAL_BACKOFF: Duration = Duration::from_secs(5);
+
+/// Maximum delay after a failed attempt.
+const MAX_BACKOFF: Duration = Duration::from_mins(15);
 
 /// Maximum number of attempts that the server rejects or leaves unconfirmed: each SMS is paid for.
 /// With the backoff they take three quarters of an hour.
@@ -87,8 +90,8 @@ impl DispatchTask {
         let (now, channel) = (self.now(), &**name);
         let rejections = rejections + u32::from(kind.limits_attempts());
         let backoff = |failures: u32| {
-            let longest = BACKOFF.0.saturating_mul(2_u32.saturating_pow(failures)).min(BACKOFF.1);
-            retry::around(longest, fastrand::f64())
+            let delay = retry::backoff(failures, INITIAL_BACKOFF, MAX_BACKOFF);
+            retry::around(delay, fastrand::f64())
         };
         if rejections >= MAX_REJECTIONS {
             self.outbox.remove(id);

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{FolderService, WARN_INTERVAL};
@@ -64,7 +64,7 @@ impl FolderService {
         for (name, error) in &listing.unreadable {
             self.log_unreadable(name, error);
         }
-        let mut logged = self.logged_omissions.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut logged = self.logged_omissions.lock();
         let recent = logged.1.is_some_and(|last| last.elapsed() < OMISSIONS_INTERVAL);
         if logged.0 == listing.omitted || recent {
             return;
@@ -85,7 +85,7 @@ impl FolderService {
 
     /// Logs a fault that clients can cause, at most once per `WARN_INTERVAL`.
     fn warn_limited(&self, fault: &'static str, error: &io::Error) {
-        let mut warned_at = self.warned_at.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut warned_at = self.warned_at.lock();
         if warned_at.is_none_or(|last| last.elapsed() >= WARN_INTERVAL) {
             *warned_at = Some(Instant::now());
             let service = &*self.name;

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use super::{FolderService, WARN_INTERVAL};
+use parking_lot::Mutex;
+
 use crate::fs::filename::escape;
 use crate::text::counted;
 
@@ -34,7 +35,7 @@ enum LogAction {
 
 impl Unreadable {
     fn begin(&self, name: &str) -> LogAction {
-        let mut named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut named = self.named.lock();
         if let Some((said, unreadable)) = named.get_mut(name) {
             // A file that keeps changing its state is logged at intervals.
             if *unreadable || said.elapsed() < WARN_INTERVAL {
@@ -60,7 +61,7 @@ impl Unreadable {
         if self.count.load(Ordering::Relaxed) == 0 {
             return false;
         }
-        let mut named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut named = self.named.lock();
         named.get_mut(name).is_some_and(|(_, unreadable)| std::mem::take(unreadable))
     }
 }
