@@ -1,6 +1,5 @@
 //! Sends one message of the outbox over a channel.
 
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, SystemTime};
@@ -9,7 +8,7 @@ use crate::alert::outbox::Message;
 use crate::fs::file::OpenFile;
 use crate::fs::filename::escape;
 use crate::notify::Channel;
-use crate::notify::mime::{self, Attachment, Email};
+use crate::notify::mime::{self, Attachment, AttachmentError, Email};
 use crate::notify::outcome::{Failure, FailureKind, Sent};
 use crate::notify::{mail, sms};
 use crate::text::counted;
@@ -66,30 +65,25 @@ fn read_attachments(files: &[PathBuf], max: u64) -> (Vec<Attachment>, Vec<String
     let (mut attachments, mut problems) = (Vec::new(), Vec::new());
     let mut remaining = max;
     for path in files {
-        match read_attachment(path, remaining) {
+        let open = |path: &Path| OpenFile::open(path).map(OpenFile::into_file);
+        match Attachment::read(path, open, remaining) {
             Ok(attachment) => {
                 remaining -= attachment.content.len() as u64;
                 attachments.push(attachment);
             }
-            Err(problem) => {
+            Err(error) => {
+                let problem = match error {
+                    AttachmentError::TooLarge => {
+                        "with the others it is larger than max-attachment".to_owned()
+                    }
+                    error => error.to_string(),
+                };
                 let name = path.file_name().unwrap_or(path.as_os_str());
                 problems.push(format!("{}: {problem}", escape(&name.to_string_lossy())));
             }
         }
     }
     (attachments, problems)
-}
-
-fn read_attachment(path: &Path, max: u64) -> Result<Attachment, String> {
-    let name = path.file_name().and_then(|name| name.to_str()).ok_or("its name is not UTF-8")?;
-    mime::attachment_name(name)?;
-    let file = OpenFile::open(path).map_err(|error| error.to_string())?;
-    if file.stamp.size > max {
-        return Err("with the others it is larger than max-attachment".to_owned());
-    }
-    let mut content = Vec::new();
-    file.into_file().take(max).read_to_end(&mut content).map_err(|error| error.to_string())?;
-    Ok(Attachment { name: name.to_owned(), content })
 }
 
 #[cfg(test)]

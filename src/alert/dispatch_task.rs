@@ -296,27 +296,26 @@ impl DispatchTask {
             return;
         }
         self.outbox.set_sent(name, state.limit.times().collect());
+        let has_files = self.alert.attach && matches!(state.channel, Channel::Mail(_));
+        let message = Message {
+            id: String::new(),
+            channel: name.to_owned(),
+            to: String::new(),
+            subject: notification.subject(&self.host),
+            text: notification.text(&self.host, suppressed),
+            // By the system clock, which people read.
+            date: unix_seconds(SystemTime::now()),
+            files: if has_files { notification.files.clone() } else { Vec::new() },
+            rejections: 0,
+            queued_at: self.started.0.elapsed(),
+            retry_at: Duration::ZERO,
+        };
         for to in recipients(&state.channel) {
-            let (id, files) = match &state.channel {
-                Channel::Mail(mail) if self.alert.attach => {
-                    (mime::new_id(&mail.from), notification.files.clone())
-                }
-                Channel::Mail(mail) => (mime::new_id(&mail.from), Vec::new()),
-                Channel::Sms(_) => (format!("{:032x}", fastrand::u128(..)), Vec::new()),
+            let id = match &state.channel {
+                Channel::Mail(mail) => mime::new_id(&mail.from),
+                Channel::Sms(_) => format!("{:032x}", fastrand::u128(..)),
             };
-            self.outbox.add(Message {
-                id,
-                channel: name.to_owned(),
-                to,
-                subject: notification.subject(&self.host),
-                text: notification.text(&self.host, suppressed),
-                // By the system clock, which people read.
-                date: unix_seconds(SystemTime::now()),
-                files,
-                rejections: 0,
-                queued_at: self.started.0.elapsed(),
-                retry_at: Duration::ZERO,
-            });
+            self.outbox.add(Message { id, to, ..message.clone() });
         }
         if self.outbox.suppressed(name) > 0 {
             self.outbox.set_suppressed(name, 0);

@@ -54,7 +54,7 @@ impl AlertDispatcher {
     }
 
     /// Applies settings; queued messages are kept.
-    pub(crate) fn change(&mut self, settings: &Settings) {
+    pub(crate) fn apply_config(&mut self, settings: &Settings) {
         let counters = settings.channels.iter().map(|channel| {
             let before = self.counters.iter().find(|counters| counters.channel == *channel.name());
             before
@@ -127,7 +127,7 @@ mod tests {
         let run = async |settings: &Settings, events: Vec<Event>| {
             let mut alerts = AlertDispatcher::default();
             alerts.prepare(settings).unwrap();
-            alerts.change(settings);
+            alerts.apply_config(settings);
             for event in events {
                 assert!(alerts.events().send(event));
             }
@@ -152,7 +152,7 @@ mod tests {
         settings.alert.as_mut().unwrap().state = Some(first.path().to_owned());
         let mut alerts = AlertDispatcher::default();
         alerts.prepare(&settings).unwrap();
-        alerts.change(&settings);
+        alerts.apply_config(&settings);
         assert!(alerts.prepare(&settings).is_ok());
         settings.alert.as_mut().unwrap().state = Some(second.path().to_owned());
         let error = alerts.prepare(&settings).unwrap_err().to_string();
@@ -166,7 +166,7 @@ mod tests {
         let settings = load(MAIL).unwrap();
         let mut alerts = AlertDispatcher::default();
         alerts.prepare(&settings).unwrap();
-        alerts.change(&settings);
+        alerts.apply_config(&settings);
         assert!(alerts.event_loop.is_none() && alerts.counters().is_empty());
         assert!(alerts.events().send(event(Change::Ended)));
         alerts.stop();

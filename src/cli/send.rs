@@ -20,7 +20,7 @@ use crate::fs::filename::escape;
 use crate::notify::Channel;
 use crate::notify::address::EmailAddress;
 use crate::notify::mime;
-use crate::notify::mime::{Attachment, Email, Mailbox};
+use crate::notify::mime::{Attachment, AttachmentError, Email, Mailbox};
 use crate::notify::outcome::{Failure, Sent};
 use crate::notify::sms::Number;
 use crate::notify::{mail, sms};
@@ -175,20 +175,16 @@ fn read_attachments(
 ) -> Result<Vec<Attachment>, Error> {
     let mut remaining = max_attachment;
     let mut read = |path: &Path| {
-        let name = path.file_name().and_then(|name| name.to_str());
-        let name = name.ok_or("expected a path that ends with a file's name, in UTF-8")?;
-        mime::attachment_name(name)?;
-        let mut content = Vec::new();
-        let file = fs::File::open(path);
-        let read =
-            file.and_then(|file| file.take(remaining.saturating_add(1)).read_to_end(&mut content));
-        read.map_err(|error| format!("cannot be read: {error}"))?;
-        let Some(rest) = remaining.checked_sub(content.len() as u64) else {
-            let most = ByteSize(max_attachment);
-            return Err(format!("all attachments are longer than {most} (max-attachment)"));
-        };
-        remaining = rest;
-        Ok(Attachment { name: name.to_owned(), content })
+        let attachment = Attachment::read(path, |path| fs::File::open(path), remaining);
+        let attachment = attachment.map_err(|error| match error {
+            AttachmentError::TooLarge => {
+                let most = ByteSize(max_attachment);
+                format!("all attachments are longer than {most} (max-attachment)")
+            }
+            error => error.to_string(),
+        })?;
+        remaining -= attachment.content.len() as u64;
+        Ok(attachment)
     };
     paths
         .iter()

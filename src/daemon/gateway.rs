@@ -47,7 +47,7 @@ mod missing {
             Ok(())
         }
 
-        pub(crate) fn change(&mut self, _: &AlertSettings) {}
+        pub(crate) fn apply_config(&mut self, _: &AlertSettings) {}
 
         pub(crate) fn events(&self) -> EventSender {
             EventSender::default()

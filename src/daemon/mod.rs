@@ -135,7 +135,7 @@ impl Daemon {
         };
         daemon.mirrors.prepare(&config.mirrors).map_err(manager::Error::Mirrors)?;
         daemon.alerts.prepare(&config.alerts).map_err(manager::Error::Alerts)?;
-        daemon.change_alerts(&config.alerts);
+        daemon.apply_alerts(&config.alerts);
         daemon.apply_mirrors(&config.mirrors);
         Ok(daemon)
     }
@@ -240,13 +240,13 @@ impl Daemon {
         create_mirror_folders(&self.manager.pool, &config.mirrors).await;
         self.log.change(log);
         self.grace = config.daemon.grace;
-        self.change_alerts(&config.alerts);
+        self.apply_alerts(&config.alerts);
         self.apply_mirrors(&config.mirrors);
         Ok(self.manager.apply(prepared, self.grace))
     }
 
-    fn change_alerts(&mut self, settings: &AlertSettings) {
-        self.alerts.change(settings);
+    fn apply_alerts(&mut self, settings: &AlertSettings) {
+        self.alerts.apply_config(settings);
         self.manager.monitor.watch_alerts(self.alerts.counters());
         self.reported = settings.event_kinds();
         self.monitor.retain_kinds(&self.reported);

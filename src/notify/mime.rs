@@ -4,6 +4,8 @@
 //! names also become parameters of RFC 2231.
 
 use std::fmt;
+use std::io::{self, Read};
+use std::path::Path;
 use std::str::FromStr;
 use std::time::SystemTime;
 
@@ -94,6 +96,37 @@ pub(crate) struct Attachment {
     pub content: Vec<u8>,
 }
 
+/// The reason why a file cannot be attached.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AttachmentError {
+    #[error("{0}")]
+    Name(String),
+    #[error("cannot be read: {0}")]
+    Read(#[from] io::Error),
+    #[error("larger than the limit")]
+    TooLarge,
+}
+
+impl Attachment {
+    /// Reads the file at `path`, which `open` opens, of at most `max` bytes.
+    pub(crate) fn read<R: Read>(
+        path: &Path,
+        open: impl FnOnce(&Path) -> io::Result<R>,
+        max: u64,
+    ) -> Result<Self, AttachmentError> {
+        let name = path.file_name().and_then(|name| name.to_str());
+        let expected = || "expected a path that ends with a file's name, in UTF-8".to_owned();
+        let name = name.ok_or_else(expected).map_err(AttachmentError::Name)?;
+        attachment_name(name).map_err(AttachmentError::Name)?;
+        let mut content = Vec::new();
+        open(path)?.take(max.saturating_add(1)).read_to_end(&mut content)?;
+        if content.len() as u64 > max {
+            return Err(AttachmentError::TooLarge);
+        }
+        Ok(Self { name: name.to_owned(), content })
+    }
+}
+
 /// The parts of a mail.
 #[derive(Debug, Clone)]
 pub(crate) struct Email<'a> {
@@ -129,7 +162,7 @@ pub(crate) fn header_text(text: &str) -> Result<(), String> {
     Ok(())
 }
 
-pub(crate) fn attachment_name(name: &str) -> Result<(), String> {
+fn attachment_name(name: &str) -> Result<(), String> {
     header_text(name)?;
     if name.is_empty() || name.len() > MAX_FILE_NAME || name.contains('/') {
         return Err(format!("expected a file's name of at most {MAX_FILE_NAME} bytes"));

@@ -87,7 +87,8 @@ fn has_word(source: &str, before: &str, word: &str) -> bool {
 
 /// Whether a source implements a type or declares a trait.
 fn has_impl(source: &str, owner: &str) -> bool {
-    let mut blocks = source.lines().filter(|line| line.starts_with("impl") || line.contains("trait "));
+    let mut blocks =
+        source.lines().filter(|line| line.starts_with("impl") || line.contains("trait "));
     blocks.any(|line| has_word(line, "", owner))
 }
 
