@@ -26,7 +26,7 @@ use crate::fs::filename::escape;
 use crate::http::egress::{self, shown};
 use crate::http::tls::CaFile;
 use crate::http::{headers, pointer};
-use crate::mirror::download::{self, Done, Outcome, Terms};
+use crate::mirror::download::{self, Done, DownloadLimits, Outcome};
 use crate::mirror::listing::{Entry, InvalidEntry, Pointers};
 use crate::mirror::sync::{self, Error, Observer, Source, Summary, SyncOptions};
 
@@ -62,7 +62,7 @@ fn sync_options(arguments: &Download) -> Result<SyncOptions, String> {
     Ok(SyncOptions {
         source: source(arguments)?,
         folder: arguments.output.clone(),
-        limits: Terms {
+        limits: DownloadLimits {
             max_file: arguments.max_size,
             max_file_key: "--max-size",
             max_duration: arguments.max_duration,

@@ -12,7 +12,7 @@ use crate::fs::atomic::OverwritePolicy;
 use crate::http::egress::{self, Host};
 use crate::http::tls::CaFile;
 use crate::http::{ca_certs, headers, pointer};
-use crate::mirror::download::Terms;
+use crate::mirror::download::DownloadLimits;
 use crate::mirror::listing::Pointers;
 use crate::mirror::sync::{Source, SyncOptions, read_token};
 use crate::secret;
@@ -92,12 +92,12 @@ impl Settings {
     }
 }
 
-fn read_limits(table: &mut Table<'_>) -> Result<Terms, Reported> {
+fn read_limits(table: &mut Table<'_>) -> Result<DownloadLimits, Reported> {
     let max_duration = table.text_or("max-duration", "1h", values::duration);
     let retries = table.integer_or("retries", 4, 0..=100);
     let max_file = table.text_or("max-file", "64MiB", values::size);
     let content_types = table.texts("content-types", media_type);
-    Ok(Terms {
+    Ok(DownloadLimits {
         max_file: max_file?,
         max_file_key: "max-file",
         max_duration: max_duration?,

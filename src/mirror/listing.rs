@@ -84,8 +84,8 @@ impl Error {
     }
 
     /// Returns the time that the server asked to wait.
-    pub(crate) fn asked_for(&self) -> Option<Duration> {
-        if let Self::Transfer(error) = self { error.asked_for() } else { None }
+    pub(crate) fn retry_after(&self) -> Option<Duration> {
+        if let Self::Transfer(error) = self { error.retry_after() } else { None }
     }
 }
 
@@ -200,7 +200,8 @@ impl ListingRequest<'_> {
             match self.attempt(&headers).await {
                 Ok(received) => break received,
                 Err(Error::Transfer(error)) if error.is_temporary() => {
-                    let wait = retry::wait(retry, self.retries, error.asked_for(), fastrand::f64());
+                    let wait =
+                        retry::wait(retry, self.retries, error.retry_after(), fastrand::f64());
                     tokio::time::sleep(wait.ok_or(error)?).await;
                     retry += 1;
                 }

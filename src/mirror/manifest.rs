@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 use crate::fs::atomic::SaveError;
 use crate::fs::filename::file_name;
-use crate::mirror::target_dir::{Local, Place};
+use crate::mirror::target_dir::{LocalFile, TargetDir};
 use crate::text::to_hex;
 
 /// The name of the manifest; hidden, so that no service serves it.
@@ -88,7 +88,7 @@ pub(crate) struct CachedFile {
 
 impl CachedFile {
     /// Whether the local file is unmodified since it was saved.
-    pub(crate) fn matches(&self, local: &Local) -> bool {
+    pub(crate) fn matches(&self, local: &LocalFile) -> bool {
         self.size == local.size
             && (self.modified == local.modified || is_rounded(local.modified, self.modified))
     }
@@ -127,7 +127,7 @@ pub(crate) enum Precondition {
 /// Returns the condition of a request that updates `local` from `source`.
 pub(crate) fn precondition(
     cached: Option<&CachedFile>,
-    local: &Local,
+    local: &LocalFile,
     source: &str,
 ) -> Precondition {
     match (cached, local.modified()) {
@@ -154,7 +154,7 @@ pub(crate) struct Manifest {
 
 impl Manifest {
     /// Reads the manifest. An unreadable one counts as empty.
-    pub(crate) fn load(target: &Place) -> Self {
+    pub(crate) fn load(target: &TargetDir) -> Self {
         let read = target.read_small(Path::new(FILE), MAX_SIZE).ok();
         let parsed = read.and_then(|bytes| serde_json::from_slice(&bytes).ok());
         let mut manifest: Self = parsed.unwrap_or_default();
@@ -163,7 +163,7 @@ impl Manifest {
         manifest
     }
 
-    pub(crate) fn save_if_changed(&self, target: &Place) -> Result<(), SaveError> {
+    pub(crate) fn save_if_changed(&self, target: &TargetDir) -> Result<(), SaveError> {
         if Self::load(target) == *self {
             return Ok(());
         }
@@ -184,7 +184,7 @@ mod tests {
         CachedFile { source: "http://a/".to_owned(), validators, size: 3, modified: (1, 2) }
     }
 
-    const LOCAL: Local = Local { size: 3, modified: (1, 2) };
+    const LOCAL: LocalFile = LocalFile { size: 3, modified: (1, 2) };
 
     #[test]
     fn requests_unmodified_files_conditionally() {
@@ -194,7 +194,7 @@ mod tests {
             Precondition::IfChanged(saved.validators.clone())
         );
         assert_eq!(precondition(Some(&saved), &LOCAL, "http://b/"), Precondition::Always);
-        for touched in [Local { size: 4, ..LOCAL }, Local { modified: (1, 3), ..LOCAL }] {
+        for touched in [LocalFile { size: 4, ..LOCAL }, LocalFile { modified: (1, 3), ..LOCAL }] {
             assert_eq!(precondition(Some(&saved), &touched, "http://a/"), Precondition::Always);
         }
     }
@@ -203,7 +203,7 @@ mod tests {
     fn recognises_times_that_a_file_system_rounds() {
         let matches = |stored, exact| {
             let cached = CachedFile { modified: exact, ..cached(None, None) };
-            cached.matches(&Local { modified: stored, ..LOCAL })
+            cached.matches(&LocalFile { modified: stored, ..LOCAL })
         };
         for (stored, exact) in [
             ((1_700_000_000, 0), (1_700_000_001, 0)),
@@ -224,7 +224,7 @@ mod tests {
 
     #[test]
     fn requests_files_without_metadata_by_their_time() {
-        let at = |modified| precondition(None, &Local { modified, ..LOCAL }, "http://a/");
+        let at = |modified| precondition(None, &LocalFile { modified, ..LOCAL }, "http://a/");
         assert_eq!(
             at((1, 0)),
             Precondition::IfModifiedAtOtherTime("Thu, 01 Jan 1970 00:00:01 GMT".to_owned())
@@ -262,7 +262,7 @@ mod tests {
     #[test]
     fn saves_and_loads_and_ignores_garbage() {
         let folder = tempfile::tempdir().unwrap();
-        let place = Place::open(folder.path()).unwrap();
+        let place = TargetDir::open(folder.path()).unwrap();
         assert_eq!(Manifest::load(&place), Manifest::default());
         let mut manifest = Manifest::default();
         manifest.files.insert("a".to_owned(), cached(Some("\"x\""), None));

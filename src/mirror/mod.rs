@@ -200,11 +200,11 @@ async fn run_mirror(
             Err(error) => {
                 failures = failures.saturating_add(1);
                 let (mirror, text) = (&**name, error_chain(&error));
-                let asked_for = match &error {
-                    Error::Listing { cause, .. } => cause.asked_for(),
+                let retry_after = match &error {
+                    Error::Listing { cause, .. } => cause.retry_after(),
                     _ => None,
                 };
-                let wait = interval(failures, *every, asked_for, fastrand::f64());
+                let wait = interval(failures, *every, retry_after, fastrand::f64());
                 let next = wait.as_secs_f64();
                 tracing::warn!(mirror, error = text, next, "mirror.{mirror}: failed: {text}");
                 stats.record_sync(SyncOutcome::Failed, started.elapsed(), Some(text));
@@ -222,12 +222,17 @@ fn is_futile(summary: &Summary) -> bool {
 
 /// Returns the time until the next sync after `failures` failed ones in a row. `random` is between
 /// 0 and 1.
-fn interval(failures: u32, every: Duration, asked_for: Option<Duration>, random: f64) -> Duration {
+fn interval(
+    failures: u32,
+    every: Duration,
+    retry_after: Option<Duration>,
+    random: f64,
+) -> Duration {
     let interval = match failures.checked_sub(1) {
         None => every,
         Some(failures) => retry::backoff(failures, FIRST_RETRY, every),
     };
-    retry::around(interval, random).max(asked_for.unwrap_or_default().min(MAX_RETRY_AFTER))
+    retry::around(interval, random).max(retry_after.unwrap_or_default().min(MAX_RETRY_AFTER))
 }
 
 /// Logs and counts the files of one sync.
@@ -359,7 +364,7 @@ mod tests {
     #[test]
     fn retries_soon_and_honours_retry_after() {
         let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
-        let wait = |failures, asked_for| interval(failures, minutes(10), asked_for, 0.5);
+        let wait = |failures, retry_after| interval(failures, minutes(10), retry_after, 0.5);
         let near = |a: Duration, b: Duration| a.abs_diff(b) < Duration::from_millis(1);
         assert!(near(wait(1, None), FIRST_RETRY));
         assert!(near(wait(2, None), 2 * FIRST_RETRY));

@@ -20,10 +20,10 @@ use crate::http::client::{BuildError, Client, Options};
 use crate::http::egress::{EgressPolicy, Host, shown};
 use crate::http::tls;
 use crate::http::tls::{CaFile, CaFileError};
-use crate::mirror::download::{self, Budget, Done, Outcome, Shared, Terms, transfer};
+use crate::mirror::download::{self, Budget, Done, DownloadLimits, Outcome, Shared, transfer};
 use crate::mirror::listing::{self, Entry, InvalidEntry, Listing, ListingRequest, Pointers};
 use crate::mirror::manifest::{self, CachedFile, Manifest};
-use crate::mirror::target_dir::{Folding, Place, There};
+use crate::mirror::target_dir::{DirEntryKind, Folding, TargetDir};
 use crate::secret::Secret;
 
 /// Maximum number of files that are synced to the disk at the same time.
@@ -42,7 +42,7 @@ pub(crate) enum Source {
 pub(crate) struct SyncOptions {
     pub source: Source,
     pub folder: PathBuf,
-    pub limits: Terms,
+    pub limits: DownloadLimits,
     /// Maximum number of parallel downloads.
     pub jobs: usize,
     /// Maximum time without a byte from the server.
@@ -160,7 +160,7 @@ pub(crate) async fn list(
         Source::Urls(urls) => return Ok((client, Listing::of_urls(urls))),
         Source::Listing { url, pointers } => (url, pointers),
     };
-    let Terms { retries, max_duration, .. } = options.limits;
+    let DownloadLimits { retries, max_duration, .. } = options.limits;
     let max_entries = options.max_files;
     let request = ListingRequest {
         client: &client,
@@ -173,7 +173,7 @@ pub(crate) async fn list(
     let listing =
         match cancel.run_until_cancelled(timeout(max_duration, request.send(cached))).await {
             None => Err(download::Error::Interrupted.into()),
-            Some(Err(_)) => Err(download::Error::Slow(max_duration).into()),
+            Some(Err(_)) => Err(download::Error::TimedOut(max_duration).into()),
             Some(Ok(received)) => received,
         };
     let listing = listing.map_err(|cause| Error::Listing { url: shown(url), cause })?;
@@ -199,8 +199,8 @@ pub(crate) async fn sync(
     let mut sync = SyncRun {
         shared: Arc::new(Shared {
             client,
-            place: Arc::new(target.dir),
-            terms: options.limits.clone(),
+            dir: Arc::new(target.dir),
+            limits: options.limits.clone(),
             budget: Budget::new(options.max_total),
             received: AtomicU64::new(0),
             finishing: Arc::new(Semaphore::new(MAX_FINISHING)),
@@ -226,7 +226,7 @@ pub(crate) async fn sync(
 }
 
 struct Target {
-    dir: Place,
+    dir: TargetDir,
     manifest: Option<Manifest>,
     created: CreatedDirs,
     folding: Folding,
@@ -236,8 +236,8 @@ struct Target {
 
 fn open_target(path: &Path, keep_manifest: bool, names: HashSet<String>) -> io::Result<Target> {
     let created = CreatedDirs::create(path)?;
-    let dir = Place::open(path)?;
-    let has_manifest = keep_manifest || !matches!(dir.look(manifest::FILE)?, There::Nothing);
+    let dir = TargetDir::open(path)?;
+    let has_manifest = keep_manifest || !matches!(dir.stat(manifest::FILE)?, DirEntryKind::Missing);
     let manifest = has_manifest.then(|| Manifest::load(&dir));
     let stored = manifest.iter().flat_map(|manifest| manifest.files.keys());
     let all: HashSet<_> = names.iter().chain(stored).collect();
@@ -262,7 +262,7 @@ impl SyncRun<'_> {
     fn reserve_stored(&self) {
         let files = self.manifest.iter().flat_map(|manifest| &manifest.files);
         let kept = files.filter(|(name, _)| !self.options.delete || self.names.contains(*name));
-        self.shared.budget.take_what_is_left(kept.map(|(_, file)| file.size).sum());
+        self.shared.budget.charge(kept.map(|(_, file)| file.size).sum());
     }
 
     async fn download_all(&mut self, entries: &listing::Entries) -> Result<(), Error> {
@@ -325,8 +325,10 @@ impl SyncRun<'_> {
             if folded.contains(&folding.fold(&name)) {
                 continue;
             }
-            let result = match self.shared.place.look(&name) {
-                Ok(There::File(local)) if file.matches(&local) => self.shared.place.unlink(&name),
+            let result = match self.shared.dir.stat(&name) {
+                Ok(DirEntryKind::File(local)) if file.matches(&local) => {
+                    self.shared.dir.unlink(&name)
+                }
                 // Another program has replaced or removed it.
                 Ok(_) => continue,
                 Err(error) => Err(error),
@@ -346,13 +348,13 @@ impl SyncRun<'_> {
         let Self { options, shared, observer, manifest, names, mut summary } = self;
         let age = if options.owns_folder { Duration::ZERO } else { MAX_PARTIAL_AGE };
         let has_changed = summary.new + summary.changed + summary.removed > 0;
-        let dir = Arc::clone(&shared.place);
+        let dir = Arc::clone(&shared.dir);
         let finished = spawn_blocking(move || -> io::Result<()> {
             if has_changed {
                 dir.sync();
             }
             if let Some(mut manifest) = manifest {
-                let exists = |name: &str| !matches!(dir.look(name), Ok(There::Nothing));
+                let exists = |name: &str| !matches!(dir.stat(name), Ok(DirEntryKind::Missing));
                 manifest.files.retain(|name, _| names.contains(name) || exists(name));
                 manifest.save_if_changed(&dir).map_err(io::Error::other)?;
             }
