@@ -89,7 +89,9 @@ pub mod internals {
     mod gateway {
         pub use crate::http::egress::{EgressPolicy, Host};
         pub use crate::http::pointer::parse as parse_pointer;
-        pub use crate::mirror::listing::{ParseError, Pointers, read as read_listing};
+        pub use crate::mirror::listing::{
+            Entry, InvalidEntry, ParseError, Pointers, read as read_listing,
+        };
         pub use crate::notify::address::EmailAddress;
         pub use crate::notify::mail::Settings as MailSettings;
         pub use crate::notify::outcome::{Failure, printable};

@@ -9,11 +9,13 @@ use std::collections::HashSet;
 use std::path::{Component, Path};
 
 use handout::internals::{
-    EgressPolicy, Host, ParseError, Pointers, parse_pointer, read_listing as read,
+    EgressPolicy, Entry, Host, InvalidEntry, ParseError, Pointers, parse_pointer,
+    read_listing as read,
 };
 use handout_fuzz::is_one_line;
 use libfuzzer_sys::fuzz_target;
 use reqwest::Url;
+use serde::de::IgnoredAny;
 use serde_json::Value;
 
 const MAX: usize = 50;
@@ -38,19 +40,31 @@ fuzz_target!(|input: &[u8]| {
     let egress_policy = EgressPolicy::new([&base], &hosts, false);
 
     let text = json.strip_prefix("\u{feff}".as_bytes()).unwrap_or(json);
-    let document: Option<Value> = serde_json::from_slice(text).ok();
-    let list = document.as_ref().and_then(|document| document.pointer(&pointers.list));
-    let list = list.and_then(Value::as_array);
-    let entries = match (read(json, &pointers, MAX, &base, &egress_policy), list) {
-        (Ok(entries), Some(list)) if entries.len() == list.len() => entries,
-        (Err(ParseError::TooManyEntries(_)), Some(list)) => return assert!(list.len() > MAX),
-        (Err(error), None) => return assert!(is_one_line(&error.to_string()), "{error:?}"),
+    let document: serde_json::Result<Value> = serde_json::from_slice(text);
+    let list = document.as_ref().map(|document| document.pointer(&pointers.list)?.as_array());
+    let read = read(json, &pointers, MAX, &base, &egress_policy);
+    if let Ok(entries) = &read {
+        check_entries(entries);
+    }
+    match (read, list) {
+        (Ok(entries), Ok(Some(list))) if entries.len() == list.len() => {
+            for (entry, item) in entries.iter().zip(list) {
+                if let Ok(entry) = entry {
+                    check_source(entry, item, &pointers, &base);
+                }
+            }
+        }
+        (Err(ParseError::TooManyEntries(_)), Ok(Some(list))) => assert!(list.len() > MAX),
+        (Err(error), Ok(None) | Err(_)) => assert!(is_one_line(&error.to_string()), "{error:?}"),
+        // Values that are not used may be too large or too deep for `Value`.
+        (Ok(_), Err(_)) => assert!(serde_json::from_slice::<IgnoredAny>(text).is_ok()),
         (read, list) => panic!("{read:?} of {list:?}"),
-    };
-    let list = list.unwrap();
+    }
+});
 
+fn check_entries(entries: &[Result<Entry, InvalidEntry>]) {
     let mut names = HashSet::new();
-    for (index, entry) in entries.iter().enumerate() {
+    for entry in entries {
         match entry {
             Ok(entry) => {
                 let path = Path::new(&entry.name).components().collect::<Vec<_>>();
@@ -62,16 +76,6 @@ fuzz_target!(|input: &[u8]| {
                 assert!(may || host.ends_with(".example.net.") || host == "api.example.org.");
                 assert!(matches!(entry.url.scheme(), "http" | "https"), "{entry:?}");
                 assert!(entry.url.username().is_empty() && entry.url.password().is_none());
-                let text = |pointer: &String| list[index].pointer(pointer).and_then(Value::as_str);
-                let mut url = base.join(text(&pointers.url).unwrap()).unwrap();
-                url.set_fragment(None);
-                assert_eq!(entry.url, url);
-                if let Some(pointer) = &pointers.filename {
-                    assert_eq!(Some(entry.name.as_str()), text(pointer));
-                }
-                let digest = entry.sha256.map(|digest| digest.map(|b| format!("{b:02x}")).concat());
-                let listed = pointers.sha256.as_ref().map(|pointer| text(pointer).unwrap());
-                assert_eq!(digest, listed.map(str::to_ascii_lowercase));
             }
             Err(invalid) => {
                 assert!(is_one_line(&invalid.label), "{invalid:?}");
@@ -79,4 +83,17 @@ fuzz_target!(|input: &[u8]| {
             }
         }
     }
-});
+}
+
+fn check_source(entry: &Entry, item: &Value, pointers: &Pointers, base: &Url) {
+    let text = |pointer: &String| item.pointer(pointer).and_then(Value::as_str);
+    let mut url = base.join(text(&pointers.url).unwrap()).unwrap();
+    url.set_fragment(None);
+    assert_eq!(entry.url, url);
+    if let Some(pointer) = &pointers.filename {
+        assert_eq!(Some(entry.name.as_str()), text(pointer));
+    }
+    let digest = entry.sha256.map(|digest| digest.map(|b| format!("{b:02x}")).concat());
+    let listed = pointers.sha256.as_ref().map(|pointer| text(pointer).unwrap());
+    assert_eq!(digest, listed.map(str::to_ascii_lowercase));
+}

@@ -116,6 +116,8 @@ pub struct InvalidEntry {
 pub enum EntryError {
     #[error("the entry is larger than {}", ByteSize(MAX_ENTRY as u64))]
     TooLarge,
+    #[error("the entry cannot be read: {0}")]
+    Json(String),
     #[error("the entry has no text at \"{0}\"")]
     Missing(String),
     /// As of a URL of control characters, or `#`.
@@ -289,7 +291,15 @@ pub fn read(
             entries.push(Err(pointers.invalid_entry(&Value::Null, index, error)));
             continue;
         }
-        let item = serde_json::from_str(raw).map_err(ParseError::Json)?;
+        // A document has a valid syntax, but a number may be too large.
+        let item: Value = match serde_json::from_str(raw) {
+            Ok(item) => item,
+            Err(error) => {
+                let error = EntryError::Json(error.to_string());
+                entries.push(Err(pointers.invalid_entry(&Value::Null, index, error)));
+                continue;
+            }
+        };
         let entry = pointers.read_entry(&item, base, egress_policy);
         url_length += entry.as_ref().map_or(0, |entry| entry.url.as_str().len());
         if url_length > MAX_URLS {
@@ -470,6 +480,19 @@ mod tests {
                 ("b.jpg", "https://api.example.org/v1/b?x=1")
             ]
         );
+    }
+
+    #[test]
+    fn a_number_that_is_too_large_invalidates_its_entry_only() {
+        let json = br#"{"ttl": 1e999, "newslist": [
+            {"title": "a.jpg", "picUrl": "/a.jpg", "size": 1e999},
+            {"title": "b.jpg", "picUrl": "/b.jpg"}
+        ]}"#;
+        let read = read_bytes(json, &pointers(), 9).unwrap();
+        let invalid = read[0].as_ref().unwrap_err();
+        assert_eq!(invalid.label, "entry 1");
+        assert!(matches!(invalid.error, EntryError::Json(_)), "{invalid:?}");
+        assert_eq!(read[1].as_ref().unwrap().name, "b.jpg");
     }
 
     #[test]
