@@ -95,7 +95,7 @@ impl BoundSocket {
     /// The socket for the next plan.
     pub(crate) fn as_held(&self) -> HeldSocket {
         let is_stale = self.sockets.iter().any(|(_, socket)| match socket {
-            Registered::Listener(listener) => listener.is_out_of_reach(),
+            Registered::Listener(listener) => listener.is_unreachable(),
             Registered::Datagrams(_) => false,
         });
         HeldSocket { is_stale, ..self.held.clone() }

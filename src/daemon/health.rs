@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use crate::clock::Health;
 use crate::daemon::manager::ServiceInstance;
 use crate::net::service::Service as _;
-use crate::telemetry::counters::Ending;
+use crate::telemetry::counters::ConnectionOutcome;
 use crate::telemetry::event::{Change, Event, EventSender, Kind};
 use crate::telemetry::mirror_stats::MirrorStats;
 use crate::text::counted;
@@ -111,7 +111,7 @@ impl HealthMonitor {
             if let Some(description) = served.listener_problem() {
                 add(Kind::ServiceFailed, description);
             }
-            let panics = served.counts().endings.get(Ending::Panic);
+            let panics = served.counts().outcomes.get(ConnectionOutcome::Panic);
             let (before, at) = panics_before.get(name).copied().unwrap_or((panics, None));
             let at = if panics > before { Some(now) } else { at };
             let at = at.filter(|at| now.duration_since(*at) < FAILED_AFTER_PANIC);

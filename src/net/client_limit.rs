@@ -32,13 +32,13 @@ pub(crate) struct Clients {
 pub(crate) struct ClientGuard {
     clients: Arc<Clients>,
     client: IpAddr,
-    crowded: bool,
+    is_near_limit: bool,
 }
 
 impl ClientGuard {
     /// Whether the client used more than half of its limit when it connected.
-    pub(crate) fn is_crowded(&self) -> bool {
-        self.crowded
+    pub(crate) fn is_near_limit(&self) -> bool {
+        self.is_near_limit
     }
 }
 
@@ -52,8 +52,8 @@ impl Clients {
             return None;
         }
         *count += 1;
-        let crowded = *count > max.get() / 2;
-        Some(ClientGuard { clients: Arc::clone(self), client, crowded })
+        let is_near_limit = *count > max.get() / 2;
+        Some(ClientGuard { clients: Arc::clone(self), client, is_near_limit })
     }
 }
 

@@ -16,7 +16,7 @@ use crate::net::limits::Limits;
 use crate::net::permits::{ConnectionPermits, Permit};
 use crate::net::service::Service;
 use crate::net::udp_rate::DatagramRate;
-use crate::telemetry::counters::{Counts, Datagram, Refusal};
+use crate::telemetry::counters::{Counts, Datagram, RejectReason};
 use crate::telemetry::metrics::ServiceStats;
 
 /// A running service. A reload that changes it creates another instance; open connections end with
@@ -96,7 +96,7 @@ impl<S: Service> ServiceInstance<S> {
 
     /// Returns the reason why its listeners cannot accept, if there is one.
     pub(crate) fn listener_problem(&self) -> Option<String> {
-        self.counts().in_trouble().then(|| "its clients cannot be accepted".to_owned())
+        self.counts().has_recent_fault().then(|| "its clients cannot be accepted".to_owned())
     }
 
     /// Whether all permits are held.
@@ -127,7 +127,7 @@ impl<S: Service> ServiceInstance<S> {
         }
     }
 
-    /// Logs the refusals and failures since the last call, if there were any.
+    /// Logs the rejections and failures since the last call, if there were any.
     pub(crate) fn log_summary(&self) {
         self.counts().log_summary(self.name(), self.limits.max_per_client);
     }
@@ -156,12 +156,12 @@ impl<S: Service> ServiceInstance<S> {
     }
 
     /// Admits a client with this address, or returns the reason for its refusal.
-    pub(crate) fn admit(&self, address: IpAddr) -> Result<ClientGuard, Refusal> {
+    pub(crate) fn admit(&self, address: IpAddr) -> Result<ClientGuard, RejectReason> {
         if !self.limits.access.permits(address) {
-            return Err(Refusal::Access);
+            return Err(RejectReason::Access);
         }
         let guard = self.clients.enter(address, self.limits.max_per_client);
-        guard.ok_or(Refusal::MaxPerClient)
+        guard.ok_or(RejectReason::MaxPerClient)
     }
 
     /// Admits a datagram from this address at `now`, or returns the reason why it is not answered.

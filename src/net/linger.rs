@@ -1,8 +1,8 @@
-//! Connections that have been answered, until their clients have everything and close their side.
+//! Answered connections, until their clients have received everything and close their side.
 //!
-//! Most clients do so at once. So all of a listener's are looked at together, a moment later, which
-//! costs a fraction of what it costs to have the reactor tell of each. Only who takes longer gets
-//! a task that waits.
+//! Most clients do so immediately. All lingering connections of a listener are therefore checked
+//! together after a moment, which costs a fraction of registering each with the reactor. Only slow
+//! clients get a task that waits.
 
 use std::io;
 use std::time::Duration;
@@ -16,27 +16,25 @@ use crate::net::connection::{Connection, PeerState};
 use crate::net::permits::Permit;
 use crate::net::stream::LazySocket;
 
-/// How often they are looked at, while there are any.
-const LOOK_EVERY: Duration = Duration::from_millis(2);
+/// Time between two checks of all lingering connections.
+const CHECK_INTERVAL: Duration = Duration::from_millis(2);
 
-/// How often one is looked at before it gets a task: long enough for a client in the same country.
-/// More would pay where many come from far away, and cost where few do.
-const LOOKS: u32 = 16;
+/// Checks before a connection gets a task: enough for a client in the same country. More would help
+/// servers with many distant clients, and cost those with few.
+const MAX_CHECKS: u32 = 16;
 
-/// A connection that has been answered.
+/// An answered connection.
 #[derive(Debug)]
 pub(crate) struct LingeringConnection {
-    /// The connection, of which nothing more is to be sent.
     pub connection: Connection<LazySocket>,
-    /// What it has of its service's limits, until its end.
-    pub held: ConnectionGuards,
+    pub guards: ConnectionGuards,
 }
 
 impl LingeringConnection {
-    /// Waits until the client has everything.
+    /// Waits until the client has everything, and returns the permits.
     pub(crate) async fn finish(self) {
         self.connection.finish().await;
-        drop(self.held);
+        drop(self.guards);
     }
 }
 
@@ -44,15 +42,16 @@ impl LingeringConnection {
 #[derive(Debug)]
 #[expect(dead_code, reason = "fields are held for their drop")]
 pub(crate) struct ConnectionGuards {
-    pub(crate) place: Permit,
-    pub(crate) guard: Option<ClientGuard>,
-    pub(crate) under_way: TaskTrackerToken,
+    pub permit: Permit,
+    pub client: Option<ClientGuard>,
+    pub tracker: TaskTrackerToken,
 }
 
-/// A connection, and how often it has been looked at.
+/// A connection and the number of its checks.
 type Lingering = (LingeringConnection, u32);
 
-/// Sees every connection that arrives to its end, until no more can arrive.
+/// Brings every arriving connection to its end. Returns when the last sender is dropped and all
+/// connections have ended or got a task.
 pub(crate) async fn linger_all(mut arriving: UnboundedReceiver<LingeringConnection>) {
     let mut lingering: Vec<Lingering> = Vec::new();
     loop {
@@ -60,39 +59,38 @@ pub(crate) async fn linger_all(mut arriving: UnboundedReceiver<LingeringConnecti
             let Some(answered) = arriving.recv().await else { return };
             lingering.push((answered, 0));
         }
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(CHECK_INTERVAL).await;
         while let Ok(answered) = arriving.try_recv() {
             lingering.push((answered, 0));
         }
-        // From the last to the first, as the last takes the place of one that goes.
-        for (index, heard) in listen_to_all(&lingering).into_iter().enumerate().rev() {
-            let Some((answered, looks)) = lingering.get_mut(index) else { continue };
-            *looks += 1;
-            if answered.connection.is_over(heard) {
+        // In reverse order: `swap_remove` moves the last element, which was checked already.
+        for (index, state) in poll_all(&lingering).into_iter().enumerate().rev() {
+            let Some((answered, checks)) = lingering.get_mut(index) else { continue };
+            *checks += 1;
+            if answered.connection.is_over(state) {
                 lingering.swap_remove(index);
-            } else if *looks >= LOOKS {
+            } else if *checks >= MAX_CHECKS {
                 tokio::spawn(lingering.swap_remove(index).0.finish());
             }
-            // However many they are, others get their turn.
+            // Other tasks get their turn between many connections.
             tokio::task::consume_budget().await;
         }
     }
 }
 
-/// Asks the kernel about all of them at once.
-fn listen_to_all(lingering: &[Lingering]) -> Vec<PeerState> {
+/// Returns the states of all clients by one call of poll(2).
+fn poll_all(lingering: &[Lingering]) -> Vec<PeerState> {
     let sockets = lingering.iter().map(|(answered, _)| answered.connection.stream().fd());
     let polled = |socket| Ok(PollFd::from_borrowed_fd(socket?, PollFlags::IN));
     let polled: io::Result<Vec<_>> = sockets.map(polled).collect();
     if let Ok(mut polled) = polled
         && poll(&mut polled, Some(&Timespec::default())).is_ok()
     {
-        let heard = lingering
-            .iter()
-            .zip(&polled)
-            .map(|((answered, _), polled)| answered.connection.stream().heard(polled.revents()));
-        return heard.collect();
+        let states = lingering.iter().zip(&polled).map(|((answered, _), polled)| {
+            answered.connection.stream().peer_state(polled.revents())
+        });
+        return states.collect();
     }
-    // Interrupted, or without memory: it is seen from each.
-    vec![PeerState::Something; lingering.len()]
+    // Interrupted, or without memory: each connection is read.
+    vec![PeerState::Readable; lingering.len()]
 }

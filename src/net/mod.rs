@@ -5,6 +5,7 @@
 //! acknowledged). Datagrams: [`udp`] → [`udp_filter`] → the service. Limits are in [`limits`]
 //! and [`permits`]. Configuration and signals belong to `daemon`.
 
+pub(crate) mod accept_backoff;
 pub(crate) mod access;
 pub(crate) mod client_limit;
 pub(crate) mod connection;

@@ -1,5 +1,4 @@
-//! Sockets that were inherited from the service manager or are bound here, with the options that
-//! they need.
+//! Sockets with their options: inherited from the service manager, or bound here.
 
 use std::fmt;
 use std::fs;
@@ -19,18 +18,15 @@ use socket2::{Domain, Protocol, SockFilter, Type};
 use crate::net::endpoint::Endpoint;
 use crate::sys;
 
-/// The longest queue of connections that wait to be accepted; the kernel shortens it to its
-/// `net.core.somaxconn`.
+/// Maximum length of the accept queue. The kernel limits it to `net.core.somaxconn`.
 pub(crate) const BACKLOG: i32 = 4096;
 
-/// A socket that is bound and does not block.
+/// A bound, non-blocking socket.
 #[derive(Debug)]
 pub(crate) enum Socket {
-    /// Accepts TCP connections.
     Tcp(OwnedFd),
-    /// Accepts Unix connections. The file of one that was inherited is the service manager's.
+    /// The file of an inherited socket belongs to the service manager.
     Unix(OwnedFd, Option<SocketFile>),
-    /// Receives datagrams.
     Udp(std::net::UdpSocket),
 }
 
@@ -71,16 +67,12 @@ impl fmt::Display for BindError {
     }
 }
 
-/// Binds a socket to `endpoint`; if `shared`, also where sockets are in the way of which each may
-/// [`share_port`].
-///
-/// # Errors
-/// Names the endpoint, the cause and, where there is one, the remedy.
+/// Binds a socket to `endpoint`; if `shared`, also beside other sockets that [`share_port`].
 pub(crate) fn bind(endpoint: &Endpoint, shared: bool) -> Result<Socket, BindError> {
     let bound = match endpoint {
         Endpoint::Tcp(address) => bind_tcp(*address, shared).map(|bound| Socket::Tcp(bound.into())),
         Endpoint::Udp(address) => bind_udp(*address, shared),
-        // Whoever may enter the folder may ask, as with a TCP port.
+        // Open to everyone who may enter the folder, as a TCP port is.
         Endpoint::Unix(path) => {
             bind_unix(path, 0o666).map(|(listener, file)| Socket::Unix(listener.into(), Some(file)))
         }
@@ -88,38 +80,33 @@ pub(crate) fn bind(endpoint: &Endpoint, shared: bool) -> Result<Socket, BindErro
     bound.map_err(|source| BindError { endpoint: endpoint.clone(), source })
 }
 
-/// The sockets that the service manager has passed cannot be taken over.
+/// The reason why inherited sockets cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum InheritError {
-    /// What it says of them makes no sense.
     #[error("the sockets that systemd has passed cannot be found (LISTEN_FDS, LISTEN_FDNAMES)")]
     Unknown(#[source] io::Error),
-    /// One cannot be served.
     #[error("the descriptor that systemd passed under the name {name:?} cannot be served")]
     Unfit {
         /// Its `FileDescriptorName=`.
         name: String,
-        /// Why.
         source: io::Error,
     },
 }
 
-/// A socket that the service manager has passed.
+/// A socket of the service manager (`sd_listen_fds(3)`).
 #[derive(Debug)]
 pub(crate) struct Inherited {
-    /// The socket itself.
     pub socket: Socket,
-    /// Where it is bound.
     pub endpoint: Endpoint,
     /// Its `FileDescriptorName=`.
     pub name: String,
 }
 
 impl Inherited {
-    /// Every socket that the service manager has passed; once, and then no more.
+    /// Takes all inherited sockets. A second call returns none.
     ///
     /// # Errors
-    /// If one is not a socket that listens or receives datagrams.
+    /// If a descriptor is neither a listening socket nor a datagram socket.
     pub(crate) fn take_all() -> Result<Vec<Self>, InheritError> {
         let descriptors = sys::inherited_descriptors().map_err(InheritError::Unknown)?;
         let take = |(fd, name)| match Socket::inherit(fd) {
@@ -130,12 +117,9 @@ impl Inherited {
     }
 }
 
-/// Begins to queue the clients of a socket that was bound to `endpoint`; those of a TCP socket in so
-/// many queues, each with a socket of its own, among which the kernel spreads them (socket(7),
-/// `SO_REUSEPORT`). No other program can share the port by accident: the first was bound alone.
-///
-/// # Errors
-/// As [`bind`].
+/// Starts to listen on a bound socket. A TCP socket becomes `queues` sockets, among which the kernel
+/// distributes the clients (socket(7), `SO_REUSEPORT`). No other program shares the port by accident:
+/// the first socket was bound alone.
 pub(crate) fn listen(
     socket: Socket,
     endpoint: &Endpoint,
@@ -146,13 +130,13 @@ pub(crate) fn listen(
             let first = socket2::Socket::from(first);
             let address = first.local_addr()?.as_socket().ok_or(io::ErrorKind::Unsupported)?;
             share_port(&first, true)?;
-            // Here the kernel looks once more whether the port is free.
+            // The kernel checks again that the port is free.
             first.listen(BACKLOG)?;
             let mut sockets = vec![Socket::Tcp(first.into())];
             for _ in 1..queues {
-                let further = bind_tcp(address, true)?;
-                further.listen(BACKLOG)?;
-                sockets.push(Socket::Tcp(further.into()));
+                let next = bind_tcp(address, true)?;
+                next.listen(BACKLOG)?;
+                sockets.push(Socket::Tcp(next.into()));
             }
             Ok(sockets)
         }
@@ -160,7 +144,7 @@ pub(crate) fn listen(
             share_port(&socket, false)?;
             Ok(vec![Socket::Udp(socket)])
         }
-        // It listens since it was bound.
+        // `bind` made it listen.
         Socket::Unix(..) => Ok(vec![socket]),
     };
     listen().map_err(|source| BindError { endpoint: endpoint.clone(), source })
@@ -197,11 +181,8 @@ impl Socket {
         }
     }
 
-    /// The address that a socket has got that was to be bound to `wanted`, which tells the port
-    /// where any was asked for.
-    ///
-    /// # Errors
-    /// None is expected of a bound socket.
+    /// Returns the endpoint of a socket that was bound to `wanted`, with the port that the kernel
+    /// chose for port 0.
     pub(crate) fn endpoint(&self, wanted: &Endpoint) -> io::Result<Endpoint> {
         let internet =
             |address: Option<SocketAddr>| address.ok_or(io::ErrorKind::Unsupported.into());
@@ -216,23 +197,17 @@ impl Socket {
     }
 }
 
-/// Whether another socket of this user may be bound beside this one, to an address that includes
-/// this one's or is included in it: a reload binds the new one before it closes the old one.
-///
-/// # Errors
-/// None is expected of an Internet socket.
+/// Sets whether other sockets of this user may be bound to overlapping addresses: a reload binds the
+/// new socket before it closes the old one.
 pub(crate) fn share_port(socket: impl AsFd, shared: bool) -> io::Result<()> {
     Ok(set_socket_reuseport(socket, shared)?)
 }
 
-/// Lets nobody begin to connect to a TCP socket that listens, so that it can be closed without a
-/// reset for whom the kernel has just connected. Who has begun gets through; who comes now hears
-/// nothing and asks again a second later, as if the packet were lost, and then finds the socket closed.
-///
-/// # Errors
-/// None is expected of a TCP socket.
+/// Drops the first packet of new connections to a listening TCP socket, so that its close resets
+/// none. Pending handshakes complete. New clients repeat the packet after a second, as if it were
+/// lost, and then find the socket closed.
 pub(crate) fn drop_new_syns(listening: impl AsFd) -> io::Result<()> {
-    // The words of classic BPF (linux/filter.h).
+    // Operations of classic BPF (linux/filter.h).
     const LOAD_BYTE: u16 = 0x30;
     const AND: u16 = 0x54;
     const JUMP_IF_EQUAL: u16 = 0x15;
@@ -253,7 +228,7 @@ pub(crate) fn drop_new_syns(listening: impl AsFd) -> io::Result<()> {
 
 fn bind_tcp(address: SocketAddr, shared: bool) -> io::Result<socket2::Socket> {
     let socket = internet_socket(address, Type::STREAM, Protocol::TCP)?;
-    // So that a restart does not wait for the connections of before.
+    // A restart need not wait for the TIME-WAIT of earlier connections.
     socket.set_reuse_address(true)?;
     prepare_tcp(&socket)?;
     share_port(&socket, shared)?;
@@ -261,12 +236,12 @@ fn bind_tcp(address: SocketAddr, shared: bool) -> io::Result<socket2::Socket> {
     Ok(socket)
 }
 
-/// Sets what the connections inherit from their listening socket.
+/// Sets the options that connections inherit from their listening socket.
 fn prepare_tcp(socket: &socket2::Socket) -> io::Result<()> {
-    // A reply's last part does not wait for an acknowledgement.
+    // The last part of a reply does not wait for an acknowledgement.
     socket.set_tcp_nodelay(true)?;
-    // A connection that is closed is reset, unless it was finished; also by the kernel, when it
-    // closes what a killed process had open.
+    // A close resets the connection, unless it was completed; also when the kernel closes the
+    // sockets of a killed process.
     socket.set_linger(Some(Duration::ZERO))
 }
 
@@ -285,17 +260,16 @@ fn internet_socket(
     let socket = socket2::Socket::new(Domain::for_address(address), kind, Some(protocol))?;
     socket.set_nonblocking(true)?;
     if address.is_ipv6() {
-        // Else `[::]` would take the IPv4 port too, and `0.0.0.0` could not be bound beside it.
+        // Otherwise `[::]` would include IPv4, and `0.0.0.0` could not be bound beside it.
         socket.set_only_v6(true)?;
     }
     Ok(socket)
 }
 
-/// Binds a Unix socket that does not block and whose file has this mode. The file of a process that
-/// was killed is replaced, that of another that lives is not.
+/// Binds a non-blocking Unix socket with a file of this mode. Replaces the file of a killed process.
 ///
 /// # Errors
-/// [`io::ErrorKind::AddrInUse`] if another process listens there, or why it cannot be bound.
+/// [`io::ErrorKind::AddrInUse`] if another process listens there.
 pub(crate) fn bind_unix(path: &Path, mode: u32) -> io::Result<(UnixListener, SocketFile)> {
     let listener = match UnixListener::bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
@@ -310,7 +284,7 @@ pub(crate) fn bind_unix(path: &Path, mode: u32) -> io::Result<(UnixListener, Soc
     Ok((listener, file))
 }
 
-/// Removes a socket file that nobody listens on, as a killed process leaves behind.
+/// Removes the socket file of a killed process.
 fn remove_stale(path: &Path) -> io::Result<()> {
     if !fs::symlink_metadata(path)?.file_type().is_socket() {
         return Err(io::Error::other("there is a file of another kind, which is left alone"));
@@ -324,11 +298,11 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The file of a Unix socket, which goes when the socket goes.
+/// The file of a Unix socket, removed on drop.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
     path: PathBuf,
-    /// Device and inode: a file that somebody else has put there meanwhile stays.
+    /// Device and inode. A file that another process created meanwhile stays.
     identity: (u64, u64),
 }
 
@@ -375,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn who_has_begun_to_connect_gets_through_and_who_comes_later_is_refused() {
+    fn dropping_new_syns_completes_pending_handshakes_and_delays_new_ones() {
         let listening = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listening.local_addr().unwrap();
         let mut before = TcpStream::connect(address).unwrap();

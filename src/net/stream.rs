@@ -1,7 +1,7 @@
-//! The socket of an accepted connection, which meets the reactor only when it has to be waited for.
+//! The socket of an accepted connection, registered with the reactor on the first wait.
 //!
-//! A reply that fits into the kernel's buffer is written at once, and the registration, which costs
-//! more than the writing, is spared.
+//! A reply that fits the buffer of the kernel is written without the registration, which costs more
+//! than the write.
 
 use std::future::poll_fn;
 use std::io::{self, ErrorKind};
@@ -24,33 +24,31 @@ use crate::net::proxy_protocol::{MAX_HEADER, ParsedHeader};
 use crate::sys;
 use crate::sys::RegisteredFd;
 
-/// How much is received at one time.
+/// Maximum size of a read, in bytes.
 const RECEIVE_BUFFER: usize = 16 << 10;
 
-/// The largest write to a Unix socket. The kernel counts a write as unread (`SIOCOUTQ`) until the peer
-/// has read all of it, so that large ones hide the progress of a slow reader. With the kernel's
-/// header, this fills an allocation of 8 KiB.
+/// Maximum size of a write to a Unix socket, in bytes. The kernel counts a write as unread
+/// (`SIOCOUTQ`) until the peer has read all of it, so that a large one hides the progress of a slow
+/// reader. With the header of the kernel, this fills an allocation of 8 KiB.
 const UNIX_WRITE: usize = 7 << 10;
 
-/// A connected TCP or Unix socket that does not block.
+/// A connected non-blocking TCP or Unix socket.
 #[derive(Debug)]
 pub struct LazySocket {
     socket: Socket,
     kind: Kind,
 }
 
-/// What kind of socket was accepted.
+/// The kind of an accepted socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// A TCP connection.
     Tcp,
-    /// A Unix stream connection.
     Unix,
 }
 
 impl Kind {
-    /// Writes up to `length` bytes with `write`, which is given the start and the length of a piece.
-    /// The pieces are as large as this kind of socket permits.
+    /// Writes up to `length` bytes in pieces of the maximum size for this kind of socket. `write`
+    /// receives the start and the length of a piece.
     fn write_in_pieces(
         self,
         length: usize,
@@ -65,7 +63,7 @@ impl Kind {
                 Ok(0) => break,
                 Ok(more) => written += more,
                 Err(error) if written == 0 => return Err(error),
-                // The next call meets it again.
+                // The next call reports the error.
                 Err(_) => break,
             }
         }
@@ -75,55 +73,49 @@ impl Kind {
 
 #[derive(Debug)]
 enum Socket {
-    /// It has not been waited for yet.
-    Fresh(OwnedFd),
-    /// The reactor wakes whoever waits for it.
-    RegisteredFd(RegisteredFd),
-    /// It could not be registered, and was closed, which resets it.
-    Lost,
+    Unregistered(OwnedFd),
+    Registered(RegisteredFd),
+    /// The registration failed and closed the socket, which resets the connection.
+    Closed,
 }
 
 impl LazySocket {
-    /// Takes over a socket that does not block.
+    /// Takes over a non-blocking socket.
     pub(crate) fn new(socket: OwnedFd, kind: Kind) -> Self {
-        Self { socket: Socket::Fresh(socket), kind }
+        Self { socket: Socket::Unregistered(socket), kind }
     }
 
-    /// Its descriptor.
-    ///
-    /// # Errors
-    /// If it could not be registered.
+    /// Returns the descriptor, unless the registration failed.
     pub(crate) fn fd(&self) -> io::Result<BorrowedFd<'_>> {
         match &self.socket {
-            Socket::Fresh(socket) => Ok(socket.as_fd()),
-            Socket::RegisteredFd(socket) => Ok(socket.as_fd()),
-            Socket::Lost => Err(ErrorKind::NotConnected.into()),
+            Socket::Unregistered(socket) => Ok(socket.as_fd()),
+            Socket::Registered(socket) => Ok(socket.as_fd()),
+            Socket::Closed => Err(ErrorKind::NotConnected.into()),
         }
     }
 
-    /// What these events, which were polled for after it was answered, say of its client.
-    pub(crate) fn heard(&self, events: PollFlags) -> PeerState {
+    /// Returns the state of the client after an answer, from the events of poll(2).
+    pub(crate) fn peer_state(&self, events: PollFlags) -> PeerState {
         if events.is_empty() {
-            PeerState::Nothing
+            PeerState::Silent
         } else if self.kind == Kind::Tcp
             && events.contains(PollFlags::HUP)
             && !events.contains(PollFlags::ERR)
         {
-            // Both sides have ended, as ours has. What the client has sent need not be read: once
-            // it has everything, the kernel has closed the connection (`Stream::close_cleanly`). On
-            // a Unix socket, what nobody reads turns the close into a reset.
-            PeerState::End
+            // Both sides are closed, as this one is. Unread input does no harm: once the client has
+            // everything, the kernel has closed the connection (`Stream::close_cleanly`). On a Unix
+            // socket, unread input turns the close into a reset.
+            PeerState::Closed
         } else {
-            PeerState::Something
+            PeerState::Readable
         }
     }
 
-    /// Reads the header of a balancer, and nothing of what follows it: who the client is, if that
-    /// is somebody else.
+    /// Reads a PROXY header, and nothing behind it. Returns the client, if it differs from the peer.
     ///
     /// # Errors
-    /// If there is none, or the connection has ended.
-    pub(crate) async fn read_header(&mut self) -> io::Result<Option<SocketAddr>> {
+    /// If the header is missing or invalid, or the connection ended.
+    pub(crate) async fn read_proxy_header(&mut self) -> io::Result<Option<SocketAddr>> {
         let mut header = [0; MAX_HEADER];
         let mut length = 0;
         let mut read = |socket: BorrowedFd<'_>| loop {
@@ -131,7 +123,7 @@ impl LazySocket {
             let (more, _) = recv(socket, room, RecvFlags::PEEK | RecvFlags::DONTWAIT)?;
             let (taken, whole) =
                 match ParsedHeader::parse(header.get(..length + more).unwrap_or_default()) {
-                    // All of it belongs to the header. Taken, it leaves the end to be seen.
+                    // All bytes belong to the header. Once taken, the end of the input is visible.
                     ParsedHeader::Incomplete if more > 0 => (more, None),
                     ParsedHeader::Header { client, length: whole } => {
                         (whole - length, Some(client))
@@ -148,16 +140,16 @@ impl LazySocket {
         poll_fn(|context| self.poll(context, Interest::READABLE, &mut read)).await
     }
 
-    /// Does what can be done at once, or registers the socket and waits.
+    /// Tries `act`, or registers the socket and waits until it is ready.
     fn poll<R>(
         &mut self,
         context: &mut Context<'_>,
         direction: Interest,
         mut act: impl FnMut(BorrowedFd<'_>) -> rustix::io::Result<R>,
     ) -> Poll<io::Result<R>> {
-        if let Socket::Fresh(socket) = &self.socket {
-            // A client that always has something to say, and takes every reply, gets its turn as
-            // the others do; what the reactor tells of counts as such by itself.
+        if let Socket::Unregistered(socket) = &self.socket {
+            // A client that never makes the socket wait must not monopolize the thread. The reactor
+            // consumes the budget by itself.
             let turn = ready!(coop::poll_proceed(context));
             match act(socket.as_fd()) {
                 Err(Errno::WOULDBLOCK) => {}
@@ -166,14 +158,16 @@ impl LazySocket {
                     return Poll::Ready(result.map_err(io::Error::from));
                 }
             }
-            if let Socket::Fresh(socket) = std::mem::replace(&mut self.socket, Socket::Lost) {
+            if let Socket::Unregistered(socket) =
+                std::mem::replace(&mut self.socket, Socket::Closed)
+            {
                 let both = Interest::READABLE | Interest::WRITABLE;
-                self.socket = Socket::RegisteredFd(
-                    RegisteredFd::new(socket, both).map_err(|error| unwatched(&error))?,
+                self.socket = Socket::Registered(
+                    RegisteredFd::new(socket, both).map_err(|error| registration_error(&error))?,
                 );
             }
         }
-        let Socket::RegisteredFd(socket) = &self.socket else {
+        let Socket::Registered(socket) = &self.socket else {
             return Poll::Ready(Err(ErrorKind::NotConnected.into()));
         };
         loop {
@@ -185,8 +179,8 @@ impl LazySocket {
     }
 }
 
-/// Says what to do when the kernel has no room for what is to be watched.
-fn unwatched(error: &io::Error) -> io::Error {
+/// Adds a remedy to the error of a failed registration.
+fn registration_error(error: &io::Error) -> io::Error {
     let remedy = match error.kind() {
         ErrorKind::StorageFull => " (raise the sysctl fs.epoll.max_user_watches)",
         _ => "",
@@ -234,12 +228,12 @@ impl Stream for LazySocket {
     fn unacknowledged(&self) -> io::Result<u64> {
         let socket = self.fd()?;
         let fault = || socket_error(socket)?;
-        // When its client leaves, the queue of a Unix socket is empty, too.
+        // The queue of a Unix socket is empty, too, after its client left.
         if self.kind == Kind::Unix {
             fault()?;
         }
         let bytes = sys::unacknowledged(socket)?;
-        // After the end of the client's side, no read tells any more that it has gone.
+        // After the end of the input, no read reports that the client left.
         if self.kind == Kind::Tcp && bytes > 0 {
             fault()?;
         }
@@ -248,11 +242,10 @@ impl Stream for LazySocket {
 
     fn close_cleanly(&self, both_ended: bool) -> io::Result<()> {
         match self.kind {
-            // It is closed already, as far as TCP goes (RFC 9293, TIME-WAIT or CLOSED): there is
-            // nothing left to be reset.
+            // TCP has closed the connection (RFC 9293, TIME-WAIT or CLOSED): a close cannot reset it.
             Kind::Tcp if both_ended => Ok(()),
             Kind::Tcp => socket2::SockRef::from(&self.fd()?).set_linger(None),
-            // These know no reset: the client sees an end, and a document without its end.
+            // Unix sockets have no reset: the client sees the end of an incomplete document.
             Kind::Unix => Ok(()),
         }
     }
@@ -270,7 +263,7 @@ impl AsyncRead for LazySocket {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        // Through memory that need not be cleared first; what clients send is little.
+        // Into uninitialized memory, and copied: clients send little.
         let mut received = [MaybeUninit::uninit(); RECEIVE_BUFFER];
         let wanted = buffer.remaining().min(RECEIVE_BUFFER);
         self.poll(context, Interest::READABLE, |socket| {
@@ -299,14 +292,14 @@ mod tests {
     }
 
     #[test]
-    fn a_header_that_is_there_takes_no_reactor_and_what_follows_it_is_left() {
+    fn reads_an_available_header_without_the_reactor_and_nothing_behind_it() {
         let (mut balancer, accepted) = connected();
         balancer.write_all(b"PROXY TCP4 192.0.2.7 10.0.0.1 4321 6789\r\nhello.txt\n").unwrap();
         let mut rest = accepted.try_clone().unwrap();
         let mut socket = LazySocket::new(accepted.into(), Kind::Tcp);
-        // Where no reactor runs, to wait would be a panic.
+        // A registration would panic without a reactor.
         let mut context = Context::from_waker(Waker::noop());
-        let read = pin!(socket.read_header()).poll(&mut context);
+        let read = pin!(socket.read_proxy_header()).poll(&mut context);
         let Poll::Ready(Ok(client)) = read else { panic!("{read:?}") };
         assert_eq!(client, "192.0.2.7:4321".parse().ok());
         let mut follows = [0; 20];

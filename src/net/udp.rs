@@ -1,7 +1,7 @@
 //! The loop that receives and answers datagrams.
 //!
-//! Batches of datagrams are received with their destination, so that replies leave from the address
-//! that was asked. Buffers are allocated once.
+//! Batches of datagrams are received with their destination, so that a reply leaves from the address
+//! of the request. Buffers are allocated once.
 
 use std::array;
 use std::io::{self, IoSliceMut};
@@ -14,7 +14,8 @@ use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio::sync::watch;
 
-use crate::net::listener::{AcceptBackoff, Assignment, run_until_reassigned};
+use crate::net::accept_backoff::AcceptBackoff;
+use crate::net::listener::{Assignment, run_until_reassigned};
 use crate::net::service::Service;
 use crate::net::udp_filter::may_be_answered;
 use crate::telemetry::counters::Datagram;
@@ -27,7 +28,7 @@ const DATAGRAM: usize = 64 << 10;
 pub(crate) struct DatagramSocket {
     socket: UdpSocket,
     state: UdpSocketState,
-    /// Used by one task after the other: memory that was written once stays.
+    /// Used by one task after the other, so that its pages are mapped once.
     buffer: tokio::sync::Mutex<Vec<u8>>,
 }
 
@@ -38,30 +39,29 @@ impl AsFd for DatagramSocket {
 }
 
 impl DatagramSocket {
-    /// Makes a bound socket ready to receive.
-    ///
-    /// # Errors
-    /// If it cannot be watched, or cannot say where datagrams were sent to.
+    /// Registers a bound socket.
     pub(crate) fn new(socket: std::net::UdpSocket) -> io::Result<Self> {
         let socket = UdpSocket::from_std(socket)?;
-        // The library asks the kernel for each datagram's destination: on a wildcard address, the
-        // answer must leave from where the question went to.
+        // Enables the destination of each datagram: on a wildcard address, the reply must leave from
+        // the address of the request.
         let state = UdpSocketState::new((&socket).into())?;
         let buffer = vec![0; BATCH_SIZE * DATAGRAM].into();
         Ok(Self { socket, state, buffer })
     }
 
-    /// Answers datagrams, in one task and in memory that does not grow, until the sender of
-    /// `orders` is dropped.
-    pub(crate) async fn run<S: Service>(self: Arc<Self>, orders: watch::Receiver<Assignment<S>>) {
-        run_until_reassigned(orders, |duty| self.answer_for(duty)).await;
+    /// Answers datagrams in one task, until the sender of `assignments` is dropped.
+    pub(crate) async fn run<S: Service>(
+        self: Arc<Self>,
+        assignments: watch::Receiver<Assignment<S>>,
+    ) {
+        run_until_reassigned(assignments, |current| self.answer_for(current)).await;
     }
 
-    async fn answer_for<S: Service>(&self, duty: Assignment<S>) {
+    async fn answer_for<S: Service>(&self, current: Assignment<S>) {
         let mut buffer = self.buffer.lock().await;
         let mut metas = [RecvMeta::default(); BATCH_SIZE];
         let mut reply = Vec::new();
-        let mut pause = AcceptBackoff::default();
+        let mut backoff = AcceptBackoff::default();
         loop {
             let received = self.socket.async_io(Interest::READABLE, || {
                 let mut pieces = buffer.chunks_mut(DATAGRAM);
@@ -72,19 +72,19 @@ impl DatagramSocket {
             let received = match received.await {
                 Ok(received) => received,
                 Err(error) => {
-                    pause.after(&duty.instance, "cannot receive datagrams", &error).await;
+                    backoff.wait(&current.instance, "cannot receive datagrams", &error).await;
                     continue;
                 }
             };
-            pause.reset();
+            backoff.reset();
             let now = Instant::now();
             for (meta, payload) in metas.iter().zip(buffer.chunks(DATAGRAM)).take(received) {
                 let payload = payload.get(..meta.len).unwrap_or_default();
                 // The kernel may hand over several datagrams of one sender as one.
                 for datagram in segments(payload, meta.stride) {
-                    let answered = self.answer_one(meta, datagram, now, &duty, &mut reply);
-                    let became = answered.err().unwrap_or(Datagram::Answered);
-                    duty.instance.counts().datagrams.add(became);
+                    let result = self.answer_one(meta, datagram, now, &current, &mut reply);
+                    let outcome = result.err().unwrap_or(Datagram::Answered);
+                    current.instance.counts().datagrams.add(outcome);
                 }
             }
             // A flood of datagrams must not keep the other tasks of this thread waiting.
@@ -92,36 +92,36 @@ impl DatagramSocket {
         }
     }
 
-    /// Answers a datagram if it may be; or says why not.
+    /// Answers a datagram, or returns the outcome that prevented the reply.
     fn answer_one<S: Service>(
         &self,
         meta: &RecvMeta,
         datagram: &[u8],
         now: Instant,
-        duty: &Assignment<S>,
+        assignment: &Assignment<S>,
         reply: &mut Vec<u8>,
     ) -> Result<(), Datagram> {
-        let service = &duty.instance.service;
+        let service = &assignment.instance.service;
         let resembles_reply = || service.resembles_reply(datagram);
-        if !may_be_answered(meta.addr, meta.dst_ip, &duty.own_ports, resembles_reply) {
+        if !may_be_answered(meta.addr, meta.dst_ip, &assignment.own_ports, resembles_reply) {
             return Err(Datagram::Unanswerable);
         }
-        duty.instance.admit_datagram(meta.addr.ip(), now)?;
+        assignment.instance.admit_datagram(meta.addr.ip(), now)?;
         reply.clear();
         service.reply(datagram, reply)?;
-        // A queue that is full drops the answer, as any network may.
-        let sent = self.state.try_send((&self.socket).into(), &answer_to(meta, reply));
+        // A full send queue drops the reply, as any network may.
+        let sent = self.state.try_send((&self.socket).into(), &reply_to(meta, reply));
         sent.map_err(|_| Datagram::Failed)
     }
 }
 
 fn segments(payload: &[u8], stride: usize) -> impl Iterator<Item = &[u8]> {
-    // An empty datagram is one, too.
+    // An empty datagram is a segment, too.
     let empty = payload.is_empty().then_some(payload);
     empty.into_iter().chain(payload.chunks(stride.max(1)))
 }
 
-fn answer_to<'a>(meta: &RecvMeta, reply: &'a [u8]) -> Transmit<'a> {
+fn reply_to<'a>(meta: &RecvMeta, reply: &'a [u8]) -> Transmit<'a> {
     Transmit {
         destination: meta.addr,
         ecn: None,
@@ -136,10 +136,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn coalesced_datagrams_are_told_apart() {
-        let told = |payload, stride| segments(payload, stride).collect::<Vec<_>>();
-        assert_eq!(told(b"", 0), [b""]);
-        assert_eq!(told(b"a", 1), [b"a"]);
-        assert_eq!(told(b"aabbc", 2), [&b"aa"[..], b"bb", b"c"]);
+    fn splits_coalesced_datagrams() {
+        let split = |payload, stride| segments(payload, stride).collect::<Vec<_>>();
+        assert_eq!(split(b"", 0), [b""]);
+        assert_eq!(split(b"a", 1), [b"a"]);
+        assert_eq!(split(b"aabbc", 2), [&b"aa"[..], b"bb", b"c"]);
     }
 }

@@ -80,7 +80,7 @@ pub(crate) async fn send_encoded<S: Stream>(
                     sending.next(size, |piece, offset| file.read_at(piece, offset).map(|()| true));
                 (sending, read)
             });
-            let reading = connection.wait_for(reading).await?;
+            let reading = connection.with_read_timeout(reading).await?;
             let (returned, read) = reading.map_err(ServeError::Service)?;
             sending = returned;
             read.map_err(ServeError::Service)?;

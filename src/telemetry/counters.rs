@@ -1,7 +1,6 @@
-//! What a service counts, for the log's sums and for the metrics.
+//! Counters of a service, for the metrics and for summaries in the log.
 //!
-//! Plain atomic numbers: counting takes no lock, and whoever reads them asks nobody to wait.
-//! They only grow, also across a reload that changes the service.
+//! They are atomic and never decrease, not even when a reload changes the service.
 
 use std::marker::PhantomData;
 use std::num::NonZeroU32;
@@ -13,72 +12,68 @@ use parking_lot::Mutex;
 use crate::telemetry::peer::Peer;
 use crate::text::counted;
 
-/// After a listener's fault, the service is called not well for so long; longer than the longest
-/// pause after which it tries again.
-const TROUBLE_LASTS: Duration = Duration::from_secs(5);
+/// Time for which a service is unhealthy after a fault of a listener. It exceeds the longest backoff.
+const FAULT_DURATION: Duration = Duration::from_secs(5);
 
-/// A fault that comes and goes is said so often at most.
-const SAY_AGAIN: Duration = Duration::from_mins(1);
+/// Minimum time between two log messages about faults.
+const FAULT_LOG_INTERVAL: Duration = Duration::from_mins(1);
 
-/// How a connection ended.
+/// The outcome of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ending {
+pub enum ConnectionOutcome {
     /// Everything was delivered.
     Complete,
-    /// The client, or the way to it, ended it.
+    /// The client or the network ended it.
     Reset,
-    /// The client took no byte for too long.
+    /// The client acknowledged no byte for `idle-timeout`.
     IdleTimeout,
-    /// It lasted too long.
     MaxDuration,
-    /// The daemon, or its service, ended before it.
+    /// The daemon or the service ended first.
     Shutdown,
-    /// The service, or this machine, could not go on.
+    /// The service or this machine failed.
     Failed,
-    /// A fault of the program.
+    /// A bug of handout.
     Panic,
 }
 
-/// Why a connection ended before anything was said.
+/// The reason why a connection was not served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
+pub enum RejectReason {
     /// The access lists do not permit the client.
     Access,
-    /// The client has as many connections as it may.
     MaxPerClient,
-    /// A balancer did not say whom it speaks for.
+    /// A load balancer sent no valid PROXY header.
     ProxyProtocol,
-    /// The client gave up in the queue.
+    /// The client left the accept queue.
     Aborted,
 }
 
-/// What became of a datagram.
+/// The outcome of a datagram.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Datagram {
-    /// It was answered.
     Answered,
-    /// An answer could be part of a loop, or go to more than one host.
+    /// A reply could be part of a loop, or reach more than one host.
     Unanswerable,
     /// The access lists do not permit the client.
     Access,
-    /// There were too many, from this client or in all.
+    /// Too many from this client or in total.
     Rate,
-    /// The answer could not be sent.
+    /// The reply could not be sent.
     Failed,
 }
 
-/// What has a name in the log and in the metrics, and is counted by it.
+/// A label of a counter, with its name in the log and in the metrics.
 pub trait Label: Copy + PartialEq + 'static {
-    /// All of them, each with its name.
+    /// All values and their names.
     const NAMED: &'static [(Self, &'static str)];
 
-    /// Its name.
+    /// Returns the name.
     fn name(self) -> &'static str {
         Self::NAMED.iter().find(|(label, _)| *label == self).map_or("", |(_, name)| name)
     }
 }
 
-impl Label for Ending {
+impl Label for ConnectionOutcome {
     const NAMED: &'static [(Self, &'static str)] = &[
         (Self::Complete, "complete"),
         (Self::Reset, "reset"),
@@ -90,7 +85,7 @@ impl Label for Ending {
     ];
 }
 
-impl Label for Refusal {
+impl Label for RejectReason {
     const NAMED: &'static [(Self, &'static str)] = &[
         (Self::Access, "access"),
         (Self::MaxPerClient, "max-per-client"),
@@ -109,10 +104,10 @@ impl Label for Datagram {
     ];
 }
 
-/// One number for each of a set of labels.
+/// A counter for each value of a label.
 #[derive(Debug)]
 pub struct Counter<L: Label> {
-    /// In the order of the labels.
+    /// In the order of [`Label::NAMED`].
     numbers: Box<[AtomicU64]>,
     labels: PhantomData<L>,
 }
@@ -125,7 +120,7 @@ impl<L: Label> Default for Counter<L> {
 }
 
 impl<L: Label> Counter<L> {
-    /// Counts one more.
+    /// Increments the counter of `label`.
     pub fn add(&self, label: L) {
         let mut counted = L::NAMED.iter().zip(&self.numbers);
         if let Some((_, number)) = counted.find(|((counted, _), _)| *counted == label) {
@@ -133,7 +128,7 @@ impl<L: Label> Counter<L> {
         }
     }
 
-    /// How many there have been of each.
+    /// Returns all counters.
     pub fn each(&self) -> impl Iterator<Item = (L, u64)> {
         L::NAMED
             .iter()
@@ -141,7 +136,7 @@ impl<L: Label> Counter<L> {
             .map(|((label, _), n)| (*label, n.load(Ordering::Relaxed)))
     }
 
-    /// How many there have been of each since the last call with the same `before`.
+    /// Returns the increments since the last call with the same `before`.
     fn take_new(&self, before: &mut Vec<u64>) -> Vec<(L, u64)> {
         before.resize(self.numbers.len(), 0);
         let new = self
@@ -151,26 +146,26 @@ impl<L: Label> Counter<L> {
         new.collect()
     }
 
-    /// How many there have been of one.
+    /// Returns the counter of `label`.
     pub fn get(&self, label: L) -> u64 {
         self.each().find(|(counted, _)| *counted == label).map_or(0, |(_, number)| number)
     }
 
-    /// How many there have been of all together.
+    /// Returns the sum of all counters.
     pub fn total(&self) -> u64 {
         self.each().map(|(_, number)| number).sum()
     }
 }
 
-/// The upper bounds of the histogram of durations, in seconds: from an answer that fits one packet
-/// to the default `max-duration`.
+/// Upper bounds of the histogram of durations, in seconds: from a reply of one packet to the default
+/// `max-duration`.
 pub(crate) const DURATION_BOUNDS: [f64; 12] =
     [0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0];
 
-/// How long connections lasted.
+/// Histogram of the durations of connections.
 #[derive(Debug, Default)]
 pub struct Durations {
-    /// One for each bound, and one for what is above them.
+    /// One for each bound, and one for longer durations.
     buckets: [AtomicU64; DURATION_BOUNDS.len() + 1],
     microseconds: AtomicU64,
 }
@@ -186,8 +181,7 @@ impl Durations {
         self.microseconds.fetch_add(microseconds, Ordering::Relaxed);
     }
 
-    /// All of them together in seconds; and how many there were in each bucket alone, with its
-    /// upper bound.
+    /// Returns the sum in seconds, and the upper bound and count of each bucket (not cumulative).
     pub fn read(&self) -> (f64, Vec<(f64, u64)>) {
         let sum = Duration::from_micros(self.microseconds.load(Ordering::Relaxed)).as_secs_f64();
         let bounds = DURATION_BOUNDS.into_iter().chain([f64::INFINITY]);
@@ -196,147 +190,147 @@ impl Durations {
     }
 }
 
-/// What one service counts.
+/// The counters of one service.
 #[derive(Debug, Default)]
 pub struct Counts {
     begun: AtomicU64,
-    /// Connections that ended, by how.
-    pub endings: Counter<Ending>,
-    /// Connections that never were served.
-    pub refusals: Counter<Refusal>,
-    /// Datagrams that arrived.
+    /// Ended connections.
+    pub outcomes: Counter<ConnectionOutcome>,
+    /// Connections that were not served.
+    pub rejections: Counter<RejectReason>,
+    /// Received datagrams.
     pub datagrams: Counter<Datagram>,
-    /// How long the connections that ended have lasted.
+    /// Durations of ended connections.
     pub durations: Durations,
     sent: AtomicU64,
-    trouble: Mutex<Trouble>,
-    /// Connections that ended before the client took anything, as a rule health checks and port
-    /// scans. They are counted among `endings`, too.
-    unserved: Counter<Ending>,
+    fault: Mutex<ListenerFault>,
+    /// Connections that ended before the client read anything, mostly health checks and port scans.
+    /// `outcomes` includes them.
+    unserved: Counter<ConnectionOutcome>,
     /// An example peer for the log.
     unserved_peer: Mutex<Option<Peer>>,
-    /// What the log has been told.
-    summed_up: Mutex<SummedUp>,
+    summarized: Mutex<Summarized>,
     limit: LimitState,
 }
 
-/// Whether clients have to wait because all of a service's connections are in use.
+/// Whether clients wait because the connection limit is reached.
 #[derive(Debug, Default)]
 struct LimitState {
-    /// A client had to wait since the last look.
+    /// A client had to wait since the last check.
     waited: AtomicBool,
-    /// The log says that the limit is reached.
+    /// The log reports that the limit is reached.
     reported: AtomicBool,
 }
 
-/// When the listeners of a service last had a fault, and when that was last said.
+/// The last fault of a listener, such as a lack of descriptors.
 #[derive(Debug, Default)]
-struct Trouble {
+struct ListenerFault {
     last: Option<Instant>,
-    said: Option<Instant>,
+    logged: Option<Instant>,
 }
 
-/// The counts that are in the log already, in the order of their labels.
+/// The counts that the log contains already, in the order of their labels.
 #[derive(Debug, Default)]
-struct SummedUp {
+struct Summarized {
     datagrams: Vec<u64>,
-    refusals: Vec<u64>,
+    rejections: Vec<u64>,
     unserved: Vec<u64>,
 }
 
 impl Counts {
-    /// A connection begins.
+    /// Counts a started connection.
     pub fn begin(&self) {
         self.begun.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// One that began is not served, and is counted as a refusal.
+    /// Takes a started connection back, which is counted as rejected.
     pub fn take_back(&self) {
         self.begun.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// A connection has ended.
-    pub fn end(&self, ending: Ending, duration: Duration) {
-        self.endings.add(ending);
+    /// Counts an ended connection.
+    pub fn end(&self, outcome: ConnectionOutcome, duration: Duration) {
+        self.outcomes.add(outcome);
         self.durations.add(duration);
     }
 
-    /// How many connections there are at this moment.
+    /// Returns the number of open connections.
     pub fn active(&self) -> u64 {
-        // In this order, one that begins meanwhile is not counted as ended only.
-        let ended = self.endings.total();
+        // In this order: a connection that begins and ends meanwhile must not count as ended only.
+        let ended = self.outcomes.total();
         self.begun.load(Ordering::Relaxed).saturating_sub(ended)
     }
 
-    /// The kernel has taken so many bytes for a client.
+    /// Counts bytes that the kernel accepted for a client.
     pub fn add_sent(&self, bytes: u64) {
         self.sent.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// How many bytes the kernel has taken for clients.
+    /// Returns the number of bytes that the kernel accepted for clients.
     pub fn sent(&self) -> u64 {
         self.sent.load(Ordering::Relaxed)
     }
 
-    /// Counts a connection that ended before its client took anything. It has no line of its own.
-    pub fn add_unserved(&self, ending: Ending, peer: Peer) {
-        self.unserved.add(ending);
-        // Any of them will do: no connection waits for another's.
+    /// Counts a connection that ended before its client read anything, and is not logged itself.
+    pub fn add_unserved(&self, outcome: ConnectionOutcome, peer: Peer) {
+        self.unserved.add(outcome);
+        // Any example will do, so none is worth a wait.
         if let Some(mut example) = self.unserved_peer.try_lock() {
             *example = Some(peer);
         }
     }
 
-    /// Logs what strangers have caused since the last time, if anything.
+    /// Logs sums of rejected and unserved clients and of datagrams since the last call.
     pub fn log_summary(&self, service: &str, max_per_client: NonZeroU32) {
-        let mut before = self.summed_up.lock();
+        let mut before = self.summarized.lock();
         let datagrams = self.datagrams.take_new(&mut before.datagrams);
-        let refusals = self.refusals.take_new(&mut before.refusals);
+        let rejections = self.rejections.take_new(&mut before.rejections);
         let unserved = self.unserved.take_new(&mut before.unserved);
         drop(before);
-        sum_up_datagrams(service, &datagrams);
-        sum_up_refusals(service, &refusals, max_per_client);
+        log_datagrams(service, &datagrams);
+        log_rejections(service, &rejections, max_per_client);
         let example = self.unserved_peer.lock().take();
-        sum_up_unserved(service, &unserved, example);
+        log_unserved(service, &unserved, example);
     }
 
-    /// A client has to wait, as all connections are in use. True if it is time to say so.
+    /// Records that a client waits for a permit. Returns whether to log it.
     pub fn note_limit_reached(&self) -> bool {
         self.limit.waited.store(true, Ordering::Relaxed);
         !self.limit.reported.swap(true, Ordering::Relaxed)
     }
 
-    /// Whether the log is to say that the limit is not reached any more: no client had to wait
-    /// since the last call, so that a service at its limit does not fill the log. `is_full` is
-    /// whether all connections are in use now.
+    /// Returns whether to log that the limit is no longer reached: no client had to wait since the
+    /// last call, so that a service at its limit does not fill the log. `is_full`: all permits are
+    /// in use.
     pub fn take_limit_recovered(&self, is_full: bool) -> bool {
         let waited = self.limit.waited.swap(false, Ordering::Relaxed);
         !is_full && !waited && self.limit.reported.swap(false, Ordering::Relaxed)
     }
 
-    /// A listener ran into a fault that is not its clients'. True if it is time to say so.
-    pub fn note_trouble(&self) -> bool {
-        let mut trouble = self.trouble.lock();
+    /// Records a fault of a listener that no client caused. Returns whether to log it.
+    pub fn note_fault(&self) -> bool {
+        let mut fault = self.fault.lock();
         let now = Instant::now();
-        trouble.last = Some(now);
-        let said_lately = trouble.said.is_some_and(|said| now.duration_since(said) < SAY_AGAIN);
-        if !said_lately {
-            trouble.said = Some(now);
+        fault.last = Some(now);
+        let is_recent = |logged| now.duration_since(logged) < FAULT_LOG_INTERVAL;
+        let must_log = !fault.logged.is_some_and(is_recent);
+        if must_log {
+            fault.logged = Some(now);
         }
-        !said_lately
+        must_log
     }
 
-    /// Whether a listener has had such a fault just now.
-    pub fn in_trouble(&self) -> bool {
-        let trouble = self.trouble.lock();
-        trouble.last.is_some_and(|last| last.elapsed() < TROUBLE_LASTS)
+    /// Whether a listener had a fault recently.
+    pub fn has_recent_fault(&self) -> bool {
+        let fault = self.fault.lock();
+        fault.last.is_some_and(|last| last.elapsed() < FAULT_DURATION)
     }
 }
 
-fn sum_up_datagrams(service: &str, new: &[(Datagram, u64)]) {
+fn log_datagrams(service: &str, new: &[(Datagram, u64)]) {
     let (answered, dropped): (Vec<_>, Vec<_>) =
-        new.iter().partition(|(became, _)| *became == Datagram::Answered);
-    let reasons = list_reasons(&dropped, |became| match became {
+        new.iter().partition(|(outcome, _)| *outcome == Datagram::Answered);
+    let reasons = list_reasons(&dropped, |outcome| match outcome {
         Datagram::Unanswerable => "without a safe reply",
         Datagram::Access => "by the access lists",
         Datagram::Rate => "over the rate",
@@ -351,24 +345,26 @@ fn sum_up_datagrams(service: &str, new: &[(Datagram, u64)]) {
     }
 }
 
-fn sum_up_refusals(service: &str, new: &[(Refusal, u64)], max_per_client: NonZeroU32) {
+fn log_rejections(service: &str, new: &[(RejectReason, u64)], max_per_client: NonZeroU32) {
     let of = |reason| total(&new.iter().filter(|(label, _)| *label == reason).collect::<Vec<_>>());
-    let (denied, crowded) = (of(Refusal::Access), of(Refusal::MaxPerClient));
-    let (headless, aborted) = (of(Refusal::ProxyProtocol), of(Refusal::Aborted));
+    let (denied, over_client_limit) = (of(RejectReason::Access), of(RejectReason::MaxPerClient));
+    let (missing_proxy_header, aborted) =
+        (of(RejectReason::ProxyProtocol), of(RejectReason::Aborted));
     let connections = |count| counted(count, "connection");
-    if denied + crowded > 0 {
-        let reasons = [(denied, "not permitted"), (crowded, "over max-per-client")];
+    if denied + over_client_limit > 0 {
+        let reasons = [(denied, "not permitted"), (over_client_limit, "over max-per-client")];
         let occurred = reasons.iter().filter(|(count, _)| *count > 0);
         let reasons: Vec<_> = occurred.map(|(count, why)| format!("{count} {why}")).collect();
-        let limit = if crowded > 0 { format!(" ({max_per_client})") } else { String::new() };
-        let (connections, reasons) = (connections(denied + crowded), reasons.join(", "));
+        let limit =
+            if over_client_limit > 0 { format!(" ({max_per_client})") } else { String::new() };
+        let (connections, reasons) = (connections(denied + over_client_limit), reasons.join(", "));
         let message = format_args!("{service}: {connections} reset: {reasons}{limit}");
-        tracing::info!(service, denied, crowded, max_per_client, "{message}");
+        tracing::info!(service, denied, over_client_limit, max_per_client, "{message}");
     }
-    if headless > 0 {
-        let connections = connections(headless);
+    if missing_proxy_header > 0 {
+        let connections = connections(missing_proxy_header);
         let message = format_args!("{service}: {connections} reset: no PROXY header");
-        tracing::info!(service, headless, "{message}");
+        tracing::info!(service, missing_proxy_header, "{message}");
     }
     if aborted > 0 {
         let connections = connections(aborted);
@@ -377,7 +373,7 @@ fn sum_up_refusals(service: &str, new: &[(Refusal, u64)], max_per_client: NonZer
     }
 }
 
-fn sum_up_unserved(service: &str, new: &[(Ending, u64)], example: Option<Peer>) {
+fn log_unserved(service: &str, new: &[(ConnectionOutcome, u64)], example: Option<Peer>) {
     let new: Vec<_> = new.iter().collect();
     let unserved = total(&new);
     if unserved > 0 {
@@ -410,17 +406,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_label_is_counted_by_itself_under_its_name() {
+    fn counts_each_label_under_its_name() {
         let counter = Counter::default();
-        counter.add(Ending::IdleTimeout);
-        counter.add(Ending::IdleTimeout);
-        counter.add(Ending::Panic);
-        assert_eq!((counter.get(Ending::IdleTimeout), counter.total()), (2, 3));
-        assert_eq!(Ending::IdleTimeout.name(), "idle-timeout");
+        counter.add(ConnectionOutcome::IdleTimeout);
+        counter.add(ConnectionOutcome::IdleTimeout);
+        counter.add(ConnectionOutcome::Panic);
+        assert_eq!((counter.get(ConnectionOutcome::IdleTimeout), counter.total()), (2, 3));
+        assert_eq!(ConnectionOutcome::IdleTimeout.name(), "idle-timeout");
     }
 
     #[test]
-    fn a_duration_is_counted_once_and_within_its_bound() {
+    fn counts_each_duration_in_one_bucket() {
         let durations = Durations::default();
         for milliseconds in [0, 1, 2, 1_000, 3_600_000, 3_600_001] {
             durations.add(Duration::from_millis(milliseconds));
@@ -432,28 +428,28 @@ mod tests {
     }
 
     #[test]
-    fn connections_are_active_from_their_beginning_to_their_end() {
+    fn counts_connections_as_active_until_they_end() {
         let counts = Counts::default();
         counts.begin();
         counts.begin();
         assert_eq!(counts.active(), 2);
-        counts.end(Ending::Reset, Duration::ZERO);
-        assert_eq!((counts.active(), counts.endings.get(Ending::Reset)), (1, 1));
+        counts.end(ConnectionOutcome::Reset, Duration::ZERO);
+        assert_eq!((counts.active(), counts.outcomes.get(ConnectionOutcome::Reset)), (1, 1));
     }
 
     #[test]
-    fn only_what_is_new_is_summed_up() {
+    fn summarizes_new_counts_only() {
         let counter = Counter::default();
         let mut before = Vec::new();
         let mut new = || counter.take_new(&mut before).into_iter().map(|(_, new)| new).sum::<u64>();
         assert_eq!(new(), 0);
-        counter.add(Refusal::Access);
-        counter.add(Refusal::Aborted);
+        counter.add(RejectReason::Access);
+        counter.add(RejectReason::Aborted);
         assert_eq!((new(), new()), (2, 0));
     }
 
     #[test]
-    fn a_limit_is_reported_once_until_a_whole_interval_without_waiting_clients() {
+    fn reports_a_limit_once_until_no_client_waited_for_an_interval() {
         let counts = Counts::default();
         assert!(counts.note_limit_reached() && !counts.note_limit_reached());
         // Clients waited in this interval; in the next, all connections are still in use.

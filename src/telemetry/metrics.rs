@@ -106,7 +106,7 @@ impl Monitor {
         let draining = draining.then(|| "the daemon is stopping".to_owned());
         let services = self.services();
         let of_services = services.iter().filter_map(|served| {
-            served.problem().map(|trouble| format!("{}: {trouble}", served.name()))
+            served.problem().map(|fault| format!("{}: {fault}", served.name()))
         });
         draining.into_iter().chain(of_services).collect()
     }
@@ -172,13 +172,13 @@ impl Snapshot {
             to,
             ("connections", "Connections that have ended, by how they ended"),
             "outcome",
-            |served| Some(&served.counts().endings),
+            |served| Some(&served.counts().outcomes),
         )?;
         self.by_label(
             to,
             ("refused", "Connections that were reset, or given up in the queue, before a word"),
             "reason",
-            |served| Some(&served.counts().refusals),
+            |served| Some(&served.counts().rejections),
         )?;
         self.gauges(to, ("connections_active", "Connections at this moment"), None, |served| {
             Some(served.counts().active())

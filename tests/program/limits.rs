@@ -150,7 +150,7 @@ fn resets_clients_over_max_per_client_and_serves_others() {
     eventually("a free permit", || begin().is_ok());
     assert!(daemon.stop().success());
     let line = daemon.wait_for_message("over max-per-client");
-    assert!(line["crowded"].as_u64().unwrap() >= 1, "{line}");
+    assert!(line["over_client_limit"].as_u64().unwrap() >= 1, "{line}");
     assert!(says(&line, "over max-per-client (2)"), "{line}");
 }
 

@@ -202,7 +202,7 @@ fn resets_and_counts_connections_without_a_header() {
     assert_eq!(active(&daemon, "time.clock"), 0.0);
     assert_eq!(time(&daemon, &v1("192.0.2.7:4321")).unwrap().len(), 27);
     assert!(daemon.stop().success());
-    assert_eq!(daemon.wait_for_message("no PROXY header")["headless"], 9);
+    assert_eq!(daemon.wait_for_message("no PROXY header")["missing_proxy_header"], 9);
     // Rejected connections are summarized in one line.
     assert_eq!(daemon.wait_for_connections(1).len(), 1);
 }
@@ -239,8 +239,8 @@ fn applies_limits_and_access_lists_to_the_client_behind_a_balancer() {
     }
     // Another host of the same /64 is the same client; the port does not matter.
     held.push(ask("[2001:db8::2]:1").unwrap());
-    for crowded in ["192.0.2.7:3", "[2001:db8::3]:1"] {
-        assert_eq!(ask(crowded).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    for excess in ["192.0.2.7:3", "[2001:db8::3]:1"] {
+        assert_eq!(ask(excess).unwrap_err().kind(), ErrorKind::ConnectionReset);
     }
     for denied in ["192.0.2.66:1", "198.51.100.1:1"] {
         assert_eq!(ask(denied).unwrap_err().kind(), ErrorKind::ConnectionReset);

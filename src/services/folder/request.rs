@@ -59,7 +59,7 @@ impl FolderService {
         connection: &mut Connection<S>,
     ) -> Result<(), ServeError> {
         if line.is_empty() {
-            return match connection.wait_for(self.list()).await? {
+            return match connection.with_read_timeout(self.list()).await? {
                 Ok(list) => connection.send(list.as_bytes()).await,
                 Err(problem) => refuse(connection, &problem, None).await,
             };
@@ -68,7 +68,7 @@ impl FolderService {
             let name = String::from_utf8_lossy(line);
             return refuse(connection, "the name is not UTF-8", Some(&name)).await;
         };
-        let found = connection.wait_for(self.find(name)).await?;
+        let found = connection.with_read_timeout(self.find(name)).await?;
         if found.is_ok() {
             self.log_readable(name);
         }
