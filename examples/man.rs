@@ -17,13 +17,13 @@ use handout::cli::args::{Cli, DEFAULT_CONFIG};
 const CONFIGURATION: &str = include_str!("../config/handout.toml");
 
 const DESCRIPTION: &str = "\
-handout serve is a daemon that serves the time and files over plain TCP to any client that can open a \
-socket, such as nc(1) or telnet(1). The other commands check its configuration, reload it, and are \
+handout serve is a daemon that serves the time and files over plain TCP to any client that can \
+open a socket, such as nc(1) or telnet(1). The other commands check its configuration, reload it, and are \
 clients for its services.";
 
 const CONFIGURATION_DESCRIPTION: &str = "\
-The configuration is written in TOML. Below is the shipped configuration: every key with its default \
-and its meaning.";
+The configuration is written in TOML. Below is the shipped configuration: every key with its \
+default and its meaning.";
 
 const FILES: &[(&str, &str)] = &[
     (DEFAULT_CONFIG, "The default configuration file; see handout.toml(5)."),
@@ -34,14 +34,14 @@ const FILES: &[(&str, &str)] = &[
     ),
     (
         ".handout-alerts.json",
-        "In the state folder of the service, such as /var/lib/handout: alerts to be sent.",
+        "In the state folder of the service, such as /var/lib/handout: the queue of alerts.",
     ),
     ("/run/handout/", "The folder for Unix sockets of the service."),
     ("/run/handout/control", "The socket of handout reload, for root and the user of the service."),
     ("/usr/share/doc/handout/", "The wire formats, and examples."),
 ];
 const ENVIRONMENT: &[(&str, &str)] = &[
-    ("HANDOUT_CONFIG", "The configuration file, without --config."),
+    ("HANDOUT_CONFIG", "The configuration file if --config is absent."),
     ("NO_COLOR", "If set and not empty, the log on a terminal has no colours."),
     ("TZ", "The local time zone."),
     (
@@ -50,25 +50,25 @@ const ENVIRONMENT: &[(&str, &str)] = &[
     ),
     (
         "RUNTIME_DIRECTORY",
-        "Set by systemd (RuntimeDirectory=): where the control socket is, instead of /run/handout.",
+        "Set by systemd (RuntimeDirectory=): the folder of the control socket [/run/handout].",
     ),
-    ("STATE_DIRECTORY", "Set by systemd (StateDirectory=): where alerts wait to be sent."),
-    ("CREDENTIALS_DIRECTORY", "Set by systemd: where the secrets are that LoadCredential= passes."),
+    ("STATE_DIRECTORY", "Set by systemd (StateDirectory=): the folder of the queue of alerts."),
+    ("CREDENTIALS_DIRECTORY", "Set by systemd: the folder of the secrets from LoadCredential=."),
 ];
 const SIGNALS: &[(&str, &str)] = &[
     (
         "SIGTERM, SIGINT",
-        "handout serve closes its listeners at once; connections get the configured grace to \
-         finish, then they are reset; mirrors end, and go on where they were the next time; alerts that \
-         are due are sent, and what cannot be waits for the next time. A second \
-         signal ends it now. A client ends, and leaves nothing half done; download keeps what has \
-         come, hidden, to go on from there.",
+        "handout serve closes its listeners at once. Connections that do not finish within the \
+         configured grace are reset. Mirrors stop, and resume their downloads at the next start. \
+         Due alerts are sent; the others stay in the queue. A second signal ends the daemon at \
+         once. Clients end without leaving incomplete files, except for the hidden file from which \
+         handout download resumes.",
     ),
     (
         "SIGHUP",
-        "handout serve reads its configuration anew, all or nothing: a service that did not \
-         change keeps its sockets and its connections, and if there is any fault everything stays \
-         as it is, and the log says why. handout reload does the same and waits for the outcome.",
+        "handout serve reloads its configuration. Unchanged services keep their sockets and \
+         connections. If the configuration has a fault, nothing changes and the fault is logged. \
+         handout reload does the same and waits for the outcome.",
     ),
 ];
 
@@ -124,14 +124,14 @@ fn configuration() -> String {
     page.control("SH", ["NAME"]).text([roman("handout.toml - the configuration of handout(1)")]);
     page.control("SH", ["DESCRIPTION"]).text([roman(CONFIGURATION_DESCRIPTION)]);
     page.control("SH", ["THE FILE"]);
-    // The lines are long.
+    // Without indentation, because the lines are long.
     page.control("in", ["0"]);
     example(&mut page, CONFIGURATION.lines());
     page.control("SH", ["SEE ALSO"]).text([roman("handout(1)")]);
     page.to_roff()
 }
 
-/// Without a date, so that builds are reproducible.
+/// Returns a page with its title, without a date, so that builds are reproducible.
 fn title(name: &str, section: &str) -> Roff {
     let mut roff = Roff::new();
     let source = concat!("handout ", env!("CARGO_PKG_VERSION"));
@@ -170,7 +170,7 @@ fn paragraphs(roff: &mut Roff, text: &str) {
     }
 }
 
-/// Adds lines verbatim.
+/// Adds lines verbatim, as an example.
 fn example<'a>(roff: &mut Roff, lines: impl Iterator<Item = &'a str>) {
     roff.control("EX", []);
     for line in lines {

@@ -23,7 +23,7 @@
 //!
 //! `docs/architecture.md` follows a connection, a configuration value, an alert and a mirrored file
 //! through the folders.
-// Not `forbid`, which would not let `kernel` have its exception.
+// Not `forbid`, because `sys` needs an exception.
 #![deny(unsafe_code, missing_docs)]
 #![warn(unreachable_pub)]
 #![warn(clippy::pedantic, clippy::unwrap_used, clippy::indexing_slicing)]
@@ -63,7 +63,7 @@ mod text;
 /// Items for fuzz targets, benchmarks and tests; not an interface.
 #[doc(hidden)]
 pub mod internals {
-    pub use crate::client::time_reply::{Told, read_rfc868, read_text};
+    pub use crate::client::time_reply::{ParsedTime, read_rfc868, read_text};
     pub use crate::clock::Format;
     pub use crate::config::{Config, Sources, load_part};
     pub use crate::config_reader::diagnostic::Position;

@@ -1,4 +1,4 @@
-//! The `handout` executable.
+//! Entry point of the `handout` executable; the library contains the program.
 
 #![forbid(unsafe_code)]
 

@@ -47,7 +47,7 @@ impl Workers {
         })
     }
 
-    /// All loops, beginning with that of the thread that called [`Workers::start`].
+    /// Returns all loops; the first is that of the caller of [`Workers::start`].
     pub(crate) fn loops(&self) -> &[Handle] {
         &self.loops
     }

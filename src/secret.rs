@@ -12,7 +12,7 @@ use crate::fs::file::OpenFile;
 /// Maximum length of a secret, in bytes.
 const MAX_SECRET: u64 = 64 << 10;
 
-/// A text that `Debug` does not print.
+/// A text that its `Debug` form does not contain.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
@@ -86,8 +86,8 @@ impl Secrets {
     }
 }
 
-/// Returns the file of a secret: the credential of that name (systemd.exec(5), `LoadCredential=`), or
-/// a path relative to `folder`. The credentials are in memory, so this cannot hang.
+/// Returns the file of a secret: the credential of that name (systemd.exec(5), `LoadCredential=`),
+/// or a path relative to `folder`. The credentials are in memory, so this cannot hang.
 pub(crate) fn path(name: &str, folder: &Path, credentials: Option<&Path>) -> PathBuf {
     let credential = credentials.filter(|_| !name.contains('/')).map(|folder| folder.join(name));
     credential.filter(|path| path.is_file()).unwrap_or_else(|| folder.join(name))
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_with_a_secret_are_withheld() {
+    fn withholds_texts_with_a_secret() {
         let secrets = Secrets::of_login("me", &Secret("hu sh/ü".to_owned()));
         for text in [
             "550 hu sh/ü is wrong",
@@ -171,7 +171,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_encoding_of_a_secret_is_printed(secret in "\\PC{1,20}", around in "[<>]{0,5}") {
+        fn withholds_every_encoding_of_a_secret(secret in "\\PC{1,20}", around in "[<>]{0,5}") {
             let secrets = Secrets::of_login("me", &Secret(secret.clone()));
             let every: Vec<_> = secret.bytes().map(|byte| format!("%{byte:02X}")).collect();
             for written in [secret.clone(), BASE64_STANDARD.encode(&secret), every.concat()] {
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn a_credential_comes_before_a_file() {
+    fn prefers_credentials_to_files() {
         let (folder, credentials) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let found = |name| path(name, folder.path(), Some(credentials.path()));
         assert_eq!(found("token"), folder.path().join("token"));

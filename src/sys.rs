@@ -10,34 +10,26 @@ use std::task::{Context, Poll};
 use tokio::io::Interest;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
-/// A socket whose readiness can be waited for apart from what is done with it.
+/// A socket that is registered with tokio's reactor, for waiting without an I/O operation.
 #[derive(Debug)]
 pub(crate) struct RegisteredFd(AsyncFd<OwnedFd>);
 
 impl RegisteredFd {
-    /// Hands the socket to tokio's reactor, which must be running, to be told of this.
-    ///
-    /// # Errors
-    /// If it cannot be watched. The socket is closed then.
+    /// Registers the socket with the reactor of the current runtime. Closes it on failure.
     pub(crate) fn new(socket: OwnedFd, interest: Interest) -> io::Result<Self> {
-        // SAFETY: an `OwnedFd` is open and the same until it is dropped, and it is not handed out
-        // in a way that would allow to exchange it.
+        // SAFETY: an `OwnedFd` refers to the same open descriptor until it is dropped, and this
+        // type exposes no mutable access that would allow to replace it.
         let registered = unsafe { AsyncFd::register_with_interest(socket, interest) };
         Ok(Self(registered?))
     }
 
-    /// Waits until there is something to be read, or a client to be accepted.
-    ///
-    /// # Errors
-    /// If the reactor has stopped.
+    /// Waits until data can be read, or a client accepted. Fails if the reactor has stopped.
     pub(crate) async fn readable(&self) -> io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
         self.0.readable().await
     }
 
-    /// Waits until it is readable or, for [`Interest::WRITABLE`], writable.
-    ///
-    /// # Errors
-    /// If the reactor has stopped.
+    /// Polls until the socket is readable or, for [`Interest::WRITABLE`], writable. Fails if the
+    /// reactor has stopped.
     pub(crate) fn poll_ready(
         &self,
         context: &mut Context<'_>,

@@ -34,7 +34,7 @@ pub(crate) fn from_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
 /// Returns `count` with the singular or plural of `noun`: `1 file`, `2 addresses`, `0 entries`.
 /// Knows the regular English plurals.
 pub(crate) fn counted(count: impl TryInto<u64>, noun: &str) -> String {
-    // Larger than 64 bits is plural, too.
+    // A count above 64 bits is also plural.
     let count = count.try_into().unwrap_or(u64::MAX);
     if count == 1 { format!("1 {noun}") } else { format!("{count} {}", plural(noun)) }
 }
@@ -44,19 +44,19 @@ pub(crate) fn agree<'a>(count: u64, singular: &'a str, plural: &'a str) -> &'a s
     if count == 1 { singular } else { plural }
 }
 
-/// Returns what became of how many: `1 service added, 2 removed, 3 unchanged`. Counts of zero are
-/// left out; if all are zero, the last one is stated.
+/// Returns counts by outcome: `1 service added, 2 removed, 3 unchanged`. Omits counts of zero; if
+/// all are zero, states the last one.
 pub(crate) fn tally<T: TryInto<u64> + Copy>(noun: &str, parts: &[(T, &str)]) -> String {
     let mut text = String::new();
-    for (position, (count, became)) in parts.iter().enumerate() {
+    for (position, (count, outcome)) in parts.iter().enumerate() {
         let count = (*count).try_into().unwrap_or(u64::MAX);
         let is_last = position + 1 == parts.len();
         // Writing to a string does not fail.
         let _ = match (count, text.is_empty()) {
             (0, false) => Ok(()),
             (0, true) if !is_last => Ok(()),
-            (_, true) => write!(text, "{} {became}", counted(count, noun)),
-            (_, false) => write!(text, ", {count} {became}"),
+            (_, true) => write!(text, "{} {outcome}", counted(count, noun)),
+            (_, false) => write!(text, ", {count} {outcome}"),
         };
     }
     text
@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hexadecimal_digits_are_read_as_they_are_written() {
+    fn reads_hexadecimal_digits_of_either_case() {
         assert_eq!(to_hex(&[0, 0xff, 0x0a]), "00ff0a");
         assert_eq!(from_hex("00fF0a"), Some([0, 0xff, 0x0a]));
         for text in ["", "00f", "00ff", "00ff0a00", "+0ff0a", "00ffég"] {
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn nouns_agree_with_their_count() {
+    fn inflects_nouns_by_their_count() {
         let cases = [
             (0, "file", "0 files"),
             (1, "file", "1 file"),
@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tally_leaves_out_what_did_not_happen() {
+    fn omits_outcomes_with_a_count_of_zero() {
         let services = |added, removed, unchanged| {
             tally("service", &[(added, "added"), (removed, "removed"), (unchanged, "unchanged")])
         };

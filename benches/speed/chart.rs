@@ -33,15 +33,14 @@ pub fn draw(rows: &[Row]) -> Document {
         .set("height", height)
         .set("font-family", "system-ui, 'DejaVu Sans', sans-serif")
         .set("font-size", 12)
-        .add(Title::new("handout beside the least that the same work can cost"))
+        .add(Title::new("Cost of handout compared with the minimum for the same work"))
         .add(Rectangle::new().set("width", WIDTH).set("height", height).set("fill", BACKGROUND))
         .add(
-            text(16.0, 26.0, "What it costs, as a ratio to what stands on the right")
-                .set("font-size", 15),
+            text(16.0, 26.0, "Cost as a ratio to the reference on the right").set("font-size", 15),
         );
     let mut x = 16.0;
     for (colour, name) in
-        [(MET, "handout"), (MISSED, "handout, above its target"), (PEER, "somebody else")]
+        [(MET, "handout"), (MISSED, "handout, above its target"), (PEER, "other program")]
     {
         document = document
             .add(bar(x, 40.0, 12.0, colour))
@@ -52,8 +51,8 @@ pub fn draw(rows: &[Row]) -> Document {
         .add(line(x, 38.0, 16.0, INK).set("stroke-width", 2.5))
         .add(text(x + 10.0, 50.5, "target: at most").set("fill", GREY));
     for (ratio, colour) in [(0.0, FAINT), (0.5, FAINT), (1.0, GREY), (1.5, FAINT), (2.0, FAINT)] {
-        document = document.add(line(place(ratio), TOP - 6.0, bottom - TOP + 6.0, colour)).add(
-            text(place(ratio), TOP - 10.0, &ratio.to_string())
+        document = document.add(line(position(ratio), TOP - 6.0, bottom - TOP + 6.0, colour)).add(
+            text(position(ratio), TOP - 10.0, &ratio.to_string())
                 .set("text-anchor", "middle")
                 .set("fill", GREY),
         );
@@ -70,14 +69,15 @@ fn add(document: Document, row: &Row, top: f64) -> Document {
         Some(false) => MISSED,
         None => PEER,
     };
-    let end = place(row.ratio());
+    let end = position(row.ratio());
     let base = top + 16.0;
     let beside = format!("{} {}", row.beside, row.unit.show(row.other));
     let mut document = document
         .add(text(LEFT - 10.0, base, &row.what).set("text-anchor", "end"))
         .add(bar(LEFT, top + 6.0, end - LEFT, colour));
     if let Some(target) = row.target {
-        document = document.add(line(place(target), top + 3.0, 18.0, INK).set("stroke-width", 2.5));
+        document =
+            document.add(line(position(target), top + 3.0, 18.0, INK).set("stroke-width", 2.5));
     }
     if row.ratio() > MOST {
         // A gap marks a cut bar.
@@ -89,7 +89,7 @@ fn add(document: Document, row: &Row, top: f64) -> Document {
         .add(text(RIGHT + 58.0, base, &beside).set("fill", GREY).set("font-size", 11))
 }
 
-fn place(ratio: f64) -> f64 {
+fn position(ratio: f64) -> f64 {
     LEFT + (RIGHT - LEFT) * ratio.clamp(0.0, MOST) / MOST
 }
 

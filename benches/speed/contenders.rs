@@ -45,7 +45,7 @@ pub fn python(run: &Run, file: Option<&Path>) -> Option<(Server, SocketAddr)> {
 fn tells_its_address(run: &Run, command: &mut Command) -> Result<(Server, SocketAddr)> {
     let mut server = run.cores.as_server(|| Server::start(command.stdout(Stdio::piped())))??;
     let mut address = String::new();
-    let output = server.0.stdout.take().ok_or("it has no output")?;
+    let output = server.0.stdout.take().ok_or("the program has no output")?;
     BufReader::new(output).read_line(&mut address)?;
     Ok((server, address.trim().parse()?))
 }
@@ -79,13 +79,13 @@ impl Handout {
         command.stderr(File::create(&log)?);
         let start = Instant::now();
         let server = Server::start(&mut command)?;
-        let mut told = [0; 1024];
+        let mut state = [0; 1024];
         loop {
-            let length = notified.recv(&mut told).map_err(|error| {
+            let length = notified.recv(&mut state).map_err(|error| {
                 let log = fs::read_to_string(&log).unwrap_or_default();
                 format!("handout did not become ready: {error}\n{log}")
             })?;
-            if String::from_utf8_lossy(&told[..length]).contains("READY=1") {
+            if String::from_utf8_lossy(&state[..length]).contains("READY=1") {
                 let ready_after = start.elapsed();
                 return Ok(Self { server, ready_after, log, _folder: folder });
             }
@@ -106,7 +106,7 @@ impl Handout {
             }
             thread::sleep(Duration::from_millis(1));
         }
-        Err(format!("handout did not say where {service} listens").into())
+        Err(format!("handout logged no address of {service}").into())
     }
 
     /// Returns the process and the address of a service.
@@ -132,7 +132,7 @@ pub fn nginx(run: &Run, folder: &Path, serve: &str) -> Result<Option<(Server, So
     command.arg("-c").arg(config).stderr(Stdio::null());
     let mut server = match run.cores.as_server(|| Server::start(&mut command))? {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            println!("\nnginx is left out: there is none");
+            println!("\nnginx is left out: it is not installed");
             return Ok(None);
         }
         server => server?,
@@ -141,7 +141,7 @@ pub fn nginx(run: &Run, folder: &Path, serve: &str) -> Result<Option<(Server, So
     // Connections are refused until nginx listens.
     while TcpStream::connect(address).is_err() {
         if server.0.try_wait()?.is_some() || start.elapsed() > PATIENCE {
-            println!("\nnginx is left out: it does not know what it is to do");
+            println!("\nnginx is left out: it rejects its configuration");
             return Ok(None);
         }
     }

@@ -38,7 +38,7 @@ pub fn measure(run: &Run) -> Result<Vec<Row>> {
     let count = run.choose(FULL, SMOKE).min(descriptors()?.saturating_sub(OTHERS));
     println!("\n{count} clients that read nothing");
     if run.full && count < FULL {
-        println!("not {FULL}, as the hard limit of descriptors does not allow that");
+        println!("fewer than {FULL}, because of the hard limit of descriptors");
     }
     let folder = TempDir::new()?;
     let file = folder.path().join("picture");
@@ -67,11 +67,11 @@ pub fn measure(run: &Run) -> Result<Vec<Row>> {
         let start = Instant::now();
         let crowd =
             (0..count).map(|number| idle(picture, number)).collect::<io::Result<Vec<_>>>()?;
-        // A client that could read something is being served.
+        // A client that can read data is being served.
         for client in &crowd {
             client.peek(&mut [0])?;
         }
-        println!("all are served after {:.1} s", start.elapsed().as_secs_f64());
+        println!("all receive data after {:.1} s", start.elapsed().as_secs_f64());
         memory = memory.max((handout.server.memory("VmRSS")? - before) / crowd.len() as f64);
         beside.extend(waits(run, clock)?);
     }

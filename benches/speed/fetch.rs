@@ -89,7 +89,7 @@ fn compare(
             print(piped, "nc | jq -r .filedata | base64 -d", data.len());
             expect(target, data)?;
         }
-        Err(error) => println!("the pipeline is left out, as it failed: {error}"),
+        Err(error) => println!("the pipeline is left out: {error}"),
     }
 
     let floor = ("reading, decoding, digesting, writing", median(sums));
@@ -110,7 +110,7 @@ fn print(taken: &Taken, name: &str, size: usize) {
 fn expect(target: &Path, data: &[u8]) -> Result<()> {
     let same = fs::read(target)? == data;
     fs::remove_file(target)?;
-    if same { Ok(()) } else { Err("something else was fetched".into()) }
+    if same { Ok(()) } else { Err("the fetched file differs".into()) }
 }
 
 /// Returns the processor time of decoding, digesting, and writing with fsync.
@@ -142,7 +142,7 @@ fn send_to_all(listener: &TcpListener, document: &[u8], ended: &AtomicBool) -> i
         if ended.load(Ordering::Relaxed) {
             return Ok(());
         }
-        // A client that leaves early reports the failure itself.
+        // A client that disconnects early reports the failure itself.
         let _ = client.write_all(document);
     }
 }

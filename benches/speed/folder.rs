@@ -76,23 +76,23 @@ pub fn measure(run: &Run) -> Result<Vec<Row>> {
     let memory = handout.server.memory("VmHWM")?;
 
     let middle = |column: usize| median(rounds.iter().map(|round| round[column]).collect());
-    let what = |request| format!("1 GiB from a folder, {request}");
+    let name = |request| format!("1 GiB from a folder, {request}");
     Ok(vec![
         Row::new(
-            &what("first request"),
+            &name("first request"),
             Unit::Seconds,
             middle(2),
             ("encoding, digesting, writing", middle(1)),
             1.15,
         ),
         Row::new(
-            &what("repeated"),
+            &name("repeated"),
             Unit::Seconds,
             middle(3),
             ("encoding, writing", middle(0)),
             1.15,
         ),
-        Row::limit(&what("memory with 4 clients"), Unit::Mebibytes, memory, MEMORY),
+        Row::limit(&name("memory with 4 clients"), Unit::Mebibytes, memory, MEMORY),
     ])
 }
 
@@ -163,5 +163,5 @@ fn fetch(address: SocketAddr, expected: &str) -> io::Result<()> {
         end.drain(..end.len().saturating_sub(expected.len()));
     }
     let same = end == expected.as_bytes();
-    if same { Ok(()) } else { Err(io::Error::other("something else was sent")) }
+    if same { Ok(()) } else { Err(io::Error::other("the end of the reply differs")) }
 }

@@ -15,7 +15,7 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::Result;
 
-/// Interval between looks at a running process.
+/// Interval between two checks of a running process.
 const LOOK: Duration = Duration::from_millis(5);
 
 /// The cores of servers and clients; the same one on a machine with a single core.

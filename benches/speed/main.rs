@@ -116,7 +116,7 @@ fn main() -> Result<()> {
     let run = Run { full: arguments.bench && !arguments.test, cores: Cores::choose()? };
     println!("\n{}", run.cores);
     if !run.full {
-        println!("too short a run for its figures to mean anything");
+        println!("a short run: its figures are not meaningful");
     }
     let mut rows = Vec::new();
     for subject in Subject::value_variants() {

@@ -95,7 +95,7 @@ impl Files {
     fn expect(&self, folder: &Path) -> Result<()> {
         for (number, content) in self.data.chunks(SIZE).enumerate() {
             if fs::read(folder.join(format!("{number}.bin")))? != content {
-                return Err(format!("{number}.bin is another").into());
+                return Err(format!("{number}.bin has other content").into());
             }
         }
         fs::remove_dir_all(folder)?;
@@ -112,7 +112,7 @@ fn serve(run: &Run, folder: &Path, scheme: Scheme) -> Result<Option<(Server, Soc
     let tls = match scheme {
         Scheme::Http => String::new(),
         Scheme::Https if !certify(folder)? => {
-            println!("\nhttps is left out: there is no openssl to make a certificate");
+            println!("\nhttps is left out: openssl is not installed");
             return Ok(None);
         }
         Scheme::Https => format!(

@@ -6,7 +6,7 @@
 
 use std::sync::LazyLock;
 
-use handout::internals::{Format, Told, read_rfc868, read_text};
+use handout::internals::{Format, ParsedTime, read_rfc868, read_text};
 use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
 use libfuzzer_sys::fuzz_target;
@@ -31,7 +31,7 @@ fn apart(one: Timestamp, other: Timestamp) -> SignedDuration {
 fuzz_target!(|input: &[u8]| {
     let Some((zone, reply)) = input.split_first() else { return };
     let zone = &ZONES[usize::from(*zone) % ZONES.len()];
-    if let Some(Told { instant, .. }) = read_rfc868(reply) {
+    if let Some(ParsedTime { instant, .. }) = read_rfc868(reply) {
         assert_eq!(told_again("time", instant, zone), reply);
     }
     let Some(told) = str::from_utf8(reply).ok().and_then(|text| read_text(text, zone)) else {

@@ -9,9 +9,9 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use jiff::tz::TimeZone;
 
-use crate::client::Server;
+use crate::client::HostPort;
 use crate::client::fetch::{FetchOptions, Output, Selection};
-use crate::client::time::Question;
+use crate::client::time::TimeRequest;
 use crate::clock::find_zone;
 use crate::config::Sources;
 use crate::config_reader::values;
@@ -25,10 +25,10 @@ pub const DEFAULT_CONFIG: &str = "/etc/handout/handout.toml";
 #[command(
     version,
     max_term_width = 100,
-    after_help = "Exit codes: 0 done, 1 it failed, 2 wrong usage, 78 wrong configuration."
+    after_help = "Exit codes: 0 success, 1 failure, 2 usage error, 78 configuration error."
 )]
 pub struct Cli {
-    /// What to do.
+    /// The selected subcommand.
     #[command(subcommand)]
     pub command: Command,
 }
@@ -43,56 +43,54 @@ Examples:
   handout serve --time 0.0.0.0:6789 --time udp:0.0.0.0:6789
   handout serve --file 0.0.0.0:5566=picture.jpg
 
-Then, from anywhere:
+From any machine:
   nc -d HOST 6789
   nc -d HOST 5566 | jq -r .filedata | base64 -d > picture.jpg
 
-Exit codes: 0 stopped as ordered, 1 it failed, 2 wrong usage, 78 wrong configuration.")]
+Exit codes: 0 stopped by a signal, 1 failure, 2 usage error, 78 configuration error.")]
     Serve(Serve),
-    /// Read and check the configuration, say every fault, touch nothing
+    /// Check the configuration and print every fault
     #[command(after_help = "\
 Examples:
   handout check
   handout check --config config/handout.toml
-  handout check --connect                   also try the server of every mail and SMS channel
+  handout check --connect                   also log in to every mail and SMS channel
 
-Exit codes: 0 no fault, 1 a channel cannot be used or a file system does not answer, 2 wrong usage,
-78 wrong configuration.")]
+Exit codes: 0 no fault, 1 a channel or file system failed, 2 usage error, 78 configuration error.")]
     Check(Check),
-    /// Reload the configuration of the running daemon, wait, and print the outcome
+    /// Reload the configuration of the running daemon and print the outcome
     #[command(after_help = "\
 Examples:
   handout reload
   handout reload --socket /run/handout-lab/control
 
-Every fault is printed, and after a fault the daemon goes on with its old configuration. A daemon
-that was started by hand has a control socket with `handout serve --control PATH`, and is reloaded
-by SIGHUP as well.
-Exit codes: 0 reloaded, 1 the daemon cannot be reached or did not reply, 2 wrong usage, 78 the
-daemon rejected its configuration.")]
+If the configuration has faults, all are printed and the daemon keeps the old configuration.
+`handout serve --control PATH` sets the control socket of a daemon that is started by hand. SIGHUP
+reloads the configuration, too.
+Exit codes: 0 reloaded, 1 no reply from the daemon, 2 usage error, 78 configuration error.")]
     Reload(Reload),
-    /// Ask a time service and print what it says
+    /// Query a time service
     #[command(after_help = "\
 Examples:
   handout time 192.0.2.1
   handout time --offset clock.example.org:6789
   handout time --rfc868 --udp --offset time.example.org:37
 
-Exit codes: 0 done, 1 it failed, 2 wrong usage.")]
+Exit codes: 0 success, 1 failure, 2 usage error.")]
     Time(Time),
-    /// Save what a file service hands out
+    /// Fetch files from a file service
     #[command(after_help = "\
 Examples:
-  handout fetch 192.0.2.1                   what it pushes, by its own name
-  handout fetch 192.0.2.1 -o picture.jpg    the same by a name of yours
-  handout fetch 192.0.2.1 --list            the files that it has
-  handout fetch 192.0.2.1 a.txt sub/b.txt   some of them
-  handout fetch 192.0.2.1 --all -o mirror/  all of them, with sub-folders
+  handout fetch 192.0.2.1                   the file of the service, under its own name
+  handout fetch 192.0.2.1 -o picture.jpg    the same file under another name
+  handout fetch 192.0.2.1 --list            the list of files of a folder service
+  handout fetch 192.0.2.1 a.txt sub/b.txt   some of these files
+  handout fetch 192.0.2.1 --all -o mirror/  all of these files, with subfolders
 
-Nothing is overwritten without --force, and a file appears only when it is whole.
-Exit codes: 0 everything was saved, 1 something was not, 2 wrong usage.")]
+Files appear only when they are complete. Existing files are replaced only with --force.
+Exit codes: 0 all files saved, 1 at least one file failed, 2 usage error.")]
     Fetch(Fetch),
-    /// Save what is at URLs, or in a listing that is at one, over HTTP(S)
+    /// Download URLs, or the entries of a JSON listing, over HTTP(S)
     #[command(after_help = "\
 Examples:
   handout download https://example.org/ca.pem
@@ -100,10 +98,11 @@ Examples:
   handout download --list /newslist --url /picUrl --filename /title -o pictures/ \\
       https://api.example.org/pictures.json
 
-A file appears only when it is whole, with the server's time. Nothing is overwritten without --force
-or --update. What has come of a file that is interrupted is kept, hidden, and the same command goes
-on from there. Other hosts, to which a listing or a redirect leads, must have public addresses.
-Exit codes: 0 everything is there, 1 something failed, 2 wrong usage.")]
+Files appear only when they are complete, with the server's modification time. Existing files are
+replaced only with --force or --update. An interrupted download keeps its data in a hidden file,
+from which the same command resumes. Hosts named only by a listing or a redirect must have public
+addresses.
+Exit codes: 0 all files are up to date, 1 at least one file failed, 2 usage error.")]
     Download(Download),
     /// Send a mail through a configured channel
     #[command(after_help = "\
@@ -112,8 +111,8 @@ Examples:
   df -h | handout mail ops --subject 'Disks of today'
   handout mail ops --subject Report --to boss@example.org --attach report.pdf 'See the report.'
 
-What the mail is known by (its Message-ID) is printed when the server has taken it.
-Exit codes: 0 everybody gets it, 1 somebody does not, 2 wrong usage, 78 wrong configuration.")]
+The Message-ID is printed when the server has accepted the mail.
+Exit codes: 0 accepted for all recipients, 1 failure, 2 usage error, 78 configuration error.")]
     Mail(Mail),
     /// Send an SMS through a configured channel
     #[command(after_help = "\
@@ -121,247 +120,246 @@ Examples:
   handout sms ops 'The backup is done'
   uptime | handout sms ops --to 13800000000
 
-What the provider knows it by is printed when it has taken it.
-Exit codes: 0 everybody gets it, 1 somebody does not, 2 wrong usage, 78 wrong configuration.")]
+The provider's message ID is printed when the provider has accepted the SMS.
+Exit codes: 0 accepted for all recipients, 1 failure, 2 usage error, 78 configuration error.")]
     Sms(Sms),
-    /// Print the completions of a shell
+    /// Print shell completions
     #[command(after_help = "\
 Examples:
   source <(handout completions bash)
   handout completions fish > ~/.config/fish/completions/handout.fish")]
     Completions {
-        /// The shell
+        /// Shell to generate completions for
         shell: Shell,
     },
 }
 
-/// Where the configuration is.
+/// The option that names the configuration file.
 #[derive(Debug, Args)]
 pub struct ConfigFile {
-    /// The configuration file [default: /etc/handout/handout.toml]
+    /// Configuration file [default: /etc/handout/handout.toml]
     #[arg(long, value_name = "FILE", env = "HANDOUT_CONFIG")]
     pub config: Option<PathBuf>,
 }
 
-/// What to check.
+/// Arguments of `handout check`.
 #[derive(Debug, Args)]
 pub struct Check {
-    /// Where the configuration is.
+    /// The configuration file.
     #[command(flatten)]
     pub config: ConfigFile,
-    /// Also try the server, encryption, login and mail recipients of every channel, sending nothing
+    /// Also test the encryption, login and mail recipients of every channel; send nothing
     #[arg(long)]
     pub connect: bool,
 }
 
-/// How to reload.
+/// Arguments of `handout reload`.
 #[derive(Debug, Args)]
 pub struct Reload {
-    /// The control socket [default: /run/handout/control]
+    /// Control socket [default: /run/handout/control]
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
-    /// How long to wait for the outcome
+    /// Maximum time to wait for the outcome
     #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = values::duration)]
     pub timeout: Duration,
-    /// Say only what failed
+    /// Print errors only
     #[arg(short, long)]
     pub quiet: bool,
 }
 
-/// What to send as a mail.
+/// Arguments of `handout mail`.
 #[derive(Debug, Args)]
 pub struct Mail {
-    /// Where the configuration is.
+    /// The configuration file.
     #[command(flatten)]
     pub config: ConfigFile,
-    /// The channel: NAME of a table [mail.NAME]
+    /// Channel: NAME of a table [mail.NAME]
     pub name: String,
-    /// What it is about, in a line
+    /// Subject line
     #[arg(short, long, value_name = "SUBJECT")]
     pub subject: String,
-    /// To this address instead of those of the configuration
+    /// Send to this address instead of the configured ones
     #[arg(long, value_name = "ADDRESS")]
     pub to: Vec<String>,
-    /// With this file
+    /// Attach this file
     #[arg(short, long, value_name = "FILE")]
     pub attach: Vec<PathBuf>,
-    /// Print the mail as it would go, and send nothing
+    /// Print the mail instead of sending it
     #[arg(long)]
     pub dry_run: bool,
-    /// The text; without it, or as -, it is read from standard input
+    /// Text; if absent or -, read from standard input
     pub text: Option<String>,
 }
 
-/// What to send as an SMS.
+/// Arguments of `handout sms`.
 #[derive(Debug, Args)]
 pub struct Sms {
-    /// Where the configuration is.
+    /// The configuration file.
     #[command(flatten)]
     pub config: ConfigFile,
-    /// The channel: NAME of a table [sms.NAME]
+    /// Channel: NAME of a table [sms.NAME]
     pub name: String,
-    /// To this number instead of those of the configuration
+    /// Send to this number instead of the configured ones
     #[arg(long, value_name = "NUMBER")]
     pub to: Vec<String>,
-    /// Print what would be asked of the provider, without secrets, and send nothing
+    /// Print the request, without secrets, instead of sending it
     #[arg(long)]
     pub dry_run: bool,
-    /// The text; without it, or as -, it is read from standard input
+    /// Text; if absent or -, read from standard input
     pub text: Option<String>,
 }
 
-/// What to serve.
+/// Arguments of `handout serve`.
 #[derive(Debug, Args)]
 pub struct Serve {
     #[command(flatten)]
     config: ConfigFile,
-    /// Tell the time on this address: HOST:PORT, udp:HOST:PORT or unix:PATH
+    /// Serve the time on this address: HOST:PORT, udp:HOST:PORT or unix:PATH
     #[arg(long, value_name = "ADDR")]
     time: Vec<String>,
-    /// Hand out this file, or the files of this folder, on this address: HOST:PORT=PATH
+    /// Serve this file, or the files of this folder, on this address: HOST:PORT=PATH
     #[arg(long, value_name = "ADDR=PATH", value_parser = address_and_path)]
     file: Vec<(String, String)>,
-    /// Create the socket for `handout reload` here [default: /run/handout/control, if possible]
+    /// Create the control socket at this path [default: /run/handout/control, if possible]
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
 }
 
-/// How to ask for the time.
+/// Arguments of `handout time`.
 #[derive(Debug, Args)]
 pub struct Time {
-    /// The service; an IPv6 address with a port stands in brackets [default port: 6789]
+    /// Time service; an IPv6 address with a port needs brackets [default port: 6789]
     #[arg(value_name = "HOST[:PORT]")]
-    server: Server,
-    /// Also print by how much its clock is ahead of this machine's, the bound of that, and the round
-    /// trip
+    server: HostPort,
+    /// Also print the clock offset of the server, its error bound and the round-trip time
     #[arg(long)]
     pub offset: bool,
-    /// Ask for the four bytes of RFC 868
+    /// Use the binary protocol of RFC 868
     #[arg(long)]
     rfc868: bool,
-    /// Ask by datagram
+    /// Use UDP instead of TCP
     #[arg(long)]
     udp: bool,
-    /// The zone of a reply that does not say it: local, UTC or a name such as Asia/Shanghai
+    /// Time zone of a reply without one: local, UTC or a name such as Asia/Shanghai
     /// [default: local]
     #[arg(long, value_name = "ZONE", value_parser = find_zone)]
     timezone: Option<TimeZone>,
-    /// How long all may take
+    /// Maximum time for the whole query
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = values::duration)]
     timeout: Duration,
 }
 
 impl Time {
-    /// What to ask.
-    pub fn question(&self) -> Question {
+    /// Returns the request for the client.
+    pub fn request(&self) -> TimeRequest {
         let Self { server, udp, rfc868, timeout, .. } = self;
-        Question { server: server.clone(), udp: *udp, rfc868: *rfc868, timeout: *timeout }
+        TimeRequest { server: server.clone(), udp: *udp, rfc868: *rfc868, timeout: *timeout }
     }
 
-    /// The zone of a reply that does not say it. The machine's own is looked for only now: one
-    /// that has none, as in an initramfs, can still be told the time.
+    /// Returns the time zone of a reply without one. The local zone is looked up only on demand:
+    /// a machine without one, as in an initramfs, can still query the time.
     ///
     /// # Errors
-    /// If this machine's own is wanted and not known.
+    /// If the local zone is needed and unknown.
     pub fn timezone(&self) -> Result<TimeZone, String> {
         self.timezone.clone().map_or_else(|| find_zone("local"), Ok)
     }
 }
 
-/// What to fetch.
+/// Arguments of `handout fetch`.
 #[derive(Debug, Args)]
 pub struct Fetch {
-    /// The service; an IPv6 address with a port stands in brackets [default port: 5566]
+    /// File service; an IPv6 address with a port needs brackets [default port: 5566]
     #[arg(value_name = "HOST[:PORT]")]
-    server: Server,
-    /// Files of a folder service; without any, what the service pushes
+    server: HostPort,
+    /// Files of a folder service [default: the single file of a file service]
     #[arg(value_name = "NAME", conflicts_with = "all")]
     names: Vec<String>,
-    /// Every file of a folder service, with its sub-folders
+    /// Fetch all files of a folder service, with subfolders
     #[arg(long)]
     all: bool,
-    /// Print which files a folder service has: size, time of change, name
+    /// List the files of a folder service: size, modification time, name
     #[arg(long, conflicts_with_all = ["names", "all", "output", "force"])]
     pub list: bool,
-    /// Save to this file, into this folder, or to standard output (-); a device or FIFO is written
-    /// to, and a socket is refused
+    /// Save to this file or folder, or to standard output (-); devices and FIFOs are written to,
+    /// sockets are refused
     #[arg(short, long, value_name = "PATH")]
     output: Option<PathBuf>,
-    /// Replace files that are there
+    /// Replace existing files
     #[arg(long)]
     force: bool,
-    /// The largest file that is taken
+    /// Maximum size of a file
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = values::size)]
     max_size: u64,
-    /// How long all may take
+    /// Maximum time for the whole fetch
     #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = values::duration)]
     timeout: Duration,
-    /// How long the service may be silent
+    /// Maximum time without data from the service
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = values::duration)]
     idle_timeout: Duration,
-    /// Say only what failed
+    /// Print errors only
     #[arg(short, long)]
     pub quiet: bool,
 }
 
-/// What to download.
+/// Arguments of `handout download`.
 #[derive(Debug, Args)]
 pub struct Download {
-    /// What to save, under the last part of its path; or, with --list, where the listing is
+    /// URLs of files, saved under the last segment of their path; with --list, URL of the listing
     #[arg(value_name = "URL", required = true)]
     pub urls: Vec<String>,
     /// Save into this folder
     #[arg(short, long, value_name = "DIR", default_value = ".")]
     pub output: PathBuf,
-    /// The URL is that of a JSON listing, with the array at this pointer ("" for the whole)
+    /// Download the entries of a JSON listing: JSON pointer to its array ("" for the document)
     #[arg(long, value_name = "POINTER", requires = "url")]
     pub list: Option<String>,
-    /// In each entry of the listing, where its URL is ("" for the whole)
+    /// JSON pointer to the URL in an entry ("" for the whole entry)
     #[arg(long, value_name = "POINTER", requires = "list")]
     pub url: Option<String>,
-    /// In each entry, where its name is [default: the last part of its URL's path]
+    /// JSON pointer to the file name in an entry [default: last segment of the URL's path]
     #[arg(long, value_name = "POINTER", requires = "list")]
     pub filename: Option<String>,
-    /// In each entry, where the digest is that must hold
+    /// JSON pointer to the SHA-256 digest in an entry, which the file must match
     #[arg(long, value_name = "POINTER", requires = "list")]
     pub sha256: Option<String>,
-    /// How many at one time
+    /// Number of simultaneous downloads
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=256))]
     pub jobs: u32,
-    /// Replace files that are there
+    /// Replace existing files
     #[arg(long)]
     pub force: bool,
-    /// Replace files that are there if they have changed; what the server says of them is kept in
-    /// a hidden file beside them
+    /// Replace existing files that have changed on the server; their validators are kept in a hidden
+    /// file in the same folder
     #[arg(long)]
     pub update: bool,
-    /// The largest file that is taken
+    /// Maximum size of a file
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = values::size)]
     pub max_size: u64,
-    /// How long a server may be silent
+    /// Maximum time without data from a server
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = values::duration)]
     pub timeout: Duration,
-    /// How long a file may take, with all attempts
+    /// Maximum time for a file, including retries
     #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = values::duration)]
     pub max_duration: Duration,
-    /// How often a file is tried again that fails for a reason that may pass
+    /// Maximum number of retries of a file after transient failures
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub retries: u32,
-    /// Say this, too, to the servers of the URLs, but to no other; @FILE: each line of a file, which
-    /// is the place for what is secret
+    /// Send this header to the servers of the URLs only; @FILE reads headers from a file, which
+    /// keeps secrets out of the process list
     #[arg(long = "header", value_name = "NAME: VALUE")]
     pub headers: Vec<String>,
-    /// Trust these certificates (PEM) besides those of the system: issuers, or the server's own
+    /// Also trust these certificates (PEM): issuers, or the server's own
     #[arg(long, value_name = "FILE")]
     pub ca_file: Option<PathBuf>,
-    /// Ask this proxy, and none that the environment names; it looks up the names, so that only
-    /// addresses in URLs are looked at here
+    /// Use this proxy, and none from the environment; the proxy resolves names, so that only
+    /// addresses in URLs are checked
     #[arg(long, value_name = "URL")]
     pub proxy: Option<String>,
-    /// Only print what would be asked for
+    /// Print the files that would be requested, without requesting them
     #[arg(long)]
     pub dry_run: bool,
-    /// Say only what failed
+    /// Print errors only
     #[arg(short, long)]
     pub quiet: bool,
 }
@@ -370,7 +368,7 @@ impl Fetch {
     /// Returns the parameters of the fetch.
     ///
     /// # Errors
-    /// If several files are fetched to an output that is not a folder.
+    /// If several files are fetched and the output is not a folder.
     pub fn options(&self) -> Result<FetchOptions, clap::Error> {
         let selection = match (self.all, self.names.as_slice()) {
             (true, _) => Selection::All,
@@ -387,7 +385,8 @@ impl Fetch {
         };
         let several = self.all || self.names.len() > 1;
         if several && !matches!(output, Output::Folder(_)) {
-            let problem = "several files need -o with a folder that is there, or that ends with /";
+            let problem =
+                "several files need -o with an existing folder or a path that ends with /";
             return Err(Cli::command().error(ErrorKind::ArgumentConflict, problem));
         }
         Ok(FetchOptions {
@@ -402,7 +401,7 @@ impl Fetch {
     }
 }
 
-/// Whether a path is standard output, whatever that is connected to.
+/// Whether a path names standard output.
 fn is_stdout(path: &Path) -> bool {
     ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"].iter().any(|name| path == Path::new(name))
 }
@@ -416,12 +415,12 @@ fn address_and_path(text: &str) -> Result<(String, String), String> {
         Some((address, path)) if !address.is_empty() && !path.is_empty() => {
             Ok((address.to_owned(), path.to_owned()))
         }
-        _ => Err("expected ADDR=PATH, as 0.0.0.0:5566=picture.jpg".to_owned()),
+        _ => Err("expected ADDR=PATH, such as 0.0.0.0:5566=picture.jpg".to_owned()),
     }
 }
 
 impl ConfigFile {
-    /// The file, whether it is named or not.
+    /// Returns the path of the file, or the default path.
     pub fn path(&self) -> &Path {
         self.config.as_deref().unwrap_or(Path::new(DEFAULT_CONFIG))
     }
@@ -434,7 +433,7 @@ impl From<ConfigFile> for Sources {
 }
 
 impl From<Serve> for Sources {
-    /// Services on the command line need no file; one that is named is read beside them.
+    /// Services on the command line need no file, but are added to those of a named file.
     fn from(serve: Serve) -> Self {
         let Serve { config, time, file: files, .. } = serve;
         if time.is_empty() && files.is_empty() {
@@ -449,19 +448,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_is_consistent() {
+    fn passes_the_consistency_checks_of_clap() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn the_help_names_the_default_that_is_used() {
+    fn names_the_default_configuration_file_in_the_help() {
         let mut command = Cli::command();
         let help = command.find_subcommand_mut("check").unwrap().render_help().to_string();
         assert!(help.contains(DEFAULT_CONFIG));
     }
 
     #[test]
-    fn a_file_argument_is_an_address_and_a_path() {
+    fn splits_file_arguments_at_the_first_equals_sign() {
         let parsed = address_and_path("0.0.0.0:5566=a=b.jpg");
         assert_eq!(parsed, Ok(("0.0.0.0:5566".to_owned(), "a=b.jpg".to_owned())));
         for bad in ["", "a.jpg", "=a.jpg", "0.0.0.0:5566="] {

@@ -90,7 +90,7 @@ fn source(arguments: &Download) -> Result<Source, String> {
     let urls: Vec<_> = arguments.urls.iter().map(|url| parse_url(url)).collect::<Result<_, _>>()?;
     let Some(list) = &arguments.list else { return Ok(Source::Urls(urls)) };
     let [url] = urls.as_slice() else {
-        return Err("--list needs one URL, which is that of the listing".to_owned());
+        return Err("--list needs exactly one URL, that of the listing".to_owned());
     };
     let parse = |name: &str, text: &String| {
         pointer::parse(text).map_err(|error| format!("--{name} {text:?}: {error}"))
@@ -138,7 +138,7 @@ fn read_headers(arguments: &[String]) -> Result<HeaderMap, String> {
 }
 
 fn parse_header(line: &str) -> Result<(HeaderName, HeaderValue), String> {
-    let header = line.split_once(':').ok_or("expected NAME: VALUE, as \"Accept: image/*\"")?;
+    let header = line.split_once(':').ok_or("expected NAME: VALUE, such as \"Accept: image/*\"")?;
     headers::parse(header.0.trim(), header.1.trim())
 }
 

@@ -1,7 +1,7 @@
 //! The command line: parses it and runs one subcommand, each in its own file.
 //!
 //! [`args`] defines the arguments, [`output`] prints results and errors, [`runtime`] runs clients
-//! until they end or a signal stops them. What a command does belongs to the modules below.
+//! until they end or a signal stops them. The work of a command belongs to the modules below.
 
 pub mod args;
 mod check;

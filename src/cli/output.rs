@@ -8,7 +8,8 @@ use crate::config_reader::Diagnostics;
 use crate::telemetry::logging;
 use crate::text::error_chain;
 
-/// Exit code of a wrong configuration, which a restart does not repair (`EX_CONFIG` in sysexits(3)).
+/// Exit code of an invalid configuration, which a restart does not repair (`EX_CONFIG` in
+/// sysexits(3)).
 pub(super) const EX_CONFIG: u8 = 78;
 
 /// Prints a result. A reader that closes the pipe early is no error.
@@ -34,12 +35,12 @@ pub(super) fn fail(error: &dyn Error) -> ExitCode {
 }
 
 #[cfg(not(feature = "gateway"))]
-pub(super) fn missing_feature(what: &str) -> ExitCode {
-    complain(&format!("this build has no {what}: it was built without the feature `gateway`"));
+pub(super) fn missing_feature(name: &str) -> ExitCode {
+    complain(&format!("this build has no {name}: it was built without the feature `gateway`"));
     ExitCode::FAILURE
 }
 
-/// Prints lines to standard error; if that is closed, the exit code must do.
+/// Prints lines to standard error. If it is closed, only the exit code reports the problem.
 pub(super) fn complain(text: &str) {
     // The journal reads the priority from this prefix (sd-daemon(3)).
     let prefix = if logging::stderr_is_the_journal() { "<3>" } else { "" };

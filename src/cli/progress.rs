@@ -6,39 +6,38 @@ use std::time::{Duration, Instant};
 use console::Term;
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 
-use crate::text::error_chain;
-
 use crate::client::fetch::{Error, FetchObserver, SavedFile};
 use crate::fs::filename::escape;
+use crate::text::error_chain;
 
-/// Reports to standard error.
+/// The progress of a fetch on standard error.
 #[derive(Debug)]
 pub(crate) struct Progress {
     bar: ProgressBar,
-    begun: Instant,
+    started: Instant,
     quiet: bool,
 }
 
 impl Progress {
-    /// A quiet one says only what failed.
+    /// Creates a display that prints errors only if `quiet` is set.
     pub(crate) fn new(quiet: bool) -> Self {
         let bar = ProgressBar::with_draw_target(None, draw_target(quiet));
-        Self { bar, begun: Instant::now(), quiet }
+        Self { bar, started: Instant::now(), quiet }
     }
 
     /// Prints a line above the bar, if there is one.
     fn line(&self, line: &str) {
         self.bar.suspend(|| {
-            // If standard error is closed, the exit code has to do.
+            // If standard error is closed, the exit code reports the outcome.
             let _ = writeln!(io::stderr(), "{line}");
         });
     }
 }
 
-/// Bars are redrawn this often at most.
+/// Maximum number of redraws of the bars per second.
 const REDRAWS_PER_SECOND: u8 = 20;
 
-/// Where bars are drawn: nowhere if they are not wanted or standard error is no terminal.
+/// Returns the target of the bars: hidden if `quiet` is set or standard error is not a terminal.
 pub(super) fn draw_target(quiet: bool) -> ProgressDrawTarget {
     if quiet || !io::stderr().is_terminal() {
         ProgressDrawTarget::hidden()
@@ -48,8 +47,8 @@ pub(super) fn draw_target(quiet: bool) -> ProgressDrawTarget {
     }
 }
 
-/// A terminal whose cursor waits at the beginning of the last bar. indicatif leaves it behind the bar,
-/// at the right edge, where the echo of Ctrl-C would begin another line, and the bar would stay.
+/// A terminal that keeps the cursor at the start of the last bar. indicatif leaves it behind the
+/// bar, at the right edge, where the echo of Ctrl-C would wrap and keep the bar from being cleared.
 #[derive(Debug)]
 struct BarTerminal(Term);
 
@@ -96,14 +95,14 @@ impl TermLike for BarTerminal {
     }
 }
 
-/// A style of a bar.
+/// Returns the style of a bar.
 pub(super) fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
 impl FetchObserver for Progress {
     fn started(&mut self, name: Option<&str>) {
-        self.begun = Instant::now();
+        self.started = Instant::now();
         self.bar.reset();
         self.bar.unset_length();
         self.bar.set_style(style("{msg} {spinner} {bytes} {bytes_per_sec}"));
@@ -113,8 +112,8 @@ impl FetchObserver for Progress {
     fn stalled(&mut self, server: &str, duration: Duration) {
         if !self.quiet {
             self.line(&format!(
-                "handout: {} sent nothing for {} s. A folder service waits for requests: \
-                 try --list or --all.",
+                "handout: {} sent nothing for {} s: a folder service waits for requests: \
+                 try --list or --all",
                 escape(server),
                 duration.as_secs()
             ));
@@ -141,7 +140,7 @@ impl FetchObserver for Progress {
         }
         let path = escape(&path.to_string_lossy());
         let size = HumanBytes(file.length);
-        let seconds = self.begun.elapsed().as_secs_f64();
+        let seconds = self.started.elapsed().as_secs_f64();
         if file.is_unchanged {
             self.line(&format!("{path}: {size}, unchanged"));
         } else {

@@ -1,4 +1,4 @@
-//! Runs clients on one thread, and turns signals into requests to stop.
+//! Runs clients on one thread, and turns signals into cancellations.
 
 use std::io;
 use std::process::ExitCode;
@@ -7,7 +7,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use super::output::{complain, fail};
-use crate::daemon::Orders;
+use crate::daemon::StopSignals;
 use crate::runtime;
 
 /// Runs a client until it ends. The first signal cancels its token, the second ends it.
@@ -17,18 +17,18 @@ pub(super) fn run_client(client: impl AsyncFnOnce(CancellationToken) -> ExitCode
         Err(error) => return fail(&error),
     };
     let code = runtime.block_on(async {
-        let (orders, mut hangup) = match (orders(), signal(SignalKind::hangup())) {
-            (Ok(orders), Ok(hangup)) => (orders, hangup),
+        let (signals, mut hangup) = match (stop_signals(), signal(SignalKind::hangup())) {
+            (Ok(signals), Ok(hangup)) => (signals, hangup),
             (Err(error), _) | (_, Err(error)) => return fail(&error),
         };
-        let stop = orders.stop.clone();
+        let stop = signals.stop.clone();
         tokio::spawn(async move {
             hangup.recv().await;
             stop.cancel();
         });
         tokio::select! {
-            code = client(orders.stop) => code,
-            () = orders.stop_now.cancelled() => interrupted(),
+            code = client(signals.stop) => code,
+            () = signals.stop_now.cancelled() => interrupted(),
         }
     });
     runtime.shutdown_timeout(runtime::SHUTDOWN_TIMEOUT);
@@ -45,14 +45,14 @@ pub(super) fn interrupted() -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// Turns SIGTERM and SIGINT into orders: the first asks to stop, the second insists.
-pub(super) fn orders() -> io::Result<Orders> {
+/// Returns tokens that SIGTERM and SIGINT cancel: the first signal `stop`, the second `stop_now`.
+pub(super) fn stop_signals() -> io::Result<StopSignals> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     // Lets writes above RLIMIT_FSIZE fail instead of killing the process.
     let _ = signal(SignalKind::from_raw(libc::SIGXFSZ))?;
-    let orders = Orders::default();
-    let tokens = orders.clone();
+    let signals = StopSignals::default();
+    let tokens = signals.clone();
     tokio::spawn(async move {
         for token in [tokens.stop, tokens.stop_now] {
             tokio::select! {
@@ -62,5 +62,5 @@ pub(super) fn orders() -> io::Result<Orders> {
             token.cancel();
         }
     });
-    Ok(orders)
+    Ok(signals)
 }

@@ -160,11 +160,11 @@ fn read_text(text: Option<&str>) -> Result<String, Error> {
             let input = io::stdin().take(MAX_TEXT + 1).read_to_end(&mut read);
             input.map_err(|error| Error::Input(format!("cannot read the text: {error}")))?;
             if read.len() as u64 > MAX_TEXT {
-                let most = ByteSize(MAX_TEXT);
-                return Err(Error::Input(format!("the text is longer than {most}; --attach it")));
+                let limit = ByteSize(MAX_TEXT);
+                return Err(Error::Input(format!("the text is longer than {limit}: use --attach")));
             }
             String::from_utf8(read)
-                .map_err(|_| Error::Input("the text is not UTF-8; --attach it".to_owned()))
+                .map_err(|_| Error::Input("the text is not UTF-8: use --attach".to_owned()))
         }
     }
 }
@@ -178,8 +178,8 @@ fn read_attachments(
         let attachment = Attachment::read(path, |path| fs::File::open(path), remaining);
         let attachment = attachment.map_err(|error| match error {
             AttachmentError::TooLarge => {
-                let most = ByteSize(max_attachment);
-                format!("all attachments are longer than {most} (max-attachment)")
+                let limit = ByteSize(max_attachment);
+                format!("the attachments together are larger than {limit} (max-attachment)")
             }
             error => error.to_string(),
         })?;

@@ -12,7 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::args;
 use super::output::{EX_CONFIG, complain};
-use super::runtime::orders;
+use super::runtime::stop_signals;
 use crate::config::{Config, Sources};
 use crate::daemon::control::{self, ControlSocket, ReloadSender};
 use crate::daemon::{Daemon, manager};
@@ -35,7 +35,7 @@ pub(super) fn run(arguments: args::Serve) -> ExitCode {
     }
 }
 
-/// Serves until a signal. An error is an exit code and a text.
+/// Serves until a signal. An error consists of an exit code and a message.
 fn serve(arguments: args::Serve) -> Result<(), (ExitCode, String)> {
     let control = arguments.control.clone();
     let sources = Sources::from(arguments);
@@ -68,24 +68,24 @@ fn run_daemon(
 ) -> Result<(), Box<dyn Error>> {
     let log = Logger::start(&config.log)?;
     let runtime = runtime::event_loop()?;
-    let served = runtime.block_on(async {
-        let orders = orders()?;
+    let result = runtime.block_on(async {
+        let signals = stop_signals()?;
         let (reloads, queue) = control::reload_queue();
         tokio::spawn(reload_on_hangup(reloads.clone())?);
         if let Some(socket) = open_control(control)? {
-            let stop = orders.stop.clone();
+            let stop = signals.stop.clone();
             tokio::spawn(stop.run_until_cancelled_owned(socket.serve(reloads)));
         }
         let starting = Daemon::start(sources, config, inherited, Workers::start()?, log);
         // Reading a file may hang.
-        let stop = orders.stop.clone();
+        let stop = signals.stop.clone();
         match stop.run_until_cancelled(starting).await {
             None => Ok(()),
-            Some(daemon) => Ok(daemon?.run(orders, queue).await?),
+            Some(daemon) => Ok(daemon?.run(signals, queue).await?),
         }
     });
     runtime.shutdown_timeout(runtime::SHUTDOWN_TIMEOUT);
-    served
+    result
 }
 
 fn open_control(path: Option<&Path>) -> Result<Option<ControlSocket>, Box<dyn Error>> {
@@ -105,14 +105,14 @@ fn reload_on_hangup(reloads: ReloadSender) -> io::Result<impl Future<Output = ()
     })
 }
 
-/// Prints why the daemon does not run, within a bounded time: standard error may be a full pipe.
+/// Prints the final error within a bounded time: standard error may be a full pipe.
 fn complain_briefly(text: String) {
     let (done, written) = mpsc::channel();
     let started = thread::Builder::new().spawn(move || {
         complain(&text);
         let _ = done.send(());
     });
-    // Without a thread, the exit code must do.
+    // Without a thread, only the exit code reports the failure.
     if started.is_ok() {
         let _ = written.recv_timeout(COMPLAINT_TIMEOUT);
     }

@@ -18,11 +18,11 @@ pub(super) fn run(arguments: &args::Time) -> ExitCode {
 }
 
 async fn ask(arguments: &args::Time) -> Result<String, Box<dyn Error>> {
-    let answer = client::time::ask(arguments.question()).await?;
-    let line = answer.line()?;
+    let reply = client::time::ask(arguments.request()).await?;
+    let line = reply.line()?;
     if !arguments.offset {
         return Ok(line + "\n");
     }
-    let offset = answer.offset(&arguments.timezone()?)?;
+    let offset = reply.offset(&arguments.timezone()?)?;
     Ok(format!("{line}\noffset {offset}\n"))
 }

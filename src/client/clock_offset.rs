@@ -1,19 +1,21 @@
-//! How far a server's clock is ahead of this machine's, with the bound of the measurement.
+//! The offset of a server's clock from the local clock, with an error bound.
 //!
-//! The server read its clock at some moment between the question and the reply. Which one is not
-//! known, nor are the digits that its reply leaves out; so the offset is an interval.
+//! The server reads its clock at an unknown moment between request and reply, and its reply omits
+//! digits. So the offset is an interval.
 
 use std::fmt;
 
 use jiff::{SignedDuration, Timestamp};
 
-use crate::client::time_reply::Told;
+use crate::client::time_reply::ParsedTime;
 
-/// Digits printed of an offset: finer ones are below what a network lets measure.
+/// Maximum number of printed digits; a network does not permit finer measurements.
 const MAX_DIGITS: u32 = 6;
 
-/// The offset of a server's clock. Displayed as `+0.4 s ± 0.6 s, round trip 0.000129 s`: the middle
-/// of the interval, and a bound that is rounded up, so that what is printed contains the interval.
+/// The offset of a server's clock, positive if it is ahead.
+///
+/// Displays as `+0.4 s ± 0.6 s, round trip 0.000129 s`: the middle of the interval and a bound,
+/// which is rounded up so that the printed interval contains the true one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ClockOffset {
     lowest: SignedDuration,
@@ -24,20 +26,19 @@ pub(crate) struct ClockOffset {
 }
 
 impl ClockOffset {
-    /// The offset of a server that told `told` to a client which asked at `asked_at` and had the
-    /// reply at `received_at`, by its own clock.
-    pub(crate) fn new(told: Told, asked_at: Timestamp, received_at: Timestamp) -> Self {
-        let (earliest, latest) = told.range();
+    /// Computes the offset from the time in the reply and the local times of request and reply.
+    pub(crate) fn new(parsed: ParsedTime, sent_at: Timestamp, received_at: Timestamp) -> Self {
+        let (earliest, latest) = parsed.range();
         Self {
             lowest: earliest.duration_since(received_at),
-            highest: latest.duration_since(asked_at),
-            round_trip: received_at.duration_since(asked_at),
-            resolution: told.resolution,
+            highest: latest.duration_since(sent_at),
+            round_trip: received_at.duration_since(sent_at),
+            resolution: parsed.resolution,
         }
     }
 
-    /// Digits behind the point: one more than the reply has, as the middle of the interval is
-    /// finer than the reply.
+    /// Returns the number of printed digits after the point: one more than in the reply, because
+    /// the middle of the interval is finer.
     fn digits(&self) -> u32 {
         let mut digits = 1;
         let mut unit = SignedDuration::from_secs(1);
@@ -67,12 +68,12 @@ impl fmt::Display for ClockOffset {
     }
 }
 
-/// The number of units that contain `nanoseconds`.
+/// Converts nanoseconds to units, rounded up.
 fn units_above(nanoseconds: i128, unit: i128) -> u128 {
     nanoseconds.unsigned_abs().div_ceil(unit.unsigned_abs())
 }
 
-/// A number of units of which 10 to the power of the second make one.
+/// A decimal number: the digits as an integer, and how many of them follow the point.
 struct Decimal(u128, u32);
 
 impl fmt::Display for Decimal {
@@ -90,7 +91,7 @@ mod tests {
     use jiff::tz::TimeZone;
     use proptest::prelude::*;
 
-    /// Nanoseconds in a printed number, with its sign.
+    /// Parses a printed number of seconds.
     fn nanoseconds(text: &str) -> i128 {
         let (sign, text) = match text.split_at(1) {
             ("-", rest) => (-1, rest),
@@ -102,7 +103,7 @@ mod tests {
         sign * (seconds.parse::<i128>().unwrap() * 1_000_000_000 + fraction)
     }
 
-    /// The printed offset and its bound.
+    /// Returns the printed offset and bound in nanoseconds.
     fn printed(offset: ClockOffset) -> (i128, i128) {
         let text = offset.to_string();
         let (middle, rest) = text.split_once(" s ± ").unwrap();
@@ -119,8 +120,8 @@ mod tests {
         at.checked_add(SignedDuration::from_nanos(nanoseconds)).unwrap()
     }
 
-    /// An instant with this many digits of a fraction, cut off or rounded.
-    fn shown(at: Timestamp, digits: u32, rounds: bool) -> String {
+    /// Formats an instant with this many digits of a fraction, truncated or rounded.
+    fn with_digits(at: Timestamp, digits: u32, rounds: bool) -> String {
         let unit = 10_i128.pow(9 - digits);
         let units = (at.as_nanosecond() + if rounds { unit / 2 } else { 0 }).div_euclid(unit);
         let (seconds, part) = (units / 10_i128.pow(digits), units % 10_i128.pow(digits));
@@ -133,67 +134,68 @@ mod tests {
     }
 
     prop_compose! {
-        /// When the client asks, how far the server is ahead, and the two ways, in nanoseconds.
+        /// The time of the request, the offset of the server, and the delays of request and reply,
+        /// in nanoseconds.
         fn exchange()(
-            asked in 1_000_000_000..4_000_000_000_i64,
-            part in 0..1_000_000_000_i32,
+            second in 1_000_000_000..4_000_000_000_i64,
+            nanosecond in 0..1_000_000_000_i32,
             ahead in prop_oneof![
                 -1_000_000_000..1_000_000_000_i64,
                 -3_000..3_000_i64,
                 -100_000_000_000_000..100_000_000_000_000_i64,
             ],
-            ways in prop_oneof![
+            delays in prop_oneof![
                 (0..2_000_i64, 0..2_000_i64),
                 (0..2_000_000_000_i64, 0..2_000_000_000_i64),
                 (Just(0_i64), 0..60_000_000_000_i64),
             ],
         ) -> (Timestamp, i64, (i64, i64)) {
-            (Timestamp::new(asked, part).unwrap(), ahead, ways)
+            (Timestamp::new(second, nanosecond).unwrap(), ahead, delays)
         }
     }
 
     proptest! {
         #[test]
         fn the_printed_bound_contains_the_true_offset(
-            (asked_at, ahead, (there, back)) in exchange(),
+            (sent_at, ahead, (there, back)) in exchange(),
             name in prop::sample::select(vec![
                 "python", "rfc3339", "daytime", "nist", "time", "unix", "json", "%F %T", "%s",
             ]),
         ) {
-            let received_at = after(asked_at, there + back);
-            let server = after(after(asked_at, there), ahead);
+            let received_at = after(sent_at, there + back);
+            let server = after(after(sent_at, there), ahead);
             let mut reply = Vec::new();
             let format: Format = name.parse().unwrap();
             format.write(server, &TimeZone::UTC, true, &mut reply).unwrap();
-            let told = if name == "time" {
+            let parsed = if name == "time" {
                 read_rfc868(&reply)
             } else {
                 read_text(str::from_utf8(first_line(&reply)).unwrap(), &TimeZone::UTC)
             };
-            let offset = ClockOffset::new(told.unwrap(), asked_at, received_at);
+            let offset = ClockOffset::new(parsed.unwrap(), sent_at, received_at);
             prop_assert!(contains(offset, ahead), "{offset}");
         }
 
         #[test]
-        fn the_printed_bound_holds_for_fractions_of_any_length_cut_off_or_rounded(
-            (asked_at, ahead, (there, back)) in exchange(),
+        fn the_printed_bound_holds_for_truncated_and_rounded_fractions(
+            (sent_at, ahead, (there, back)) in exchange(),
             digits in 1..=9_u32,
             rounds: bool,
         ) {
-            let server = after(after(asked_at, there), ahead);
-            let told = read_text(&shown(server, digits, rounds), &TimeZone::UTC).unwrap();
-            let offset = ClockOffset::new(told, asked_at, after(asked_at, there + back));
+            let server = after(after(sent_at, there), ahead);
+            let parsed = read_text(&with_digits(server, digits, rounds), &TimeZone::UTC).unwrap();
+            let offset = ClockOffset::new(parsed, sent_at, after(sent_at, there + back));
             prop_assert!(contains(offset, ahead), "{offset}");
         }
     }
 
     #[test]
-    fn whole_seconds_are_printed_with_one_digit_and_zero_has_no_minus() {
+    fn prints_whole_seconds_with_one_digit_and_zero_without_minus() {
         let at = |text: &str| text.parse::<Timestamp>().unwrap();
-        let read = |text| read_text(text, &TimeZone::UTC).unwrap();
-        let asked_at = at("2026-11-22T05:46:01.1Z");
+        let parse = |text| read_text(text, &TimeZone::UTC).unwrap();
+        let sent_at = at("2026-11-22T05:46:01.1Z");
         let received_at = at("2026-11-22T05:46:01.1001Z");
-        let offset = |text| ClockOffset::new(read(text), asked_at, received_at).to_string();
+        let offset = |text| ClockOffset::new(parse(text), sent_at, received_at).to_string();
         assert_eq!(offset("2026-11-22 05:46:01"), "+0.4 s ± 0.6 s, round trip 0.000100 s");
         assert_eq!(
             offset("2026-11-22 05:46:01.100050"),

@@ -1,6 +1,7 @@
-//! The clients of time and file services. They trust no server: replies are bounded and verified.
+//! Clients of time and file services. They trust no server: replies are bounded and verified.
 //!
-//! `time` asks, `time_reply` parses the reply and `clock_offset` compares the clocks; `fetch` saves files.
+//! `time` requests the time, `time_reply` parses it and `clock_offset` compares the clocks; `fetch`
+//! saves files.
 //! Arguments and output belong to `cli`.
 
 pub(crate) mod clock_offset;
@@ -19,14 +20,14 @@ use tokio::time::{Instant, timeout};
 
 use crate::net::host_port::split_host_port;
 
-/// The address of a server: a host name or IP address, and optionally a port.
+/// The address of a server: a host name or IP address, and an optional port.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Server {
+pub struct HostPort {
     host: String,
     port: Option<u16>,
 }
 
-impl FromStr for Server {
+impl FromStr for HostPort {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -39,7 +40,7 @@ impl FromStr for Server {
     }
 }
 
-impl fmt::Display for Server {
+impl fmt::Display for HostPort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.host.contains(':'), self.port) {
             (true, Some(port)) => write!(f, "[{}]:{port}", self.host),
@@ -49,24 +50,24 @@ impl fmt::Display for Server {
     }
 }
 
-/// A server that could not be reached.
+/// Failure to connect to a server.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// Its name stands for no address.
+    /// The name lookup failed.
     #[error("cannot look up {host}")]
     Lookup {
-        /// The name.
+        /// The host, with its port if it was given.
         host: String,
-        /// Why.
+        /// Error of the resolver.
         source: io::Error,
     },
-    /// No address could be connected to; each with its cause.
+    /// No address accepted a connection. Contains the addresses with their errors.
     #[error("cannot connect to {0}")]
     Connect(String),
 }
 
-impl Server {
-    /// Looks up its addresses.
+impl HostPort {
+    /// Looks up the addresses of the host, without duplicates.
     async fn addresses(&self, default_port: u16) -> Result<Vec<SocketAddr>, ConnectError> {
         let port = self.port.unwrap_or(default_port);
         let lookup_error = |source| ConnectError::Lookup { host: self.to_string(), source };
@@ -83,21 +84,21 @@ impl Server {
         Ok(addresses)
     }
 
-    /// Its name or its address with its port, as a person would write it.
+    /// Formats the host with its port or `default_port`.
     fn with_port(&self, default_port: u16) -> String {
         let port = Some(self.port.unwrap_or(default_port));
         Self { host: self.host.clone(), port }.to_string()
     }
 
-    /// Its name or its address.
+    /// Returns the host name or IP address.
     pub fn host(&self) -> &str {
         &self.host
     }
 
-    /// Connects to the first of its addresses that answers, within `time` over all.
+    /// Connects to the first address that accepts, within `time` in total.
     ///
     /// # Errors
-    /// If none does.
+    /// If the name lookup fails, or no address accepts in time.
     pub async fn connect(
         &self,
         default_port: u16,
@@ -106,7 +107,7 @@ impl Server {
         Ok(self.connect_timed(default_port, time).await?.0)
     }
 
-    /// Like [`Server::connect`]; also returns the moment before the attempt that succeeded.
+    /// Connects like [`HostPort::connect`]. Also returns the start of the successful attempt.
     async fn connect_timed(
         &self,
         default_port: u16,
@@ -116,12 +117,12 @@ impl Server {
         let addresses = self.addresses(default_port).await?;
         let mut causes = Vec::new();
         for (tried, address) in addresses.iter().enumerate() {
-            // One that does not answer leaves time for those behind it.
+            // An address that does not answer leaves time for the next ones.
             let left = deadline.saturating_duration_since(Instant::now());
             let untried = u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
-            let begun = Instant::now();
+            let started = Instant::now();
             match timeout(left / untried, TcpStream::connect(address)).await {
-                Ok(Ok(stream)) => return Ok((stream, begun)),
+                Ok(Ok(stream)) => return Ok((stream, started)),
                 Ok(Err(error)) => causes.push(format!("{address}: {error}")),
                 Err(_) => causes.push(format!("{address}: no answer in time")),
             }
@@ -135,11 +136,11 @@ mod tests {
     use super::*;
 
     fn parsed(text: &str) -> Result<(String, Option<u16>), String> {
-        text.parse::<Server>().map(|server| (server.host, server.port))
+        text.parse::<HostPort>().map(|server| (server.host, server.port))
     }
 
     #[test]
-    fn a_server_is_a_host_with_or_without_a_port() {
+    fn parses_hosts_with_and_without_a_port() {
         let is = |text, host: &str, port| assert_eq!(parsed(text), Ok((host.to_owned(), port)));
         is("example.org", "example.org", None);
         is("example.org:37", "example.org", Some(37));
@@ -151,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_server_is_refused_with_what_was_expected() {
+    fn refuses_invalid_servers_with_the_expected_form() {
         for bad in ["", ":80", "a:", "a:b", "a:0", "a:65536", "[::1", "[::1]80", "http://a", "a b"]
         {
             assert!(parsed(bad).unwrap_err().starts_with("expected"), "{bad}");
@@ -159,9 +160,9 @@ mod tests {
     }
 
     #[test]
-    fn a_server_prints_as_it_is_read() {
+    fn displays_servers_as_they_were_written() {
         for text in ["example.org", "example.org:37", "::1", "[::1]:6789"] {
-            assert_eq!(text.parse::<Server>().unwrap().to_string(), text);
+            assert_eq!(text.parse::<HostPort>().unwrap().to_string(), text);
         }
     }
 }

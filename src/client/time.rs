@@ -1,4 +1,4 @@
-//! Asks a time service, and compares its time with this machine's.
+//! Client of time services: requests the time over TCP or UDP.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -11,151 +11,150 @@ use tokio::net::UdpSocket;
 use tokio::time::{Instant, timeout};
 
 use crate::client::clock_offset::ClockOffset;
-use crate::client::time_reply::{Told, first_line, read_rfc868, read_text};
-use crate::client::{ConnectError, Server};
+use crate::client::time_reply::{ParsedTime, first_line, read_rfc868, read_text};
+use crate::client::{ConnectError, HostPort};
 use crate::fs::filename::escape_bytes;
 
-/// The port of time services, by custom.
+/// Default port of time services.
 pub(crate) const PORT: u16 = 6789;
 
-/// The longest reply that is taken for a time.
+/// Maximum length of a reply, in bytes.
 const MAX_REPLY: usize = 4096;
 
-/// The length of an RFC 868 reply.
+/// Length of an RFC 868 reply, in bytes.
 const RFC868_LENGTH: usize = 4;
 
-/// How long a datagram's answer is waited for before it is asked again.
-const ASK_AGAIN: Duration = Duration::from_secs(1);
+/// Time to wait for a reply before the datagram is sent again.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How to ask.
+/// Parameters of a request for the time.
 #[derive(Debug, Clone)]
-pub struct Question {
-    /// Whom.
-    pub server: Server,
-    /// By datagram.
+pub struct TimeRequest {
+    /// Server to ask.
+    pub server: HostPort,
+    /// Whether to use UDP instead of TCP.
     pub udp: bool,
-    /// For the four bytes of RFC 868.
+    /// Whether to expect the four bytes of RFC 868 instead of text.
     pub rfc868: bool,
-    /// How long all may take.
+    /// Maximum duration of the whole request.
     pub timeout: Duration,
 }
 
-/// A service that did not tell the time.
+/// Failure to obtain the time.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    /// It could not be reached.
+    /// The server could not be reached.
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    /// The network failed.
+    /// The established connection or the socket failed.
     #[error("{server}")]
     Network {
-        /// Whom.
-        server: Server,
-        /// Why.
+        /// The server that was asked.
+        server: HostPort,
+        /// Error of the operating system.
         source: io::Error,
     },
-    /// The time-out is over.
+    /// The timeout passed.
     #[error("{0}: no answer in time")]
-    Timeout(Server),
-    /// It closed without a word.
-    #[error("{0}: it closed the connection without telling the time")]
-    Empty(Server),
-    /// It said more than a time service says.
-    #[error("{0}: it sent more than {MAX_REPLY} bytes; a time service says less")]
-    Long(Server),
-    /// It said something that is no time.
-    #[error("{server}: \"{reply}\" is no time that is understood")]
-    NotUnderstood {
-        /// Whom.
-        server: Server,
-        /// What it said.
+    Timeout(HostPort),
+    /// The reply is blank.
+    #[error("{0}: the server closed the connection without telling the time")]
+    Empty(HostPort),
+    /// The reply exceeds [`MAX_REPLY`].
+    #[error("{0}: the server sent more than {MAX_REPLY} bytes: it is not a time service")]
+    ReplyTooLong(HostPort),
+    /// The reply is not in a known format.
+    #[error("{server}: unknown time format: \"{reply}\"")]
+    UnknownFormat {
+        /// The server that was asked.
+        server: HostPort,
+        /// The escaped reply.
         reply: String,
     },
 }
 
-/// What a service answered, and when.
+/// The reply of a time service, with the time of the exchange.
 #[derive(Debug)]
-pub(crate) struct Answer {
-    question: Question,
+pub(crate) struct TimeReply {
+    request: TimeRequest,
     reply: Vec<u8>,
-    /// This machine's time when it asked.
-    asked_at: Timestamp,
-    /// This machine's time when the reply was complete.
+    /// Local time when the request was sent.
+    sent_at: Timestamp,
+    /// Local time when the reply was complete.
     received_at: Timestamp,
 }
 
-impl Answer {
-    /// What the service said, as one line.
+impl TimeReply {
+    /// Returns the reply as one printable line.
     ///
     /// # Errors
-    /// If it was asked for RFC 868 and said something else.
+    /// If an RFC 868 reply does not have four bytes.
     pub(crate) fn line(&self) -> Result<String, Error> {
-        if self.question.rfc868 {
-            return Ok(self.told(&TimeZone::UTC)?.instant.to_string());
+        if self.request.rfc868 {
+            return Ok(self.parse(&TimeZone::UTC)?.instant.to_string());
         }
         Ok(escape_bytes(&self.reply))
     }
 
-    /// By how much the service's clock is ahead of this machine's. A form that does not say its
-    /// zone is taken to be in `zone`.
+    /// Returns the offset of the server's clock from the local clock. `zone` applies to formats
+    /// without a zone.
     ///
     /// # Errors
-    /// If the reply tells no time that is understood.
+    /// If the reply is not in a known format.
     pub(crate) fn offset(&self, zone: &TimeZone) -> Result<ClockOffset, Error> {
-        Ok(ClockOffset::new(self.told(zone)?, self.asked_at, self.received_at))
+        Ok(ClockOffset::new(self.parse(zone)?, self.sent_at, self.received_at))
     }
 
-    fn told(&self, zone: &TimeZone) -> Result<Told, Error> {
-        let told = if self.question.rfc868 {
+    fn parse(&self, zone: &TimeZone) -> Result<ParsedTime, Error> {
+        let parsed = if self.request.rfc868 {
             read_rfc868(&self.reply)
         } else {
             str::from_utf8(&self.reply).ok().and_then(|text| read_text(text, zone))
         };
-        told.ok_or_else(|| Error::NotUnderstood {
-            server: self.question.server.clone(),
+        parsed.ok_or_else(|| Error::UnknownFormat {
+            server: self.request.server.clone(),
             reply: escape_bytes(&self.reply),
         })
     }
 }
 
-/// A reply, the time when it was complete, and how long after the question that was.
+/// A reply, the time when it was complete, and the time since the request.
 struct Received {
     reply: Vec<u8>,
     at: SystemTime,
     round_trip: Duration,
 }
 
-/// Asks a time service.
+/// Requests the time.
 ///
 /// # Errors
-/// If it cannot be reached, or does not answer in time or at all.
-pub(crate) async fn ask(question: Question) -> Result<Answer, Error> {
-    let asking = async {
-        if question.udp { ask_by_datagram(&question).await } else { ask_by_tcp(&question).await }
-    };
-    let asked = timeout(question.timeout, asking).await;
-    let received = asked.map_err(|_| Error::Timeout(question.server.clone()))??;
+/// If the server cannot be reached, or sends no reply in time.
+pub(crate) async fn ask(request: TimeRequest) -> Result<TimeReply, Error> {
+    let exchange =
+        async { if request.udp { ask_by_udp(&request).await } else { ask_by_tcp(&request).await } };
+    let received = timeout(request.timeout, exchange).await;
+    let received = received.map_err(|_| Error::Timeout(request.server.clone()))??;
     let Received { mut reply, at, round_trip } = received;
-    if !question.rfc868 {
+    if !request.rfc868 {
         reply = first_line(&reply).to_owned();
     }
     if reply.is_empty() {
-        return Err(Error::Empty(question.server));
+        return Err(Error::Empty(request.server));
     }
-    let clock_error = |error| question.network(io::Error::other(error));
+    let clock_error = |error| request.network_error(io::Error::other(error));
     let received_at = Timestamp::try_from(at).map_err(clock_error)?;
-    let asked_at = received_at.checked_sub(round_trip).map_err(clock_error)?;
-    Ok(Answer { question, reply, asked_at, received_at })
+    let sent_at = received_at.checked_sub(round_trip).map_err(clock_error)?;
+    Ok(TimeReply { request, reply, sent_at, received_at })
 }
 
-impl Question {
-    fn network(&self, source: io::Error) -> Error {
+impl TimeRequest {
+    fn network_error(&self, source: io::Error) -> Error {
         Error::Network { server: self.server.clone(), source }
     }
 
-    /// Whether `reply` needs no more bytes. The server may leave the close to the client: RFC 868
-    /// has four bytes, and a text ends with its first line. NIST's servers begin with a newline.
-    fn is_answered_by(&self, reply: &[u8]) -> bool {
+    /// Whether `reply` is complete: four bytes of RFC 868, or a line of text, which NIST's servers
+    /// precede with a newline. The server may leave the close to the client.
+    fn is_complete(&self, reply: &[u8]) -> bool {
         if self.rfc868 {
             reply.len() >= RFC868_LENGTH
         } else {
@@ -164,44 +163,46 @@ impl Question {
     }
 }
 
-/// The server may read its clock as soon as the first packet of the handshake has arrived, which is
-/// before the connect returns here, and as late as just before the reply is complete.
-async fn ask_by_tcp(question: &Question) -> Result<Received, Error> {
-    let (mut stream, asked_at) = question.server.connect_timed(PORT, question.timeout).await?;
+/// Requests the time over TCP.
+///
+/// The round trip starts before the connect, because the server may read its clock when the first
+/// packet of the handshake arrives. It ends with the last byte of the reply.
+async fn ask_by_tcp(request: &TimeRequest) -> Result<Received, Error> {
+    let (mut stream, sent_at) = request.server.connect_timed(PORT, request.timeout).await?;
     let mut reply = Vec::new();
-    let (mut at, mut round_trip) = (SystemTime::now(), asked_at.elapsed());
+    let (mut at, mut round_trip) = (SystemTime::now(), sent_at.elapsed());
     loop {
-        let reading = stream.read_buf(&mut reply).await;
-        let read = reading.map_err(|error| question.network(error))?;
+        let read = stream.read_buf(&mut reply).await;
+        let read = read.map_err(|error| request.network_error(error))?;
         if read > 0 {
-            (at, round_trip) = (SystemTime::now(), asked_at.elapsed());
+            (at, round_trip) = (SystemTime::now(), sent_at.elapsed());
         }
-        let complete = question.is_answered_by(&reply);
-        let answer = if complete { first_line(&reply) } else { &reply };
-        if answer.len() > MAX_REPLY {
-            return Err(Error::Long(question.server.clone()));
+        let is_complete = request.is_complete(&reply);
+        let text = if is_complete { first_line(&reply) } else { &reply };
+        if text.len() > MAX_REPLY {
+            return Err(Error::ReplyTooLong(request.server.clone()));
         }
-        if complete || read == 0 {
+        if is_complete || read == 0 {
             return Ok(Received { reply, at, round_trip });
         }
     }
 }
 
-async fn ask_by_datagram(question: &Question) -> Result<Received, Error> {
-    let addresses = question.server.addresses(PORT).await?;
-    // In turn, again and again, until the time-out: any datagram may be lost.
+/// Requests the time over UDP from each address in turn, until the timeout: datagrams may be lost.
+async fn ask_by_udp(request: &TimeRequest) -> Result<Received, Error> {
+    let addresses = request.server.addresses(PORT).await?;
     loop {
-        let (mut refused, mut silent) = (None, false);
+        let (mut failure, mut timed_out) = (None, false);
         for address in &addresses {
-            match timeout(ASK_AGAIN, ask_address(*address)).await {
+            match timeout(RETRY_INTERVAL, ask_address(*address)).await {
                 Ok(Ok(received)) => return Ok(received),
-                Ok(Err(error)) => refused = Some(error),
-                Err(_) => silent = true,
+                Ok(Err(error)) => failure = Some(error),
+                Err(_) => timed_out = true,
             }
         }
-        // A refusal comes at once, and would come again at once.
-        if let (Some(error), false) = (refused, silent) {
-            return Err(question.network(error));
+        // If every address failed at once, a retry would fail at once, too.
+        if let (Some(error), false) = (failure, timed_out) {
+            return Err(request.network_error(error));
         }
     }
 }
@@ -211,13 +212,13 @@ async fn ask_address(address: SocketAddr) -> io::Result<Received> {
         SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
-    // A new socket for every question: a late answer to an earlier one is not taken for it.
+    // A new socket for every request: a late reply to an earlier request does not arrive here.
     let socket = UdpSocket::bind((wildcard, 0)).await?;
     socket.connect(address).await?;
-    let asked_at = Instant::now();
+    let sent_at = Instant::now();
     socket.send(&[]).await?;
     let mut reply = vec![0; MAX_REPLY];
     let length = socket.recv(&mut reply).await?;
     reply.truncate(length);
-    Ok(Received { reply, at: SystemTime::now(), round_trip: asked_at.elapsed() })
+    Ok(Received { reply, at: SystemTime::now(), round_trip: sent_at.elapsed() })
 }

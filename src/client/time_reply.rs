@@ -1,4 +1,4 @@
-//! The time in what a time service says, whatever of the common forms it has.
+//! Parser for the replies of time services, in all common formats.
 
 use jiff::civil::DateTime;
 use jiff::tz::{Offset, TimeZone};
@@ -6,33 +6,33 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::clock::SECONDS_1900_TO_1970;
 
-/// A time that was told.
+/// A time with its resolution, parsed from a reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Told {
-    /// The instant as written, without digits that the form leaves out.
+pub struct ParsedTime {
+    /// The instant as written; omitted digits are zero.
     pub instant: Timestamp,
-    /// The unit of the last digit.
+    /// The unit of the last digit of the reply.
     pub resolution: SignedDuration,
 }
 
-impl Told {
-    /// The range of instants that are written like this.
+impl ParsedTime {
+    /// Returns the range of instants with this representation.
     ///
-    /// Whole seconds come from time(2) or strftime(3), which drop the fraction; fractions may also
-    /// come from a printf(3), which rounds.
+    /// Whole seconds come from time(2) or strftime(3), which truncate. Fractions may come from
+    /// printf(3), which rounds.
     pub fn range(&self) -> (Timestamp, Timestamp) {
-        let below = match self.resolution {
+        let rounding = match self.resolution {
             SECOND => SignedDuration::ZERO,
-            part => part / 2,
+            fraction => fraction / 2,
         };
-        let earliest = self.instant.checked_sub(below).unwrap_or(self.instant);
+        let earliest = self.instant.checked_sub(rounding).unwrap_or(self.instant);
         (earliest, self.instant.checked_add(self.resolution).unwrap_or(self.instant))
     }
 }
 
 const SECOND: SignedDuration = SignedDuration::from_secs(1);
 
-/// Returns the first line of a reply that is not blank, without white space around it.
+/// Returns the first line of a reply that is not blank, trimmed.
 pub(crate) fn first_line(reply: &[u8]) -> &[u8] {
     let mut lines = reply.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
     lines.find(|line| !line.is_empty()).unwrap_or_default()
@@ -45,20 +45,20 @@ fn resolution_of(fraction: &str) -> SignedDuration {
     parts.map_or(SignedDuration::from_nanos(1), |parts| SECOND / parts)
 }
 
-/// Returns the unit of the last digit in an ISO 8601 date and time, if that tells the second.
+/// Returns the unit of the last digit of an ISO 8601 date and time, if it includes seconds.
 fn iso_resolution(text: &str) -> Option<SignedDuration> {
     let (_, time) = text.split_once(['T', 't', ' '])?;
     let end = time.find(|c: char| !(c.is_ascii_digit() || c == ':')).unwrap_or(time.len());
     let (clock, rest) = time.split_at(end);
-    let tells_seconds = clock.bytes().filter(u8::is_ascii_digit).count() == 6;
+    let has_seconds = clock.bytes().filter(u8::is_ascii_digit).count() == 6;
     let fraction = rest.strip_prefix(['.', ',']).unwrap_or_default();
-    tells_seconds.then(|| resolution_of(fraction))
+    has_seconds.then(|| resolution_of(fraction))
 }
 
-/// Reads the time in a text; a form that does not say its zone is taken to be in `zone`.
-pub fn read_text(text: &str, zone: &TimeZone) -> Option<Told> {
+/// Parses a text in any known format. `zone` applies to formats without a zone.
+pub fn read_text(text: &str, zone: &TimeZone) -> Option<ParsedTime> {
     let text = text.trim();
-    // The forms differ in their first characters, or else have only one reading.
+    // No text is valid in two formats with different results.
     json(text)
         .or_else(|| rfc3339(text))
         .or_else(|| civil(text, zone))
@@ -67,33 +67,35 @@ pub fn read_text(text: &str, zone: &TimeZone) -> Option<Told> {
         .or_else(|| nist(text))
 }
 
-/// Reads the four bytes of RFC 868. The count began anew in 2036: what would be before 1970 is
-/// after that.
-pub fn read_rfc868(reply: &[u8]) -> Option<Told> {
+/// Parses the four bytes of RFC 868. The counter wraps in 2036: values below 1970 mean a time after
+/// the wrap.
+pub fn read_rfc868(reply: &[u8]) -> Option<ParsedTime> {
     let seconds = u32::from_be_bytes(reply.try_into().ok()?);
     let since_1970 = i64::from(seconds) - SECONDS_1900_TO_1970;
     let since_1970 = if since_1970 < 0 { since_1970 + (1 << 32) } else { since_1970 };
-    Some(Told { instant: Timestamp::from_second(since_1970).ok()?, resolution: SECOND })
+    Some(ParsedTime { instant: Timestamp::from_second(since_1970).ok()?, resolution: SECOND })
 }
 
-fn json(text: &str) -> Option<Told> {
+fn json(text: &str) -> Option<ParsedTime> {
     let value: serde_json::Value = serde_json::from_str(text).ok()?;
     rfc3339(value.as_object()?.get("time")?.as_str()?)
 }
 
-fn rfc3339(text: &str) -> Option<Told> {
-    Some(Told { instant: text.parse().ok()?, resolution: iso_resolution(text)? })
+fn rfc3339(text: &str) -> Option<ParsedTime> {
+    Some(ParsedTime { instant: text.parse().ok()?, resolution: iso_resolution(text)? })
 }
 
-/// Python's `str(datetime.now())`. Without a fraction it may be Python's, which drops one of zero, or
-/// a form of whole seconds: the range of the latter contains the former.
-fn civil(text: &str, zone: &TimeZone) -> Option<Told> {
+/// Parses `str(datetime.now())` of Python and similar formats.
+///
+/// Python omits a fraction of zero, so whole seconds may be exact or truncated; the range covers
+/// both.
+fn civil(text: &str, zone: &TimeZone) -> Option<ParsedTime> {
     let time: DateTime = text.parse().ok()?;
     let instant = zone.to_timestamp(time).ok()?;
-    Some(Told { instant, resolution: iso_resolution(text)? })
+    Some(ParsedTime { instant, resolution: iso_resolution(text)? })
 }
 
-fn unix(text: &str) -> Option<Told> {
+fn unix(text: &str) -> Option<ParsedTime> {
     let (seconds, fraction) = text.split_once('.').unwrap_or((text, ""));
     let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
     let magnitude = seconds.strip_prefix('-').unwrap_or(seconds);
@@ -103,12 +105,13 @@ fn unix(text: &str) -> Option<Told> {
     let nanoseconds: i32 = format!("{fraction:0<9}").parse().ok()?;
     let sign = if seconds.starts_with('-') { -1 } else { 1 };
     let instant = Timestamp::new(seconds.parse().ok()?, nanoseconds * sign).ok()?;
-    Some(Told { instant, resolution: resolution_of(fraction) })
+    Some(ParsedTime { instant, resolution: resolution_of(fraction) })
 }
 
-/// The example of RFC 867, `Tuesday, February 22, 1982 17:37:43-PST`. Letters stand for different
-/// zones in different countries; only UTC's and numbers are taken at their word.
-fn daytime(text: &str, zone: &TimeZone) -> Option<Told> {
+/// Parses the format of RFC 867, `Tuesday, February 22, 1982 17:37:43-PST`.
+///
+/// Abbreviations of zones are ambiguous: all but those of UTC and numeric offsets mean `zone`.
+fn daytime(text: &str, zone: &TimeZone) -> Option<ParsedTime> {
     let (head, seconds_and_zone) = text.rsplit_once(':')?;
     let (seconds, abbreviation) = seconds_and_zone.split_once('-')?;
     let time = DateTime::strptime("%A, %B %d, %Y %H:%M:%S", format!("{head}:{seconds}")).ok()?;
@@ -116,10 +119,10 @@ fn daytime(text: &str, zone: &TimeZone) -> Option<Told> {
         "UTC" | "GMT" | "Z" => TimeZone::UTC,
         _ => numeric_offset(abbreviation).map_or_else(|| zone.clone(), TimeZone::fixed),
     };
-    Some(Told { instant: zone.to_timestamp(time).ok()?, resolution: SECOND })
+    Some(ParsedTime { instant: zone.to_timestamp(time).ok()?, resolution: SECOND })
 }
 
-/// An offset such as `+08` or `-0330`, which is what zones without letters are called.
+/// Parses an offset such as `+08` or `-0330`, the abbreviation of zones without letters.
 fn numeric_offset(text: &str) -> Option<Offset> {
     let sign = match text.get(..1)? {
         "+" => 1,
@@ -136,13 +139,13 @@ fn numeric_offset(text: &str) -> Option<Offset> {
     Offset::from_seconds(seconds * sign).ok()
 }
 
-/// `JJJJJ YR-MO-DA HH:MM:SS …`: the two digits of the year are told by the day's number.
-fn nist(text: &str) -> Option<Told> {
+/// Parses `JJJJJ YR-MO-DA HH:MM:SS …` of NIST. The two digits of the year mean 2000 to 2099.
+fn nist(text: &str) -> Option<ParsedTime> {
     let mut fields = text.split_ascii_whitespace();
     let (day, date, time) = (fields.next()?, fields.next()?, fields.next()?);
     let _: u32 = day.parse().ok()?;
     let instant = format!("20{date}T{time}Z").parse().ok()?;
-    Some(Told { instant, resolution: SECOND })
+    Some(ParsedTime { instant, resolution: SECOND })
 }
 
 #[cfg(test)]
@@ -151,21 +154,22 @@ mod tests {
     use crate::clock::Format;
     use proptest::prelude::*;
 
-    fn told(text: &str) -> Option<(String, SignedDuration)> {
+    fn parsed(text: &str) -> Option<(String, SignedDuration)> {
         let zone = TimeZone::get("Asia/Shanghai").unwrap();
-        read_text(text, &zone).map(|told| (told.instant.to_string(), told.resolution))
+        read_text(text, &zone).map(|time| (time.instant.to_string(), time.resolution))
     }
 
     #[test]
-    fn python_s_form_is_read_with_and_without_fraction() {
+    fn parses_the_python_format_with_and_without_fraction() {
         let micros = SignedDuration::from_micros(1);
         let with = Some(("2026-11-22T05:46:01.123456Z".to_owned(), micros));
-        assert_eq!(told("2026-11-22 13:46:01.123456\n"), with);
-        assert_eq!(told("2026-11-22 13:46:01"), Some(("2026-11-22T05:46:01Z".to_owned(), SECOND)));
+        assert_eq!(parsed("2026-11-22 13:46:01.123456\n"), with);
+        let without = Some(("2026-11-22T05:46:01Z".to_owned(), SECOND));
+        assert_eq!(parsed("2026-11-22 13:46:01"), without);
     }
 
     #[test]
-    fn what_tells_no_time_is_not_read() {
+    fn refuses_texts_without_a_time() {
         for text in [
             "",
             "hello",
@@ -179,14 +183,14 @@ mod tests {
             "2026-11-22 13:46",
             "2026-11-22T13:46Z",
         ] {
-            assert_eq!(told(text), None, "{text}");
+            assert_eq!(parsed(text), None, "{text}");
         }
         assert_eq!(read_rfc868(b"abc"), None);
         assert_eq!(read_rfc868(b"abcde"), None);
     }
 
     #[test]
-    fn rfc868_after_2036_is_not_before_1970() {
+    fn parses_rfc868_after_the_wrap_in_2036() {
         let read = |seconds: u32| read_rfc868(&seconds.to_be_bytes()).unwrap().instant.to_string();
         assert_eq!(read(2_208_988_800), "1970-01-01T00:00:00Z");
         assert_eq!(read(u32::MAX), "2036-02-07T06:28:15Z");
@@ -195,7 +199,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_format_of_ours_is_read_back(
+        fn parses_every_format_of_the_daemon(
             seconds in 946_684_800i64..4_102_444_800,
             micros in 0i32..1_000_000,
             zone in prop::sample::select(vec!["UTC", "Asia/Shanghai", "America/Sao_Paulo"]),
@@ -207,13 +211,13 @@ mod tests {
                 let format: Format = name.parse().unwrap();
                 format.write(now, &zone, true, &mut reply).unwrap();
                 let text = String::from_utf8(reply).unwrap();
-                let told = read_text(&text, &zone).unwrap();
+                let time = read_text(&text, &zone).unwrap();
                 let whole = Timestamp::from_second(seconds).unwrap();
-                let expected = if told.resolution == SECOND { whole } else { now };
-                // A local time that comes twice, when clocks go back, has two readings.
-                let twice = told.instant.duration_since(expected).abs()
+                let expected = if time.resolution == SECOND { whole } else { now };
+                // A local time that occurs twice, when clocks are set back, is ambiguous.
+                let is_ambiguous = time.instant.duration_since(expected).abs()
                     == SignedDuration::from_hours(1);
-                prop_assert!(told.instant == expected || twice, "{name} {text}");
+                prop_assert!(time.instant == expected || is_ambiguous, "{name} {text}");
             }
         }
     }

@@ -1,6 +1,6 @@
-//! The forms in which the time is told, and how well the kernel says that its clock is kept.
+//! Time formats, and the state of the kernel's clock.
 //!
-//! Pure but for [`Health::read`]: an instant goes in, bytes come out. Nothing of sockets.
+//! Formatting is pure, except for [`Health::read`]. Nothing here knows sockets.
 
 mod loop_guard;
 mod strftime;
@@ -17,16 +17,16 @@ use jiff::tz::{Offset, TimeZone};
 
 use crate::sys;
 
-pub(crate) use loop_guard::ReplyShapes;
+pub(crate) use loop_guard::LoopGuard;
 pub(crate) use zone::{current_zone, find_zone};
 
-/// The longest text that a strftime pattern may make: a reply fits one datagram with ease.
+/// Maximum output of a strftime pattern, in bytes, so that every reply fits into one datagram.
 const MAX_TEXT: usize = 512;
 
-/// The longest reply in any format: the longest text and its newline.
+/// Maximum length of a reply in any format, in bytes: text and newline.
 pub(crate) const MAX_REPLY: usize = MAX_TEXT + 1;
 
-/// Seconds from 1900, where RFC 868 begins to count, to 1970.
+/// Seconds from 1900, the epoch of RFC 868, to 1970.
 pub(crate) const SECONDS_1900_TO_1970: i64 = 2_208_988_800;
 
 /// Days from the start of the Modified Julian Date, 1858-11-17, to 1970-01-01.
@@ -34,28 +34,28 @@ const MODIFIED_JULIAN_1970: i64 = 40_587;
 
 const SECONDS_PER_DAY: i64 = 86_400;
 
-/// A form in which the time is told.
+/// A format of the time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Format {
-    /// What Python's `str(datetime.now())` prints, always with six digits.
+    /// The output of Python's `str(datetime.now())`, always with six digits.
     Python,
     /// RFC 3339, with microseconds and the zone's offset.
     Rfc3339,
-    /// The example of RFC 867: `Tuesday, February 22, 1982 17:37:43-PST`.
+    /// The format of the example in RFC 867: `Tuesday, February 22, 1982 17:37:43-PST`.
     Daytime,
     /// The line of NIST's daytime servers, always UTC.
     Nist,
-    /// RFC 868: seconds since 1900 in 32 bits, big-endian; it begins anew in 2036.
+    /// RFC 868: seconds since 1900 in 32 bits, big-endian; it wraps in 2036.
     Time,
     /// Seconds since 1970, with microseconds.
     Unix,
-    /// A JSON object that also says how far the clock is to be trusted.
+    /// A JSON object with the time and the state of the clock.
     Json,
-    /// A strftime pattern, which is known to work.
+    /// A validated strftime pattern.
     Strftime(String),
 }
 
-/// Why a format was refused; says what was expected.
+/// The reason why a format is invalid, with the expected values.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct FormatError(String);
@@ -71,12 +71,12 @@ impl Format {
         ("json", Format::Json),
     ];
 
-    /// Appends the time `now`, as told in `zone`, to `reply`, with the end of line of the format's
-    /// own document or, where it has none and `newline` is true, `\n`.
+    /// Appends `now` in `zone` to `reply`. `newline` adds `\n`, unless the standard of the format
+    /// defines its end.
     ///
     /// # Errors
-    /// If the pattern cannot tell this instant, as `%Q` for a zone without a name, or would make
-    /// more of it than [`MAX_REPLY`].
+    /// If the pattern cannot express this instant, such as `%Q` for a zone without a name, or its
+    /// output is too long for a datagram.
     pub fn write(
         &self,
         now: Timestamp,
@@ -92,7 +92,7 @@ impl Format {
             }
             Format::Nist => nist(now, Health::read().ok(), reply)?,
             Format::Time => {
-                // The wrap in 2036 is what RFC 868 clients live with.
+                // RFC 868 clients expect the wrap in 2036.
                 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
                 let seconds = now.as_second().wrapping_add(SECONDS_1900_TO_1970) as u32;
                 reply.extend_from_slice(&seconds.to_be_bytes());
@@ -101,19 +101,19 @@ impl Format {
             Format::Json => json(now, zone, Health::read().ok(), reply)?,
             Format::Strftime(text) => pattern(text, now, zone, reply)?,
         }
-        if newline && !self.has_its_own_end() {
+        if newline && !self.has_fixed_end() {
             reply.push(b'\n');
         }
         Ok(())
     }
 
-    /// Whether it tells how the kernel's clock is kept.
-    pub fn tells_health(&self) -> bool {
+    /// Whether the format contains the state of the kernel's clock.
+    pub fn includes_health(&self) -> bool {
         matches!(self, Format::Nist | Format::Json)
     }
 
-    /// Whether the format's document says how it ends, so that `newline` does not apply.
-    fn has_its_own_end(&self) -> bool {
+    /// Whether the standard of the format defines its end, so that `newline` does not apply.
+    fn has_fixed_end(&self) -> bool {
         matches!(self, Format::Daytime | Format::Nist | Format::Time)
     }
 }
@@ -129,19 +129,19 @@ impl FromStr for Format {
             let names = Self::NAMED.map(|(name, _)| name).join(", ");
             return Err(FormatError(format!("expected {names}, or a strftime pattern with %")));
         }
-        // Tried on a Wednesday in September, in a fraction of a second that has all nine digits, and
-        // in the zone with the longest name: what works there works at any time.
+        // The longest output: a Wednesday in September, nine digits of fraction, and the zone with
+        // the longest name. A pattern that works for this sample works at any time.
         let sample = Timestamp::new(1_790_164_800, 123_456_789).unwrap_or_default();
         let zone = TimeZone::get("America/Argentina/ComodRivadavia").unwrap_or(TimeZone::UTC);
-        let wrong =
+        let invalid =
             |problem: String| FormatError(format!("expected a strftime pattern: {problem}"));
-        strftime::check(text).map_err(wrong)?;
+        strftime::check(text).map_err(invalid)?;
         match strftime::format(text, sample, &zone) {
-            Err(error) => Err(wrong(error.to_string())),
-            Ok(told) if told.len() > MAX_TEXT => {
-                Err(FormatError(format!("expected a pattern of at most {MAX_TEXT} bytes of text")))
+            Err(error) => Err(invalid(error.to_string())),
+            Ok(output) if output.len() > MAX_TEXT => {
+                Err(FormatError(format!("expected a pattern that prints at most {MAX_TEXT} bytes")))
             }
-            Ok(told) if told.is_empty() => {
+            Ok(output) if output.is_empty() => {
                 Err(FormatError("expected a pattern that prints something".to_owned()))
             }
             Ok(_) => Ok(Format::Strftime(text.to_owned())),
@@ -161,34 +161,34 @@ impl fmt::Display for Format {
     }
 }
 
-/// How well the kernel's clock is kept, from adjtimex(2): whoever disciplines the clock (chrony,
-/// ntpd, systemd-timesyncd) tells the kernel, and the kernel tells us.
+/// The state of the kernel's clock, from adjtimex(2). The daemon that disciplines the clock
+/// (chrony, ntpd, systemd-timesyncd) reports it to the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Health {
-    /// Whether the clock is disciplined by somebody.
+    /// Whether a daemon disciplines the clock.
     pub synchronized: bool,
-    /// The maximum error in microseconds; the kernel lets it grow while nobody corrects it.
+    /// The maximum error in microseconds, which grows while the clock is not corrected.
     pub max_error_us: i64,
-    /// What happens at the end of this day, UTC.
+    /// The leap second at the end of the current UTC day.
     pub leap: Leap,
 }
 
-/// The leap second that is due at the end of the day, if one is.
+/// The leap second at the end of a day, if there is one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Leap {
     /// The day has 86,400 seconds.
     None,
     /// A second is inserted.
     Insert,
-    /// A second is left out.
+    /// A second is omitted.
     Delete,
 }
 
 impl Health {
-    /// Asks the kernel.
+    /// Reads the state from the kernel.
     ///
     /// # Errors
-    /// If a filter on system calls forbids to ask.
+    /// If a system call filter forbids it.
     pub(crate) fn read() -> io::Result<Self> {
         Ok(Self::from(sys::read_timex()?))
     }
@@ -212,11 +212,11 @@ impl From<sys::Timex> for Health {
 }
 
 fn pattern(text: &str, now: Timestamp, zone: &TimeZone, reply: &mut Vec<u8>) -> io::Result<()> {
-    let told = strftime::format(text, now, zone).map_err(io::Error::other)?;
-    if told.len() > MAX_TEXT {
-        return Err(io::Error::other(format!("the pattern makes more than {MAX_TEXT} bytes")));
+    let output = strftime::format(text, now, zone).map_err(io::Error::other)?;
+    if output.len() > MAX_TEXT {
+        return Err(io::Error::other(format!("the pattern prints more than {MAX_TEXT} bytes")));
     }
-    reply.extend_from_slice(told.as_bytes());
+    reply.extend_from_slice(output.as_bytes());
     Ok(())
 }
 
@@ -254,11 +254,11 @@ fn json(
     }
 }
 
-/// `\nJJJJJ YR-MO-DA HH:MM:SS TT L H msADV UTC(NIST) * \n`, as NIST describes its daytime service.
+/// Appends the line of NIST's daytime service:
+/// `\nJJJJJ YR-MO-DA HH:MM:SS TT L H msADV UTC(NIST) * \n`.
 ///
-/// Nothing is known of the way to the client, so that the advance is 0.0 ms. There is a health
-/// digit 2 for a clock that is known to be wrong by more than five seconds; a kernel never knows
-/// that of itself.
+/// The advance is 0.0 ms, because the network delay is unknown. The health digit is never 2 (known
+/// to be wrong by more than five seconds), because the kernel cannot know that.
 fn nist(now: Timestamp, health: Option<Health>, reply: &mut Vec<u8>) -> io::Result<()> {
     let day = MODIFIED_JULIAN_1970 + now.as_second().div_euclid(SECONDS_PER_DAY);
     let leap = match health.map(|health| health.leap) {
@@ -267,11 +267,10 @@ fn nist(now: Timestamp, health: Option<Health>, reply: &mut Vec<u8>) -> io::Resu
         Some(Leap::Delete) => 2,
     };
     let digit = match health {
-        // Healthy.
         Some(Health { synchronized: true, .. }) => 0,
-        // In error by up to five seconds.
+        // Wrong by up to five seconds.
         Some(Health { max_error_us: ..=5_000_000, .. }) => 1,
-        // Something failed, the error is not known.
+        // Hardware or software failure; the error is unknown.
         Some(_) | None => 3,
     };
     let time = now.to_zoned(TimeZone::UTC);
@@ -284,9 +283,11 @@ fn nist(now: Timestamp, health: Option<Health>, reply: &mut Vec<u8>) -> io::Resu
     )
 }
 
-/// NIST's `TT`: 00 for standard time and 50 for daylight saving time in the United States; in the
-/// month of a change it counts the days down to it, reaching 01 (to standard time) or 51 (to
-/// daylight saving time) on the day itself.
+/// Returns the field `TT` of NIST: 00 for standard time and 50 for daylight saving time in the
+/// United States.
+///
+/// In the month of a change it counts down the days, to 01 (standard time begins) or 51 (daylight
+/// saving time begins) on the day itself.
 fn us_daylight_saving_code(now: Timestamp) -> i64 {
     let Ok(zone) = TimeZone::get("America/New_York") else { return 0 };
     let saving = zone.to_offset_info(now).dst().is_dst();
@@ -308,7 +309,7 @@ mod tests {
         text.parse().unwrap()
     }
 
-    fn told(format: &str, zone: &str, instant: &str) -> String {
+    fn format_at(format: &str, zone: &str, instant: &str) -> String {
         let mut reply = Vec::new();
         let zone = TimeZone::get(zone).unwrap();
         format.parse::<Format>().unwrap().write(at(instant), &zone, true, &mut reply).unwrap();
@@ -318,43 +319,47 @@ mod tests {
     const NOW: &str = "2026-11-22T05:46:01.123456789Z";
 
     #[test]
-    fn every_format_reads_as_its_document_says() {
-        assert_eq!(told("python", "Asia/Shanghai", NOW), "2026-11-22 13:46:01.123456\n");
-        assert_eq!(told("rfc3339", "Asia/Shanghai", NOW), "2026-11-22T13:46:01.123456+08:00\n");
-        assert_eq!(told("rfc3339", "UTC", NOW), "2026-11-22T05:46:01.123456Z\n");
+    fn formats_follow_their_standards() {
+        assert_eq!(format_at("python", "Asia/Shanghai", NOW), "2026-11-22 13:46:01.123456\n");
         assert_eq!(
-            told("daytime", "Asia/Shanghai", NOW),
+            format_at("rfc3339", "Asia/Shanghai", NOW),
+            "2026-11-22T13:46:01.123456+08:00\n"
+        );
+        assert_eq!(format_at("rfc3339", "UTC", NOW), "2026-11-22T05:46:01.123456Z\n");
+        assert_eq!(
+            format_at("daytime", "Asia/Shanghai", NOW),
             "Sunday, November 22, 2026 13:46:01-CST\r\n"
         );
-        assert_eq!(told("unix", "UTC", NOW), "1795326361.123456\n");
-        assert_eq!(told("%H h %M", "Asia/Shanghai", NOW), "13 h 46\n");
+        assert_eq!(format_at("unix", "UTC", NOW), "1795326361.123456\n");
+        assert_eq!(format_at("%H h %M", "Asia/Shanghai", NOW), "13 h 46\n");
     }
 
     #[test]
     fn python_keeps_six_digits_when_the_fraction_is_zero() {
-        assert_eq!(told("python", "UTC", "2026-01-02T03:04:05Z"), "2026-01-02 03:04:05.000000\n");
+        let text = format_at("python", "UTC", "2026-01-02T03:04:05Z");
+        assert_eq!(text, "2026-01-02 03:04:05.000000\n");
     }
 
     #[test]
-    fn rfc868_counts_from_1900_and_begins_anew_in_2036() {
-        let told = |instant| {
+    fn rfc868_counts_from_1900_and_wraps_in_2036() {
+        let reply_at = |instant| {
             let mut reply = Vec::new();
             Format::Time.write(at(instant), &TimeZone::UTC, true, &mut reply).unwrap();
             reply
         };
-        // The examples of RFC 868 itself.
-        assert_eq!(told("1970-01-01T00:00:00Z"), 2_208_988_800_u32.to_be_bytes());
-        assert_eq!(told("1976-01-01T00:00:00Z"), 2_398_291_200_u32.to_be_bytes());
-        assert_eq!(told("2036-02-07T06:28:16Z"), [0, 0, 0, 0]);
+        // Examples from RFC 868.
+        assert_eq!(reply_at("1970-01-01T00:00:00Z"), 2_208_988_800_u32.to_be_bytes());
+        assert_eq!(reply_at("1976-01-01T00:00:00Z"), 2_398_291_200_u32.to_be_bytes());
+        assert_eq!(reply_at("2036-02-07T06:28:16Z"), [0, 0, 0, 0]);
     }
 
     #[test]
     fn unix_time_before_1970_is_negative_to_the_microsecond() {
-        assert_eq!(told("unix", "UTC", "1969-12-31T23:59:59.5Z"), "-0.500000\n");
+        assert_eq!(format_at("unix", "UTC", "1969-12-31T23:59:59.5Z"), "-0.500000\n");
     }
 
     #[test]
-    fn json_is_json_and_says_how_far_to_trust_the_clock() {
+    fn json_contains_the_state_of_the_clock() {
         let health = Health { synchronized: true, max_error_us: 1234, leap: Leap::None };
         let mut reply = Vec::new();
         json(at(NOW), &TimeZone::get("Asia/Shanghai").unwrap(), Some(health), &mut reply).unwrap();
@@ -371,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn the_nist_line_tells_the_health_of_the_clock() {
+    fn the_nist_line_contains_the_health_of_the_clock() {
         let line = |health| {
             let mut reply = Vec::new();
             nist(at(NOW), health, &mut reply).unwrap();
@@ -406,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_s_status_bits_decide_the_health() {
+    fn reads_the_health_from_the_status_bits_of_the_kernel() {
         let health = |state, status| Health::from(sys::Timex { state, status, max_error: 5 });
         assert!(health(libc::TIME_OK, 0).synchronized);
         assert!(!health(libc::TIME_ERROR, libc::STA_UNSYNC).synchronized);
@@ -415,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn a_format_that_is_none_is_refused_with_what_was_expected() {
+    fn refuses_unknown_formats_with_the_expected_values() {
         let refused = |text: &str| text.parse::<Format>().unwrap_err().to_string();
         assert!(refused("pyhton").starts_with("expected python, rfc3339"));
         assert!(refused("%").contains("strftime"));
@@ -425,7 +430,7 @@ mod tests {
     }
 
     #[test]
-    fn named_formats_print_as_they_are_written() {
+    fn named_formats_display_as_their_names() {
         for (name, format) in Format::NAMED {
             assert_eq!(format.to_string(), name);
         }

@@ -1,7 +1,7 @@
-//! Strftime patterns: what strftime(3) prints in the C locale, or a configuration error.
+//! Strftime patterns: the output of strftime(3) in the C locale, or a configuration error.
 //!
-//! jiff formats the time. It ignores flags and widths that strftime(3) obeys; [`check`] refuses those,
-//! so that no pattern silently prints something else than date(1).
+//! The crate `jiff` formats the time. It ignores flags and widths that strftime(3) obeys; [`check`]
+//! refuses those, so that the output never differs from date(1).
 
 use jiff::Timestamp;
 use jiff::fmt::strtime::{BrokenDownTime, Config, PosixCustom};
@@ -10,7 +10,7 @@ use jiff::tz::TimeZone;
 /// Formats an instant in a zone.
 ///
 /// # Errors
-/// If the pattern cannot tell this instant, such as `%Q` for a zone without a name.
+/// If the pattern cannot express this instant, such as `%Q` for a zone without a name.
 pub(super) fn format(
     pattern: &str,
     now: Timestamp,
@@ -56,7 +56,7 @@ impl<'a> Conversion<'a> {
         let width = unflagged.get(..unflagged.len() - unsized_.len())?;
         let bare = unsized_.trim_start_matches(':');
         let colons = unsized_.len() - bare.len();
-        // jiff's own: a fraction with its point, which is left out if there are no digits.
+        // An extension of jiff: a fraction with its point, which is omitted without digits.
         let bare = match bare.strip_prefix('.') {
             Some(fraction) => fraction.trim_start_matches(|c: char| c.is_ascii_digit()),
             None => bare,
@@ -66,8 +66,8 @@ impl<'a> Conversion<'a> {
         Some(Self { text: behind.get(..length)?, flags, width, colons, specifier })
     }
 
-    /// Whether date(1) and the strftime(3) of glibc differ: padding to a width against a flag that
-    /// forbids it, and numbers that are wider by themselves.
+    /// Whether date(1) and the strftime(3) of glibc differ: for a width with a flag that forbids
+    /// padding, and for a width below the natural one.
     fn is_ambiguous(&self) -> bool {
         let natural = match self.specifier {
             'N' | 'f' => return false,
@@ -119,7 +119,7 @@ mod tests {
     /// Every conversion of strftime(3) but `%E*`, `%O*` and `%+`.
     const PLAIN: &str = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ%";
 
-    /// From 1970 to 2199, with any fraction.
+    /// Returns instants from 1970 to 2199 with various fractions.
     fn instants() -> Vec<Timestamp> {
         let instant = |n: i64| {
             let nanosecond = i32::try_from(n * 7_654_321_987 % 1_000_000_000).unwrap();
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn prints_what_date_prints_or_refuses_the_pattern() {
+    fn prints_the_output_of_date_or_refuses_the_pattern() {
         let mut patterns = Vec::new();
         for specifier in PLAIN.chars().chain("NqvLfJiK+EO".chars()) {
             for flag in ["", "_", "-", "0", "^", "#", "+", "-0", "_^", "^#"] {
@@ -158,7 +158,7 @@ mod tests {
                 }
             }
         }
-        // `%f` and `%Q` are jiff's own.
+        // `%f` and `%Q` are extensions of jiff.
         patterns.retain(|pattern| !pattern.ends_with('f') && pattern.parse::<Format>().is_ok());
         for specifier in PLAIN.chars() {
             assert!(patterns.contains(&format!("%{specifier}")), "{specifier}");
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn names_the_conversion_that_it_refuses_and_the_remedy() {
+    fn names_the_refused_conversion_and_the_remedy() {
         for (pattern, message) in [
             ("%H:%M %Ec", "%E: leave out E and O, which change nothing in the C locale"),
             ("%5a", "%5a: this width is not supported here: leave it out"),

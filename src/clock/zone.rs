@@ -1,8 +1,8 @@
-//! Time zones by name, as the system has them at the moment.
+//! Time zones by name, always in the current version of the system.
 //!
-//! jiff keeps zones for minutes, and a service would keep them for ever. Here a zone is read again as
-//! soon as one of the files that it may come from is another: `/etc/localtime` after
-//! `timedatectl set-timezone`, the system's database after an update of tzdata.
+//! The crate `jiff` caches zones for minutes. Here a zone is read again as soon as one of its files
+//! changes: `/etc/localtime` by `timedatectl set-timezone`, the zone database by an update of
+//! tzdata.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -18,25 +18,26 @@ use crate::fs::file::Stamp;
 /// The zone of the machine, unless `TZ` names another; see localtime(5).
 const LOCALTIME: &str = "/etc/localtime";
 
-/// Where jiff looks for the system's database, behind `TZDIR`.
+/// Folders in which `jiff` searches the zone database of the system, after `TZDIR`.
 const DATABASES: [&str; 3] = ["/usr/share/zoneinfo", "/usr/share/lib/zoneinfo", "/etc/zoneinfo"];
 
-/// The zones that were read last, by the name that the configuration has for them.
-static ZONES: Mutex<BTreeMap<String, Known>> = Mutex::new(BTreeMap::new());
+/// Cached zones by their name in the configuration.
+static ZONES: Mutex<BTreeMap<String, CachedZone>> = Mutex::new(BTreeMap::new());
 
-/// A zone with the state of its files before it was read.
+/// A zone, with the state of its files before they were read.
 #[derive(Clone)]
-struct Known {
+struct CachedZone {
     zone: TimeZone,
     files: Vec<FileState>,
 }
 
-/// A path, where it links to, and the state of the file there.
+/// A path, the target if it is a link, and the stamp of the file.
 type FileState = (PathBuf, Option<PathBuf>, Option<Stamp>);
 
-/// Returns the zone that `name` stands for: that of this machine, or one of the system's database or,
-/// on a machine without one, of the copy that is built in. Without `/etc/localtime` the zone of this
-/// machine is UTC, as localtime(5) has it.
+/// Returns the zone `name`, where `local` is the zone of this machine.
+///
+/// Without a zone database on the system, the built-in copy is used. Without `/etc/localtime`, the
+/// zone of this machine is UTC, as in localtime(5).
 ///
 /// # Errors
 /// A description of the expected names.
@@ -47,29 +48,30 @@ pub(crate) fn find_zone(name: &str) -> Result<TimeZone, String> {
     current_zone(name)
 }
 
-/// Returns the zone that `name` stands for, which is read again only if its files changed.
+/// Returns the zone `name` like [`find_zone`], but fails if `/etc/localtime` is missing. The zone
+/// is read again only if its files have changed.
 ///
 /// # Errors
-/// A description of the expected names; also if `/etc/localtime` is missing.
+/// A description of the expected names.
 pub(crate) fn current_zone(name: &str) -> Result<TimeZone, String> {
     if name == "UTC" {
         return Ok(TimeZone::UTC);
     }
-    let known = zones().get(name).cloned();
-    if let Some(Known { zone, files }) = known
+    let cached = zones().get(name).cloned();
+    if let Some(CachedZone { zone, files }) = cached
         && files == files_of(name, &zone)
     {
         return Ok(zone);
     }
-    // Which files a zone comes from is known only once it was read, and their state is to be the one
-    // before the reading.
+    // The files of a zone are known only after it was read, but their state must be older than the
+    // cached zone: read it twice.
     let files = files_of(name, &read_zone(name)?);
     let zone = read_zone(name)?;
-    zones().insert(name.to_owned(), Known { zone: zone.clone(), files });
+    zones().insert(name.to_owned(), CachedZone { zone: zone.clone(), files });
     Ok(zone)
 }
 
-fn zones() -> MutexGuard<'static, BTreeMap<String, Known>> {
+fn zones() -> MutexGuard<'static, BTreeMap<String, CachedZone>> {
     ZONES.lock()
 }
 
@@ -79,16 +81,16 @@ fn read_zone(name: &str) -> Result<TimeZone, String> {
     match name {
         "local" => TimeZone::try_system().map_err(|error| {
             format!(
-                "the zone of this machine (TZ, /etc/localtime) cannot be read: {error}; \
-                 expected one that can, or \"UTC\" instead"
+                "the zone of this machine (TZ, /etc/localtime) cannot be read: {error}: set a zone \
+                 by name, or \"UTC\" instead"
             )
         }),
         name => TimeZone::get(name)
-            .map_err(|error| format!("expected \"local\", \"UTC\" or a zone by its name: {error}")),
+            .map_err(|error| format!("expected \"local\", \"UTC\" or the name of a zone: {error}")),
     }
 }
 
-/// Returns the state of every file that decides what `name` stands for, which is `zone` so far.
+/// Returns the state of every file that determines the zone `name`. `zone` is its last version.
 fn files_of(name: &str, zone: &TimeZone) -> Vec<FileState> {
     let mut paths = Vec::new();
     if name == "local" {

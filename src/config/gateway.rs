@@ -1,4 +1,4 @@
-//! The sections of the feature `gateway`, and what replaces them in a build without it.
+//! The sections of the feature `gateway`, and their stubs in a build without it.
 
 #[cfg(feature = "gateway")]
 pub(crate) use crate::alert::config::Settings as AlertSettings;
@@ -21,7 +21,7 @@ mod missing {
     const MISSING: &str = "this build has neither mirrors, mail, SMS nor alerts: it was built \
                            without the feature `gateway`";
 
-    /// Mirrors, which this build has none of.
+    /// The settings of a mirror, which no build without the feature has.
     #[derive(Debug, Clone, PartialEq)]
     pub(crate) enum MirrorSettings {}
 
@@ -43,7 +43,7 @@ mod missing {
         }
     }
 
-    /// Channels and alerts, which this build has none of.
+    /// The settings of channels and alerts, which are empty without the feature.
     #[derive(Debug, Clone, Default, PartialEq, Eq)]
     pub(crate) struct AlertSettings {}
 

@@ -1,9 +1,9 @@
-//! The whole configuration, the one place that knows every section.
+//! The whole configuration; the only module that knows every section.
 //!
 //! [`Config::load`] runs three stages: *parse* reads the tables of the file and the arguments
-//! ([`arguments`]), *validate* turns them into settings ([`service`] and each module's own section),
-//! both without I/O; [`probe`] resolves names, opens paths and reads secrets, concurrently and
-//! within a time limit. Every fault is reported at once, with its line.
+//! ([`arguments`]), *validate* turns them into settings ([`service`] and each module's own
+//! section), both without I/O; [`probe`] resolves names, opens paths and reads secrets,
+//! concurrently and within a time limit. Every fault is reported at once, with its line.
 
 mod arguments;
 mod gateway;
@@ -85,7 +85,7 @@ pub(crate) struct Validated {
 }
 
 impl Config {
-    /// Loads the configuration, and blocks meanwhile.
+    /// Loads the configuration and blocks until all probes have ended.
     ///
     /// # Errors
     /// Every fault of the file and of the arguments.
@@ -94,7 +94,7 @@ impl Config {
         block_on(validated.probe(&Arc::default(), &[]))
     }
 
-    /// As [`Self::load`], and requires a service or a mirror.
+    /// Like [`Self::load`], but requires a service or a mirror.
     pub(crate) fn load_to_serve(sources: &Sources) -> Result<Self, Diagnostics> {
         let validated = Validated::read(sources)?;
         block_on(validated.probe_to_serve(&Arc::default(), &[]))
@@ -198,7 +198,7 @@ fn finish<T>(value: T, mut diagnostics: Vec<Diagnostic>) -> Result<T, Diagnostic
     Err(Diagnostics(diagnostics))
 }
 
-/// Runs the last stage in a thread with an event loop. There may be one in this thread already.
+/// Runs the last stage on a thread of its own, because this thread may already run an event loop.
 fn block_on<T: Send>(
     stage: impl Future<Output = Result<T, Diagnostics>> + Send,
 ) -> Result<T, Diagnostics> {

@@ -99,7 +99,7 @@ impl Validated {
         finish(config, diagnostics)
     }
 
-    /// As [`Self::probe`], and requires a service or a mirror.
+    /// Like [`Self::probe`], but requires a service or a mirror.
     pub(crate) async fn probe_to_serve(
         self,
         pool: &Arc<BlockingPool>,
@@ -114,8 +114,8 @@ impl Validated {
     }
 }
 
-/// Answers `probes`. A path in `served` keeps its kind if its file system does not answer. A missing
-/// folder is valid if a mirror creates it, or one of `mirrored` in it.
+/// Answers `probes`. A path in `served` keeps its kind if its file system does not answer. A
+/// missing folder is valid if a mirror creates it, or one of `mirrored` in it.
 pub(super) async fn run(
     probes: Vec<Probe>,
     pool: &Arc<BlockingPool>,
@@ -338,10 +338,10 @@ mod tests {
 
     #[test]
     fn keeps_the_canonical_path_of_a_folder_when_it_is_created() {
-        let place = tempfile::tempdir().unwrap();
-        let real = place.path().canonicalize().unwrap().join("real");
+        let dir = tempfile::tempdir().unwrap();
+        let real = dir.path().canonicalize().unwrap().join("real");
         fs::create_dir(&real).unwrap();
-        let link = place.path().join("link");
+        let link = dir.path().join("link");
         std::os::unix::fs::symlink(&real, &link).unwrap();
         let written = ["new/a", "./new//a/", "new/b/../a", "new/../../link/new/a"];
         for text in written {

@@ -21,7 +21,7 @@ const MAX_ADDRESSES: usize = 1024;
 /// The settings of a service.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Service {
-    /// Its kind and name, as `time.clock`.
+    /// Its kind and name, such as `time.clock`.
     pub name: Arc<str>,
     /// At least one socket.
     pub listen: Vec<Spanned<Listen>>,
@@ -112,7 +112,7 @@ fn read_listen(kind: &Kind, table: &mut Table<'_>) -> Result<Vec<Spanned<ListenS
     let base_dir = table.base_dir();
     let listen = table.texts_or("listen", kind.default_listen, |text| {
         let spec = ListenSpec::parse(text, base_dir)?;
-        if spec.is_udp() && !kind.datagrams {
+        if spec.is_udp() && !kind.answers_datagrams {
             let kind = kind.name;
             return Err(format!("a {kind} service answers no datagrams; expected TCP or unix:"));
         }
@@ -135,10 +135,10 @@ fn read_listen(kind: &Kind, table: &mut Table<'_>) -> Result<Vec<Spanned<ListenS
 }
 
 fn too_many() -> String {
-    format!("expected at most {MAX_ADDRESSES} addresses in all")
+    format!("expected at most {MAX_ADDRESSES} addresses in total")
 }
 
-/// Finds addresses that two services, or one twice, listen on.
+/// Finds addresses that are configured twice, in one service or in two.
 pub(super) fn find_conflicts(services: &[Service]) -> Vec<Diagnostic> {
     let mut diagnostics = Vec::new();
     let mut taken: Vec<(&Service, &Listen)> = Vec::new();
@@ -154,8 +154,7 @@ pub(super) fn find_conflicts(services: &[Service]) -> Vec<Diagnostic> {
             Some((other, taken)) => {
                 let (wanted, other) = (&listen.value, &other.name);
                 diagnostics.push(listen.origin.diagnostic(format_args!(
-                    "{wanted} is taken by {other}, which listens on {taken}; \
-                     expected an address of its own"
+                    "{wanted} conflicts with {taken} of {other}; expected another address"
                 )));
             }
         }

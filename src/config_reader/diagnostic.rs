@@ -32,7 +32,7 @@ impl fmt::Display for Position {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Diagnostic {
     pub position: Position,
-    /// The key with the tables around it, as `time.clock.format`; empty if it concerns no key.
+    /// The key with the tables around it, such as `time.clock.format`; may be empty.
     pub key: String,
     /// The fault, and the expected value.
     pub message: String,
@@ -41,7 +41,7 @@ pub struct Diagnostic {
 }
 
 impl Diagnostic {
-    /// A permanent fault of a whole file.
+    /// Returns a permanent fault of a whole file.
     pub(crate) fn of_file(file: String, message: impl Into<String>) -> Self {
         Self {
             position: Position::File(file),

@@ -20,13 +20,13 @@ pub struct Reported;
 pub(crate) struct Origin {
     /// The position of the value; for a default, the position of its table.
     pub position: Position,
-    /// The key with the tables around it, as `time.clock.format`.
+    /// The key with the tables around it, such as `time.clock.format`.
     pub key: String,
     pub is_default: bool,
 }
 
 impl Origin {
-    /// A permanent fault of the value.
+    /// Returns a permanent fault of the value.
     pub(crate) fn diagnostic(&self, message: impl Display) -> Diagnostic {
         Diagnostic {
             position: self.position.clone(),
@@ -92,13 +92,13 @@ enum SourceKind {
 }
 
 impl Source {
-    /// A file; its relative paths begin at `base_dir`.
+    /// Creates the source of a file, whose relative paths begin at `base_dir`.
     pub(crate) fn file(name: String, text: &str, base_dir: PathBuf) -> Self {
         Self::new(SourceKind::File(name), text, base_dir)
     }
 
-    /// Arguments of the command line, one for each line of `text`; relative paths begin at the
-    /// working directory.
+    /// Creates the source of command-line arguments, one for each line of `text`; relative paths
+    /// begin at the working directory.
     pub(crate) fn arguments(arguments: Vec<String>, text: &str) -> Self {
         Self::new(SourceKind::Arguments(arguments), text, PathBuf::new())
     }
@@ -145,11 +145,11 @@ impl Source {
         self.probes.borrow_mut().push(Probe { origin, text: text.to_owned(), question });
     }
 
-    /// The diagnostics and the probes so far.
+    /// Returns the collected diagnostics and probes.
     pub(crate) fn into_parts(self) -> (Vec<Diagnostic>, Vec<Probe>) {
         let mut diagnostics = self.diagnostics.into_inner();
         let is_syntax = |diagnostic: &Diagnostic| diagnostic.key.is_empty();
-        // The apparent contents of a line that is not TOML deserve no diagnostic.
+        // The keys and values of a line that is not TOML are not reliable.
         let broken: HashSet<_> = diagnostics
             .iter()
             .filter(|diagnostic| is_syntax(diagnostic))

@@ -19,7 +19,7 @@ use crate::config_reader::values;
 /// A table that is being read.
 pub struct Table<'a> {
     source: &'a Source,
-    /// The names of the tables around it and its own, as `time.clock`; empty for the root.
+    /// Its name with those of the tables around it, such as `time.clock`; empty for the root.
     path: String,
     /// Offset of the table in the text.
     offset: usize,
@@ -37,7 +37,7 @@ impl<'a> Table<'a> {
         Self { source, path: String::new(), offset: 0, entries, known: Vec::new() }
     }
 
-    /// The folder of relative paths.
+    /// Returns the folder of relative paths.
     pub(crate) fn base_dir(&self) -> &'a Path {
         self.source.base_dir()
     }
@@ -53,7 +53,7 @@ impl<'a> Table<'a> {
         self.source.report(&origin, message)
     }
 
-    /// Reports a name of this table that an operator may not choose.
+    /// Reports an invalid name of this table.
     pub(crate) fn check_name(&self, name: &str) -> Result<(), Reported> {
         values::check_name(name).map_err(|expected| self.report_here(expected))
     }
@@ -73,7 +73,7 @@ impl<'a> Table<'a> {
         self.source.probe(origin, text, question);
     }
 
-    /// The origin of a key, or of its default if it is missing.
+    /// Returns the origin of a key, or of its default if it is missing.
     pub(crate) fn origin(&self, key: &str) -> Origin {
         let value = self.entries.get(key);
         let offset = value.map_or(self.offset, |value| value.span().start);
@@ -103,13 +103,13 @@ impl<'a> Table<'a> {
         self.entries.contains_key(key)
     }
 
-    /// The names of the tables below `key`, without any report.
+    /// Returns the names of the tables below `key` without reporting faults.
     pub(crate) fn names(&self, key: &str) -> Vec<&'a str> {
         let table = self.entries.get(key).and_then(|value| value.get_ref().as_table());
         table.into_iter().flatten().map(|(name, _)| &**name.get_ref()).collect()
     }
 
-    /// A text, if the key exists, converted by `parse`, whose error names the expected value.
+    /// Reads an optional text and converts it by `parse`, whose error names the expected value.
     pub(crate) fn text<T, E: Display>(
         &mut self,
         key: &'static str,
@@ -118,7 +118,7 @@ impl<'a> Table<'a> {
         self.get(key).map(|entry| self.parse(&entry, parse)).transpose()
     }
 
-    /// A text, or else `default`, which is written as a user would write it.
+    /// Reads a text, or else `default`, which is written as in the file.
     pub(crate) fn text_or<T, E: Display>(
         &mut self,
         key: &'static str,
@@ -133,7 +133,7 @@ impl<'a> Table<'a> {
         }
     }
 
-    /// A text whose key must exist.
+    /// Reads a text whose key must exist.
     pub(crate) fn required<T, E: Display>(
         &mut self,
         key: &'static str,
@@ -144,7 +144,7 @@ impl<'a> Table<'a> {
         value.ok_or_else(|| self.report(key, format_args!("missing; expected {expected}")))
     }
 
-    /// A path that the probe stage checks; a relative one begins at [`Self::base_dir`].
+    /// Reads a path that the probe stage checks; a relative one begins at [`Self::base_dir`].
     pub(crate) fn checked_path<T: 'static>(
         &mut self,
         key: &'static str,
@@ -154,7 +154,7 @@ impl<'a> Table<'a> {
         self.located_path(key, |text| base_dir.join(text), check)
     }
 
-    /// A path that `locate` derives from the text, and that the probe stage checks.
+    /// Reads a path that `locate` derives from the text, and that the probe stage checks.
     pub(crate) fn located_path<T: 'static>(
         &mut self,
         key: &'static str,
@@ -171,7 +171,7 @@ impl<'a> Table<'a> {
         Ok(Some(path))
     }
 
-    /// A list of texts, if the key exists. Each element has its own origin.
+    /// Reads an optional list of texts. Each element has its own origin.
     pub(crate) fn texts<T, E: Display>(
         &mut self,
         key: &'static str,
@@ -192,7 +192,7 @@ impl<'a> Table<'a> {
         parsed.collect::<Vec<_>>().into_iter().collect::<Result<_, _>>().map(Some)
     }
 
-    /// A list of texts, or else a list of `default` alone.
+    /// Reads a list of texts, or else returns a list of `default` alone.
     pub(crate) fn texts_or<T, E: Display>(
         &mut self,
         key: &'static str,
@@ -215,7 +215,7 @@ impl<'a> Table<'a> {
         entry.value.as_bool().ok_or_else(|| self.report_type(&entry, "true or false"))
     }
 
-    /// An integer within `range`, or else `default`.
+    /// Reads an integer within `range`, or else returns `default`.
     pub(crate) fn integer_or(
         &mut self,
         key: &'static str,
@@ -234,7 +234,7 @@ impl<'a> Table<'a> {
         })
     }
 
-    /// An integer of at least one, or else `default`.
+    /// Reads an integer of at least one, or else returns `default`.
     pub(crate) fn number_or(
         &mut self,
         key: &'static str,
@@ -244,8 +244,8 @@ impl<'a> Table<'a> {
         Ok(NonZeroU32::new(number).expect("the range excludes zero"))
     }
 
-    /// A table of texts whose keys the operator chooses; empty if it does not exist. The texts may
-    /// be secrets, so diagnostics do not repeat them.
+    /// Reads a table of texts whose keys the operator chooses; empty if it does not exist. The texts
+    /// may be secrets, so diagnostics do not repeat them.
     pub(crate) fn entries<T, E: Display>(
         &mut self,
         key: &'static str,
@@ -264,13 +264,13 @@ impl<'a> Table<'a> {
         parsed.collect::<Vec<_>>().into_iter().collect()
     }
 
-    /// The table below `key`, if it exists.
+    /// Returns the table below `key`, if it exists.
     pub(crate) fn table(&mut self, key: &'static str) -> Option<Table<'a>> {
         let entry = self.get(key)?;
         self.below(key, entry.value, self.offset_of(key)).ok()
     }
 
-    /// The tables below `key`, whose names the operator chooses.
+    /// Returns the tables below `key`, whose names the operator chooses.
     pub fn tables(&mut self, key: &'static str) -> Vec<(&'a str, Table<'a>)> {
         let Some(table) = self.table(key) else { return Vec::new() };
         let below = table.entries.iter().filter_map(|(name, value)| {

@@ -16,14 +16,14 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let parsed = text.parse::<SignedDuration>().ok().and_then(|parsed| parsed.try_into().ok());
     match parsed {
         Some(duration) if duration > Duration::ZERO && duration <= MAX_DURATION => Ok(duration),
-        Some(_) => Err("expected a duration above 0 and of at most a year".to_owned()),
-        None => Err("expected a duration with its unit, as \"30s\", \"10m\" or \"1h\"".to_owned()),
+        Some(_) => Err("expected a duration above 0 and at most one year".to_owned()),
+        None => Err("expected a duration with a unit, such as \"30s\" or \"1h\"".to_owned()),
     }
 }
 
 /// Parses a size such as `64MiB` or `1GB` in bytes. The error names the expected value.
 pub(crate) fn size(text: &str) -> Result<u64, String> {
-    let expected = || "expected a size with its unit, as \"64MiB\" or \"500kB\"".to_owned();
+    let expected = || "expected a size with a unit, such as \"64MiB\" or \"500kB\"".to_owned();
     // The unit of a bare number is unclear.
     if !text.ends_with(|last: char| last.is_ascii_alphabetic()) {
         return Err(expected());

@@ -68,7 +68,7 @@ impl Registered {
 }
 
 impl BoundSocket {
-    /// Registers a socket of the service manager. The manager made one, so it serves on one loop.
+    /// Registers a socket of the service manager, which serves on a single loop.
     pub(crate) fn inherited<'a>(
         Inherited { socket, endpoint, name }: Inherited,
         loops: &mut impl Iterator<Item = &'a Handle>,
@@ -92,7 +92,7 @@ impl BoundSocket {
         Ok(Self { held, endpoint, sockets, tasks: None })
     }
 
-    /// The socket for the next plan.
+    /// Returns the socket as input of the next plan.
     pub(crate) fn as_held(&self) -> HeldSocket {
         let is_stale = self.sockets.iter().any(|(_, socket)| match socket {
             Registered::Listener(listener) => listener.is_unreachable(),

@@ -65,7 +65,7 @@ impl Reply {
         let fitting = text.get(..text.floor_char_boundary(MAX_FAULTS)).unwrap_or(text);
         let mut faults: Vec<_> = fitting.lines().map(str::to_owned).collect();
         if fitting.len() < text.len() {
-            faults.push("and more, which the daemon has logged".to_owned());
+            faults.push("and more: see the log of the daemon".to_owned());
         }
         Self::Rejected { faults }
     }
@@ -222,7 +222,7 @@ async fn read_request(client: &mut UnixStream) -> io::Result<String> {
 pub(crate) enum RequestError {
     #[error("cannot reach the daemon at {}: {cause}: {}", printable(.path), remedy(.cause.kind()))]
     Connect { path: PathBuf, cause: io::Error },
-    #[error("the daemon ended the connection without a reply")]
+    #[error("the daemon closed the connection without a reply")]
     NoReply(#[source] io::Error),
     /// Another program listens on the socket.
     #[error("unexpected reply at {}: name the daemon's control socket by --socket", printable(.0))]
@@ -290,7 +290,7 @@ mod tests {
         while !client.is_finished() {
             queue.next().await.unwrap().answer(&reply);
             tokio::task::yield_now().await;
-            // Another signal, so that there is always something to wait for.
+            // Another signal, so that the queue never stays empty.
             reloads.notify();
         }
         assert_eq!(client.await.unwrap(), reply);

@@ -18,7 +18,7 @@ mod missing {
     use crate::telemetry::event::{ChannelCounters, EventSender};
     use crate::telemetry::mirror_stats::MirrorStats;
 
-    /// Mirrors, which this build has none of.
+    /// A stub without mirrors.
     #[derive(Debug, Default)]
     pub(crate) struct Mirrors {}
 
@@ -38,7 +38,7 @@ mod missing {
         pub(crate) async fn ended(&mut self) {}
     }
 
-    /// Alerts, which this build has none of.
+    /// A stub without alerts.
     #[derive(Debug, Default)]
     pub(crate) struct AlertDispatcher {}
 

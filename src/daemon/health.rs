@@ -43,10 +43,11 @@ pub(crate) struct HealthMonitor {
     events: EventSender,
     /// With the reported description.
     reported: BTreeMap<(Kind, Arc<str>), String>,
-    /// Services at their connection limit, since when.
+    /// Services at their connection limit, with the time when it was reached.
     full_since: HashMap<Arc<str>, Instant>,
-    /// Number of panics of each service, and when it last grew.
+    /// Number of panics of each service, and the time of its last increase.
     panics: HashMap<Arc<str>, (u64, Option<Instant>)>,
+    /// Time and result of the last check of the clock.
     clock: Option<(Instant, Option<String>)>,
 }
 
@@ -103,32 +104,32 @@ impl HealthMonitor {
         let mut problems = Vec::new();
         let full_before = std::mem::take(&mut self.full_since);
         let panics_before = std::mem::take(&mut self.panics);
-        for served in services {
-            let name = served.name();
+        for instance in services {
+            let name = instance.name();
             let mut add = |kind, description| {
                 problems.push(Problem { kind, subject: Arc::clone(name), description });
             };
-            if let Some(description) = served.listener_problem() {
+            if let Some(description) = instance.listener_problem() {
                 add(Kind::ServiceFailed, description);
             }
-            let panics = served.counts().outcomes.get(ConnectionOutcome::Panic);
+            let panics = instance.counts().outcomes.get(ConnectionOutcome::Panic);
             let (before, at) = panics_before.get(name).copied().unwrap_or((panics, None));
             let at = if panics > before { Some(now) } else { at };
             let at = at.filter(|at| now.duration_since(*at) < FAILED_AFTER_PANIC);
             self.panics.insert(Arc::clone(name), (panics, at));
             if at.is_some() {
                 let connections = counted(panics, "connection");
-                let problem = format!("{connections} ended by a fault of the program; see the log");
+                let problem = format!("{connections} ended by a bug of handout: see the log");
                 add(Kind::ServiceFailed, problem);
             }
-            if let Some(description) = served.service.problem() {
+            if let Some(description) = instance.service.problem() {
                 add(Kind::FileMissing, description);
             }
-            if served.is_full() {
+            if instance.is_full() {
                 let since = full_before.get(name).copied().unwrap_or(now);
                 self.full_since.insert(Arc::clone(name), since);
                 if now.duration_since(since) >= OVERLOADED_AFTER {
-                    let limit = served.limits.max_connections;
+                    let limit = instance.limits.max_connections;
                     let problem =
                         format!("its connection limit is reached ({limit}): new clients wait");
                     add(Kind::Overloaded, problem);
@@ -139,28 +140,26 @@ impl HealthMonitor {
     }
 
     fn check_clock(&mut self, now: Instant) -> Option<String> {
-        if let Some((asked, answer)) = &self.clock
-            && now.duration_since(*asked) < CLOCK_INTERVAL
+        if let Some((checked, problem)) = &self.clock
+            && now.duration_since(*checked) < CLOCK_INTERVAL
         {
-            return answer.clone();
+            return problem.clone();
         }
         let health = Health::read().ok().filter(|health| !health.synchronized);
-        let before = self.clock.take().and_then(|(_, answer)| answer);
+        let before = self.clock.take().and_then(|(_, problem)| problem);
         // The maximum error grows all the time; a changed description would be another report.
-        let answer = health.map(|health| {
+        let problem = health.map(|health| {
             before.unwrap_or_else(|| {
                 let seconds =
                     Duration::from_micros(health.max_error_us.unsigned_abs()).as_secs_f64();
-                format!(
-                    "the kernel says that nobody keeps its clock; it may be wrong by {seconds} s"
-                )
+                format!("the kernel clock is not synchronized: its maximum error is {seconds} s")
             })
         });
-        self.clock = Some((now, answer.clone()));
-        answer
+        self.clock = Some((now, problem.clone()));
+        problem
     }
 
-    /// Sends the differences to the reported conditions.
+    /// Sends an event for each difference from the reported conditions.
     fn report(&mut self, problems: Vec<Problem>) {
         let at = Timestamp::now();
         let mut ended: BTreeSet<_> = self.reported.keys().cloned().collect();

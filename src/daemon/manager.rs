@@ -1,6 +1,6 @@
-//! The running services and their sockets, and how they become those of another configuration.
+//! The running services and their sockets, and their change to another configuration.
 //!
-//! A change is prepared as a whole: anything can fail, and nothing that runs is touched. Then it is
+//! A change is prepared as a whole, which may fail and affects no running service. Then it is
 //! applied, which cannot fail. [`crate::daemon::plan`] computes the changes.
 
 use std::io;
@@ -47,11 +47,11 @@ pub(crate) enum Error {
     Bind { service: Arc<str>, source: BindError },
     #[error("{service}")]
     Open { service: Arc<str>, source: io::Error },
-    #[error("cannot watch the socket on {endpoint}")]
+    #[error("cannot register the socket on {endpoint}")]
     Register { endpoint: Endpoint, source: io::Error },
-    #[error("the mirrors cannot be started")]
+    #[error("cannot start the mirrors")]
     Mirrors(#[source] io::Error),
-    #[error("alerts cannot be started")]
+    #[error("cannot start the alerts")]
     Alerts(#[source] io::Error),
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
     Activation(Vec<ActivationError>),
@@ -228,7 +228,7 @@ impl ServiceManager {
                 }
             }
         }
-        // Nobody connects to the new sockets until all are bound.
+        // New sockets accept no client until all are bound.
         let mut loops = self.workers.loops().iter().cycle();
         for (name, configured, socket) in bound {
             let register = |source| Error::Register { endpoint: configured.clone(), source };
@@ -280,13 +280,13 @@ impl ServiceManager {
     /// Forgets removed services without connections, and updates the list of monitored services.
     pub(crate) fn forget_drained(&mut self) {
         let names: Vec<_> = self.instances().map(|instance| Arc::clone(instance.name())).collect();
-        // A service that is back has the counters of its predecessor.
+        // A service that was added again has the counters of its predecessor.
         self.draining.retain(|one| one.counts().active() > 0 && !names.contains(one.name()));
         let stats = |instance| {
             let stats: Weak<ServiceInstance> = Arc::downgrade(instance);
             stats as Weak<dyn ServiceStats>
         };
-        self.monitor.watch(self.instances().chain(&self.draining).map(stats).collect());
+        self.monitor.set_services(self.instances().chain(&self.draining).map(stats).collect());
     }
 
     /// Starts the background work of new services.
@@ -321,7 +321,7 @@ impl ServiceManager {
         }
     }
 
-    /// Waits for a task that panics. None should: tasks end when their services do.
+    /// Waits for a task to panic. Other tasks end with their services.
     pub(crate) async fn failure(&mut self) -> JoinError {
         loop {
             match self.tasks.join_next().await {
@@ -332,7 +332,7 @@ impl ServiceManager {
         }
     }
 
-    /// The connections, except those of monitoring.
+    /// Returns the tracker of all connections except those of monitoring.
     pub(crate) fn connections(&self) -> TaskTracker {
         self.groups.serving.connections.clone()
     }
@@ -340,7 +340,7 @@ impl ServiceManager {
     /// Serves the clients in the accept queues, closes every listener except those of monitoring,
     /// and lets connections finish.
     pub(crate) async fn drain(&mut self) {
-        self.monitor.note_draining();
+        self.monitor.set_draining();
         self.groups.serving.connections.close();
         self.groups.serving.shutdown.drain.cancel();
         let closed = self.sockets.extract_if(.., |socket| !socket.is_for_monitoring());

@@ -1,5 +1,5 @@
-//! The supervisor: binds and opens everything, reports readiness, then serves until the order to
-//! stop, reloads on request, and drains.
+//! The supervisor: binds and opens everything, reports readiness, then serves and reloads on
+//! request until it is stopped, and drains.
 //!
 //! [`manager`] runs the services, and applies the changes that [`plan`] computes. Requests come
 //! from signals and [`control`]; [`systemd`] reports to the service manager, [`health`] and
@@ -54,7 +54,7 @@ const ABORT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time limit of the creation of the mirrors' folders, whose file systems may hang.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A panic of a listener or of the background work of a service. The daemon cannot continue.
+/// A panic of a listener or of the background work of a service, after which the daemon stops.
 #[derive(Debug, thiserror::Error)]
 #[error("a part of the daemon ended unexpectedly")]
 pub(crate) struct TaskFailed(#[source] JoinError);
@@ -64,22 +64,22 @@ pub(crate) struct TaskFailed(#[source] JoinError);
 enum ReloadError {
     #[error("{0}")]
     Configuration(Diagnostics),
-    #[error("the configuration cannot be read")]
+    #[error("cannot read the configuration")]
     Read(#[source] io::Error),
-    #[error("the configuration file did not answer for a minute")]
+    #[error("cannot read the configuration file: no answer for a minute")]
     ReadTimedOut,
-    #[error("the log cannot be changed")]
+    #[error("cannot change the log settings")]
     Log(#[source] io::Error),
     #[error(transparent)]
     Apply(#[from] manager::Error),
 }
 
-/// Orders to the daemon, given by signals.
+/// Cancellation tokens that signals trigger.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Orders {
-    /// Drain, and then exit.
+pub(crate) struct StopSignals {
+    /// Requests a drain and the end of the daemon.
     pub stop: CancellationToken,
-    /// Stop without waiting for connections.
+    /// Requests the end without waiting for connections.
     pub stop_now: CancellationToken,
 }
 
@@ -90,8 +90,8 @@ pub(crate) struct Daemon {
     notifier: Arc<Notifier>,
     grace: Duration,
     manager: ServiceManager,
-    /// Probes configurations. Apart from the manager's pool, as the probes of served paths that hang
-    /// remain in it.
+    /// Probes configurations. Separate from the manager's pool, because hanging probes of served
+    /// paths remain in it.
     probe_pool: Arc<BlockingPool>,
     mirrors: Mirrors,
     alerts: AlertDispatcher,
@@ -140,11 +140,11 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// Serves, and reloads on request, until the order to stop. Returns when the connections have
-    /// finished, or at the end of their grace.
+    /// Serves, and reloads on request, until a signal. Returns when the connections have finished,
+    /// or at the end of their grace.
     pub(crate) async fn run(
         mut self,
-        orders: Orders,
+        signals: StopSignals,
         mut reloads: ReloadQueue,
     ) -> Result<(), TaskFailed> {
         let notifier = Arc::clone(&self.notifier);
@@ -161,7 +161,7 @@ impl Daemon {
         clock.check(self.serves_time());
         let result = loop {
             tokio::select! {
-                () = orders.stop.cancelled() => break Ok(()),
+                () = signals.stop.cancelled() => break Ok(()),
                 error = self.manager.failure() => break Err(TaskFailed(error)),
                 _ = summaries.tick() => {
                     self.log_summaries();
@@ -170,15 +170,15 @@ impl Daemon {
                     clock.check(self.serves_time());
                 }
                 _ = health_checks.tick(), if !self.reported.is_empty() => self.check_health(),
-                Some(waiting) = reloads.next() => tokio::select! {
-                    () = orders.stop.cancelled() => break Ok(()),
-                    reply = self.reload() => waiting.answer(&reply),
+                Some(requests) = reloads.next() => tokio::select! {
+                    () = signals.stop.cancelled() => break Ok(()),
+                    reply = self.reload() => requests.answer(&reply),
                 },
             }
         };
         // Clients that wait for a reload learn that the daemon is stopping.
         drop(reloads);
-        self.stop(&orders).await;
+        self.stop(&signals).await;
         keep_alives.abort();
         result
     }
@@ -238,7 +238,7 @@ impl Daemon {
         self.alerts.prepare(&config.alerts).map_err(manager::Error::Alerts)?;
         // Nothing below can fail.
         create_mirror_folders(&self.manager.pool, &config.mirrors).await;
-        self.log.change(log);
+        self.log.apply(log);
         self.grace = config.daemon.grace;
         self.apply_alerts(&config.alerts);
         self.apply_mirrors(&config.mirrors);
@@ -247,7 +247,7 @@ impl Daemon {
 
     fn apply_alerts(&mut self, settings: &AlertSettings) {
         self.alerts.apply_config(settings);
-        self.manager.monitor.watch_alerts(self.alerts.counters());
+        self.manager.monitor.set_alerts(self.alerts.counters());
         self.reported = settings.event_kinds();
         self.monitor.retain_kinds(&self.reported);
         if self.reported.contains(&Kind::ClockUnsynchronized)
@@ -271,10 +271,10 @@ impl Daemon {
 
     fn apply_mirrors(&mut self, wanted: &[MirrorSettings]) {
         self.mirrors.apply_config(wanted, &self.alerts.events());
-        self.manager.monitor.watch_mirrors(self.mirrors.stats());
+        self.manager.monitor.set_mirrors(self.mirrors.stats());
     }
 
-    async fn stop(&mut self, orders: &Orders) {
+    async fn stop(&mut self, signals: &StopSignals) {
         self.mirrors.stop();
         // Changes since the last check are reported, too.
         if !self.reported.is_empty() {
@@ -285,7 +285,7 @@ impl Daemon {
         self.notifier.stopping(&format!("draining {draining}"));
         tokio::select! {
             () = self.manager.drain() => {}
-            () = orders.stop_now.cancelled() => {}
+            () = signals.stop_now.cancelled() => {}
         }
         let open = connections.len();
         let draining = counted(open, "connection");
@@ -301,7 +301,7 @@ impl Daemon {
         tokio::select! {
             _ = finished => {}
             () = sleep(self.grace) => {}
-            () = orders.stop_now.cancelled() => {}
+            () = signals.stop_now.cancelled() => {}
         }
         let reset = connections.len();
         self.manager.abort(ABORT_TIMEOUT).await;
@@ -312,14 +312,14 @@ impl Daemon {
     fn log_summaries(&self) {
         self.manager.instances().for_each(|instance| instance.log_summary());
         let all = self.log.lost();
-        let lost = all - self.manager.monitor.note_lost_lines(all);
+        let lost = all - self.manager.monitor.replace_lost_lines(all);
         if lost > 0 {
             let (lines, were) = (counted(lost, "log line"), agree(lost, "was", "were"));
             tracing::warn!(lost, "{lines} {were} lost: the log's reader is too slow or gone");
         }
     }
 
-    /// The status line of the service manager.
+    /// Returns the status line for the service manager.
     fn status(&self) -> String {
         let names: Vec<&str> =
             self.manager.instances().map(|instance| &**instance.name()).collect();

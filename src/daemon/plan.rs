@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::config::Service;
 use crate::net::endpoint::Endpoint;
 
-/// A socket that the daemon has.
+/// An open socket of the daemon.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct HeldSocket {
     /// As configured or inherited.
@@ -78,16 +78,16 @@ pub(crate) struct Summary {
 /// A contradiction between the configuration and the inherited sockets.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum ActivationError {
-    /// The clients of this socket would wait for ever.
+    /// An inherited socket without a service: its clients would wait for ever.
     #[error(
         "no service listens on {endpoint}, which was inherited from systemd under the name \
-         {name:?}: say so in a `listen`, by its address or as \"systemd:{name}\", or take it out of \
-         the socket unit and restart that"
+         {name:?}: add its address or \"systemd:{name}\" to a `listen`, or remove it from the \
+         socket unit and restart the unit"
     )]
     Unused { endpoint: Endpoint, name: String },
     #[error(
-        "{service}: systemd passed no socket of the name {name:?} that no address names: expected \
-         a socket unit with FileDescriptorName={name}"
+        "{service}: systemd passed no socket of the name {name:?} besides those of configured \
+         addresses: expected a socket unit with FileDescriptorName={name}"
     )]
     Missing { service: Arc<str>, name: String },
     #[error(
@@ -217,7 +217,8 @@ fn find_unanswered_datagrams<'a>(
     wanted: &'a [Service],
     sockets: &'a [Vec<SocketSource>],
 ) -> impl Iterator<Item = ActivationError> + 'a {
-    let streams = wanted.iter().zip(sockets).filter(|(service, _)| !service.settings.datagrams());
+    let streams =
+        wanted.iter().zip(sockets).filter(|(service, _)| !service.settings.answers_datagrams());
     let sources = streams.flat_map(|(service, sources)| sources.iter().map(move |s| (service, s)));
     sources.filter_map(|(service, source)| {
         let SocketSource::Held(index) = source else { return None };
@@ -419,8 +420,8 @@ mod tests {
             .any(|service| service.listen.iter().any(|listen| listen.endpoint() == Some(at)))
     }
 
-    /// The services in a canonical order.
-    fn meaning(services: &[Service]) -> Vec<Service> {
+    /// Sorts services and their addresses, whose order has no meaning.
+    fn sorted(services: &[Service]) -> Vec<Service> {
         let mut services = services.to_vec();
         services.sort_by(|one, other| one.name.cmp(&other.name));
         for service in &mut services {
@@ -524,7 +525,7 @@ mod tests {
             let held = started(&[], &before);
             let running: Vec<_> = before.iter().collect();
             let plan = ReloadPlan::new(&running, &held, &after).unwrap();
-            let same = meaning(&before) == meaning(&after);
+            let same = sorted(&before) == sorted(&after);
             prop_assert_eq!(is_empty(&plan, &held, &after), same);
         }
 

@@ -59,7 +59,8 @@ struct Pending {
 
 impl Pending {
     fn set_reloading(&mut self, message: String) {
-        // `Type=notify-reload` needs RELOADING before READY; the READY of an earlier reload is stale.
+        // `Type=notify-reload` needs RELOADING before READY; the READY of an earlier reload is
+        // stale.
         *self = Self { reloading: Some(message), lifecycle: None, watchdog: self.watchdog.take() };
     }
 
@@ -98,7 +99,7 @@ impl Notifier {
 
     /// Reports the start of a reload, which [`Self::ready`] ends.
     pub(crate) fn reloading(&self) {
-        // Without a clock there is nothing to report, and the manager does not wait for it.
+        // Without a clock the message cannot be built, and the manager does not wait for it.
         let Ok(now) = NotifyState::monotonic_usec_now() else { return };
         let message = message(&[NotifyState::Reloading, now]);
         self.update(|pending| pending.set_reloading(message));

@@ -1,5 +1,5 @@
-//! Properties of every document: the reader returns what the writer wrote, agrees with the
-//! oracle, and gives the same result however its input is split.
+//! Properties of every document: the reader returns the data of the writer, agrees with the oracle,
+//! and its result does not depend on how the input is split.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -201,7 +201,7 @@ fn key() -> impl Strategy<Value = String> {
 }
 
 /// A known member with a value that is usually valid.
-fn good(key: &'static str) -> BoxedStrategy<(String, Json)> {
+fn known_member(key: &'static str) -> BoxedStrategy<(String, Json)> {
     let value = match key {
         "filedata" => prop_oneof![
             8 => prop::collection::vec(any::<u8>(), 0..51).prop_map(|data| STANDARD.encode(data)),
@@ -226,11 +226,11 @@ fn good(key: &'static str) -> BoxedStrategy<(String, Json)> {
 
 /// The members of a document, sometimes invalid.
 fn members() -> impl Strategy<Value = Members> {
-    let maybe = |key| prop::collection::vec(good(key), 0..=1);
+    let maybe = |key| prop::collection::vec(known_member(key), 0..=1);
     let unknown = || prop::collection::vec((key(), value()), 0..3);
     let file = (
-        good("filename"),
-        good("filedata"),
+        known_member("filename"),
+        known_member("filedata"),
         maybe("size"),
         maybe("modified"),
         maybe("sha256"),
@@ -239,13 +239,13 @@ fn members() -> impl Strategy<Value = Members> {
         .prop_map(|(name, data, size, modified, sha256, unknown)| {
             [vec![name, data], size, modified, sha256, unknown].concat()
         });
-    let refusal = (good("error"), maybe("filename"), maybe("size"), unknown())
+    let refusal = (known_member("error"), maybe("filename"), maybe("size"), unknown())
         .prop_map(|(error, name, size, unknown)| [vec![error], name, size, unknown].concat());
     // Sometimes a repeated or contradicting member.
     let document = prop_oneof![6 => file, 2 => refusal, 1 => unknown()];
     let one_more = prop_oneof![
         8 => Just(Vec::new()),
-        1 => select(KEYS.to_vec()).prop_flat_map(good).prop_map(|member| vec![member]),
+        1 => select(KEYS.to_vec()).prop_flat_map(known_member).prop_map(|member| vec![member]),
     ];
     (document, one_more)
         .prop_map(|(document, one_more)| [document, one_more].concat())
@@ -298,8 +298,8 @@ fn documents() -> impl Strategy<Value = Vec<u8>> {
     (members(), choices, changes(), 0usize..3).prop_map(|(members, choices, changes, behind)| {
         let mut input = Printer::print(&members, &choices);
         input.extend_from_slice(&b"\n{"[..behind]);
-        for (place, drop, put) in changes {
-            let start = place.index(input.len() + 1);
+        for (position, drop, put) in changes {
+            let start = position.index(input.len() + 1);
             let end = (start + drop).min(input.len());
             input.splice(start..end, put);
         }
@@ -307,8 +307,8 @@ fn documents() -> impl Strategy<Value = Vec<u8>> {
     })
 }
 
-/// Documents with a part that consists of random tokens: changed bytes rarely hit a short number or the
-/// end of the data.
+/// Documents with a part that consists of random tokens: changed bytes rarely hit a short number or
+/// the end of the data.
 fn filled_holes() -> impl Strategy<Value = Vec<u8>> {
     let hole = |before: &'static [u8], fillings: &[&'static [u8]], behind: &'static [u8]| {
         prop::collection::vec(select(fillings.to_vec()), 0..10)
@@ -357,7 +357,7 @@ fn input() -> impl Strategy<Value = Vec<u8>> {
 
 proptest! {
     #[test]
-    fn reads_what_was_written(
+    fn reads_written_documents(
         name: String,
         data: Vec<u8>,
         newline: bool,
@@ -388,7 +388,7 @@ proptest! {
     }
 
     #[test]
-    fn splitting_the_input_changes_nothing(input in input(), sizes in sizes()) {
+    fn the_result_does_not_depend_on_the_pieces(input in input(), sizes in sizes()) {
         let whole = read([input.as_slice()], LIMIT);
         prop_assert_eq!(&read(cut(&input, &sizes), LIMIT), &whole);
         prop_assert_eq!(&read(input.chunks(1), LIMIT), &whole);

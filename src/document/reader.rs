@@ -520,7 +520,7 @@ mod tests {
     }
 
     #[test]
-    fn knows_name_and_size_when_the_data_begins() {
+    fn returns_name_and_size_when_the_data_begins() {
         let mut reader = Reader::new(1000);
         let mut data = Vec::new();
         reader.feed(br#"{"filename":"a","size":10"#, &mut data).unwrap();

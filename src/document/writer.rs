@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_and_order_are_fixed() {
+    fn writes_the_keys_in_fixed_order() {
         assert_eq!(
             document("guido.jpg", b"\xff\xd8\xff"),
             b"{\"filename\":\"guido.jpg\",\"filedata\":\"/9j/\"}\n"
@@ -80,7 +80,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_name_and_any_bytes_come_back(name: String, data: Vec<u8>) {
+        fn names_and_data_round_trip(name: String, data: Vec<u8>) {
             let value: serde_json::Value = serde_json::from_slice(&document(&name, &data)).unwrap();
             prop_assert_eq!(value["filename"].as_str(), Some(name.as_str()));
             let decoded = STANDARD.decode(value["filedata"].as_str().unwrap()).unwrap();

@@ -1,9 +1,9 @@
 //! Writes files atomically: a file appears under its name complete and synced, or not at all.
 //!
-//! A call that only strengthens a guarantee (file times, locks, the sync of a folder) may fail and is
-//! logged once at `debug`. A call that a guarantee needs has an equivalent for file systems without
-//! it: an unnamed file becomes one with a hidden name; `RENAME_NOREPLACE` becomes a link, or a check
-//! and a rename. An error after the file is in place is not a failure.
+//! A call that only strengthens a guarantee (file times, locks, the sync of a folder) may fail and
+//! is logged once at `debug`. A call that a guarantee needs has an equivalent for file systems
+//! without it: an unnamed file becomes one with a hidden name; `RENAME_NOREPLACE` becomes a link,
+//! or a check and a rename. An error after the file is in place is not a failure.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -36,15 +36,15 @@ const ATTEMPTS: u32 = 16;
 /// The treatment of an existing file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OverwritePolicy {
-    /// Keeps it and fails.
+    /// Keeps the file and fails.
     Refuse,
     Replace,
-    /// Replaces it if the content differs.
+    /// Replaces the file if its content differs.
     Update,
 }
 
 impl OverwritePolicy {
-    /// The policy of `--force` and `--update`.
+    /// Returns the policy for the options `--force` and `--update`.
     pub fn from_flags(force: bool, update: bool) -> Self {
         match (update, force) {
             (true, _) => Self::Update,
@@ -102,7 +102,7 @@ impl DirHandle {
     pub(crate) fn sync(&self) {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let synced = match fsync(self) {
-            // Opened with `O_PATH`.
+            // The folder was opened with `O_PATH`.
             Err(Errno::BADF) => {
                 openat(self, ".", flags, Mode::empty()).and_then(|folder| fsync(&folder))
             }
@@ -272,7 +272,7 @@ impl PendingFile {
     fn rename(&self, name: &Path, policy: OverwritePolicy) -> Result<(), SaveError> {
         let (dir, Some(temp)) = (&self.dir, &self.temp) else { return Ok(()) };
         let rename = || match renameat(dir, temp, dir, name) {
-            // exFAT says so of a name with a character that it cannot store.
+            // exFAT reports this for a name with a character that it cannot store.
             Err(error @ Errno::NOENT) if statat(dir, temp, AtFlags::SYMLINK_NOFOLLOW).is_ok() => {
                 Err(SaveError::NameRejected(error.into()))
             }
@@ -318,7 +318,7 @@ pub(crate) fn sync_data(file: &File) -> io::Result<()> {
     }
 }
 
-/// Logs at `debug`, once for each call and error, that a call failed which is not needed.
+/// Logs at `debug`, once for each call and error, that an optional call failed.
 pub(crate) fn log_unsupported(call: &'static str, result: Result<(), Errno>) {
     static LOGGED: Mutex<BTreeSet<(&str, i32)>> = Mutex::new(BTreeSet::new());
     let Err(error) = result else { return };
@@ -391,13 +391,13 @@ mod tests {
     fn publishes_complete_files_only() {
         for kind in [0, 1] {
             let folder = tempfile::tempdir().unwrap();
-            let place = folder.path().join("a");
+            let path = folder.path().join("a");
             let pending = pending(folder.path()).into_iter().nth(kind).unwrap();
-            assert!(!place.exists());
+            assert!(!path.exists());
             publish(pending, OverwritePolicy::Refuse).unwrap();
-            assert_eq!(fs::read(&place).unwrap(), b"new");
+            assert_eq!(fs::read(&path).unwrap(), b"new");
             assert_eq!(names(folder.path()), ["a"]);
-            assert_eq!(fs::metadata(&place).unwrap().permissions().mode() & 0o600, 0o600);
+            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o600, 0o600);
         }
     }
 
@@ -418,20 +418,20 @@ mod tests {
     }
 
     #[test]
-    fn replaces_files_only_if_the_policy_says_so() {
+    fn replaces_files_only_if_the_policy_permits_it() {
         let folder = tempfile::tempdir().unwrap();
-        let place = folder.path().join("a");
-        fs::write(&place, "old").unwrap();
+        let path = folder.path().join("a");
+        fs::write(&path, "old").unwrap();
         for pending in pending(folder.path()) {
             let refused = publish(pending, OverwritePolicy::Refuse);
             assert!(matches!(refused, Err(SaveError::Exists)));
-            assert_eq!(fs::read(&place).unwrap(), b"old");
+            assert_eq!(fs::read(&path).unwrap(), b"old");
         }
         assert_eq!(names(folder.path()), ["a"]);
         for pending in pending(folder.path()) {
-            fs::write(&place, "old").unwrap();
+            fs::write(&path, "old").unwrap();
             publish(pending, OverwritePolicy::Replace).unwrap();
-            assert_eq!(fs::read(&place).unwrap(), b"new");
+            assert_eq!(fs::read(&path).unwrap(), b"new");
         }
         assert_eq!(names(folder.path()), ["a"]);
     }
@@ -439,18 +439,18 @@ mod tests {
     #[test]
     fn never_replaces_devices_fifos_and_sockets_or_links_to_them() {
         let folder = tempfile::tempdir().unwrap();
-        let place = folder.path().join("a");
+        let path = folder.path().join("a");
         let fifo = folder.path().join("fifo");
         rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, NEW_FILE, 0).unwrap();
         let targets: [&dyn Fn(); 4] = [
-            &|| symlink("/dev/null", &place).unwrap(),
-            &|| symlink(&fifo, &place).unwrap(),
-            &|| rustix::fs::mknodat(CWD, &place, FileType::Fifo, NEW_FILE, 0).unwrap(),
-            &|| drop(UnixListener::bind(&place).unwrap()),
+            &|| symlink("/dev/null", &path).unwrap(),
+            &|| symlink(&fifo, &path).unwrap(),
+            &|| rustix::fs::mknodat(CWD, &path, FileType::Fifo, NEW_FILE, 0).unwrap(),
+            &|| drop(UnixListener::bind(&path).unwrap()),
         ];
         for create in targets {
             create();
-            let before = fs::symlink_metadata(&place).unwrap().file_type();
+            let before = fs::symlink_metadata(&path).unwrap().file_type();
             for policy in
                 [OverwritePolicy::Refuse, OverwritePolicy::Replace, OverwritePolicy::Update]
             {
@@ -458,8 +458,8 @@ mod tests {
                     assert!(matches!(publish(pending, policy), Err(SaveError::SpecialFile)));
                 }
             }
-            assert_eq!(fs::symlink_metadata(&place).unwrap().file_type(), before);
-            fs::remove_file(&place).unwrap();
+            assert_eq!(fs::symlink_metadata(&path).unwrap().file_type(), before);
+            fs::remove_file(&path).unwrap();
         }
         assert_eq!(names(folder.path()), ["fifo"]);
     }

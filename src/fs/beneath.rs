@@ -19,7 +19,7 @@ const MAX_LINKS: usize = 40;
 /// Maximum depth of a walk: each folder on the way holds a descriptor.
 const MAX_DEPTH: usize = 128;
 
-/// Opens `path` relative to `root`. Absolute paths and links lead out.
+/// Opens `path` relative to `root`. Absolute paths and absolute links count as leading out.
 ///
 /// # Errors
 /// [`Errno::XDEV`] if the path leads out, otherwise those of openat2(2).
@@ -289,7 +289,7 @@ mod tests {
             }
             stop.store(true, Ordering::Relaxed);
         });
-        assert!(opened > 0, "{path} was never there");
+        assert!(opened > 0, "{path} never existed");
     }
 
     #[test]
@@ -326,34 +326,34 @@ mod tests {
     }
 
     #[derive(Debug, Clone)]
-    enum Thing {
+    enum Node {
         File,
         Folder,
         Link(String),
     }
 
-    fn thing() -> impl Strategy<Value = Thing> {
+    fn node() -> impl Strategy<Value = Node> {
         prop_oneof![
-            1 => Just(Thing::File),
-            2 => Just(Thing::Folder),
-            2 => path().prop_map(Thing::Link),
+            1 => Just(Node::File),
+            2 => Just(Node::Folder),
+            2 => path().prop_map(Node::Link),
         ]
     }
 
     proptest! {
         #[test]
         fn resolves_paths_in_any_tree_as_the_kernel_does(
-            things in prop::collection::vec(("[abc](/[abc]){0,3}", thing()), 1..24),
+            nodes in prop::collection::vec(("[abc](/[abc]){0,3}", node()), 1..24),
             paths in prop::collection::vec(path(), 1..40),
         ) {
             let (folder, root) = root();
-            for (name, thing) in things {
+            for (name, node) in nodes {
                 let path = folder.path().join("root").join(name);
                 // Fails if the parent is missing or the name is taken.
-                let _ = match thing {
-                    Thing::File => fs::File::create_new(path).map(drop),
-                    Thing::Folder => fs::create_dir(path),
-                    Thing::Link(target) => symlink(target, path),
+                let _ = match node {
+                    Node::File => fs::File::create_new(path).map(drop),
+                    Node::Folder => fs::create_dir(path),
+                    Node::Link(target) => symlink(target, path),
                 };
             }
             for path in paths {

@@ -1,8 +1,8 @@
 //! Threads for file operations, which may block for ever if a network file system hangs.
 //!
-//! Each service has its own pool, and each name within it a share, so a hanging file takes no thread
-//! from other services and few from other files. Without threads the operation fails, and only that
-//! one; tokio's pool would panic.
+//! Each service has its own pool, and each name within it a share, so a hanging file takes no
+//! thread from other services and few from other files. Without threads the operation fails, and
+//! only that one; tokio's pool would panic.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -38,7 +38,7 @@ type Job = Box<dyn FnOnce() + Send>;
 #[derive(Debug)]
 pub(crate) struct BlockingPool {
     permits: Arc<Semaphore>,
-    /// Permits by name; unused ones are removed now and then.
+    /// Permits by name; unused ones are removed when the map has doubled.
     names: Mutex<HashMap<Arc<str>, Arc<Semaphore>>>,
     shared: Arc<Shared>,
 }
@@ -115,8 +115,8 @@ impl Shared {
     fn add(self: &Arc<Self>, job: Job) -> io::Result<()> {
         let mut state = self.state.lock();
         state.jobs.push_back(job);
-        // A job returns its permits just before its thread is idle: with all threads started, one of
-        // them is about to take this job.
+        // A job returns its permits just before its thread is idle: with all threads started, one
+        // of them is about to take this job.
         if state.idle >= state.jobs.len() || state.threads == MAX_THREADS {
             self.job_added.notify_one();
             return Ok(());
@@ -155,7 +155,7 @@ impl Shared {
     }
 }
 
-/// Waits for an operation, and calls `report` once if it takes longer than [`SLOW`].
+/// Waits for an operation, and calls `report` if it takes longer than [`SLOW`].
 pub(crate) async fn if_slow<T>(operation: impl Future<Output = T>, report: impl FnOnce()) -> T {
     let mut operation = pin!(operation);
     if let Ok(output) = timeout(SLOW, &mut operation).await {
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_blocked_name_leaves_threads_for_others() {
+    async fn leaves_threads_for_other_names_than_a_blocked_one() {
         let pool = Arc::new(BlockingPool::default());
         let (ends, tasks) = occupy(&pool, "blocked", MAX_THREADS * 2);
         yield_often().await;
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_panic_is_an_error_and_the_next_operation_runs() {
+    async fn reports_panics_as_errors_and_runs_the_next_operation() {
         let pool = BlockingPool::default();
         for _ in 0..MAX_THREADS * 2 {
             pool.run("name", || panic!("in the operation")).await.unwrap_err();

@@ -115,8 +115,8 @@ impl OpenFile {
         self.check_unchanged()
     }
 
-    /// Like [`Self::read_at`], but returns false if the content is not in the page cache. `piece` is
-    /// undefined then.
+    /// Like [`Self::read_at`], but returns false if the content is not in the page cache. `piece`
+    /// is undefined then.
     pub(crate) fn read_cached_at(&self, piece: &mut [u8], offset: u64) -> io::Result<bool> {
         if self.snapshot.is_some() {
             return self.read_at(piece, offset).map(|()| true);

@@ -1,4 +1,4 @@
-//! File names supplied by a server: which are accepted, and how they are printed.
+//! Checks and escapes file names that a server supplied.
 //!
 //! A name must not leave the folder, be hidden, or deceive on a terminal.
 
@@ -180,9 +180,9 @@ mod tests {
             let folder = around.path().join("folder");
             fs::create_dir(&folder).unwrap();
             let Ok(path) = relative_path(&name) else { return Ok(()) };
-            let place = folder.join(&path);
-            fs::create_dir_all(place.parent().unwrap()).unwrap();
-            fs::write(place, "").unwrap();
+            let target = folder.join(&path);
+            fs::create_dir_all(target.parent().unwrap()).unwrap();
+            fs::write(target, "").unwrap();
 
             let mut expected: Vec<_> = path.ancestors().map(|path| Path::new("folder").join(path)).collect();
             expected.sort();

@@ -1,4 +1,4 @@
-//! Folders whose files are opened and listed by name, and no name leads out of.
+//! Folders whose files are opened and listed by name. No name leads out of its folder.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::CStr;
@@ -32,7 +32,7 @@ pub struct Folder {
 pub(crate) struct Entry {
     /// Path below the folder, with `/` between subfolders.
     pub(crate) name: String,
-    /// Size in bytes.
+    /// Size of the content, in bytes.
     pub(crate) size: u64,
     /// Time of the last change, in whole seconds.
     pub(crate) modified: Timestamp,
@@ -41,7 +41,7 @@ pub(crate) struct Entry {
 /// The files of a folder.
 #[derive(Debug, Default)]
 pub(crate) struct Listing {
-    /// Sorted by name.
+    /// The files that can be requested, sorted by name.
     pub(crate) entries: Vec<Entry>,
     /// Number of omitted entries by reason.
     pub(crate) omitted: BTreeMap<Omission, u64>,
@@ -63,7 +63,7 @@ pub(crate) enum Omission {
 }
 
 impl Omission {
-    /// Returns the reason in words that follow a count.
+    /// Returns the reason as text that follows a count.
     pub(crate) fn reason(self) -> &'static str {
         match self {
             Self::Hidden => "hidden",
@@ -138,7 +138,7 @@ impl Folder {
 
     /// Opens a file by name.
     ///
-    /// Links that stay inside work, also through hidden names, as Kubernetes creates them.
+    /// Links are followed if they stay inside, also through hidden names, as Kubernetes uses them.
     ///
     /// # Errors
     /// [`io::ErrorKind::NotFound`] if there is no such file, it is hidden or outside the folder;

@@ -1,8 +1,8 @@
 //! Files and folders on any file system.
 //!
-//! Services open files with [`mod@file`] and [`folder`], which cannot be left thanks to [`beneath`],
-//! on the threads of a [`blocking_pool`]. Clients and mirrors accept a server's [`filename`] and save with
-//! [`atomic`]. Nothing here knows a service or the configuration.
+//! Services open files with [`mod@file`] and [`folder`], confined by [`beneath`], on the threads of
+//! a [`blocking_pool`]. Clients and mirrors check names with [`filename`] and save with [`atomic`].
+//! Nothing here knows a service or the configuration.
 
 pub(crate) mod atomic;
 mod beneath;

@@ -1,7 +1,7 @@
 //! Fields of an X.509 certificate (RFC 5280) that webpki does not expose: names for messages, and
 //! the extensions that matter for a certificate that is trusted as such.
 //!
-//! webpki has parsed the certificate before. What does not parse here is treated as absent.
+//! webpki has parsed the certificate before. Fields that do not parse here are treated as absent.
 
 use std::net::IpAddr;
 
@@ -45,12 +45,12 @@ impl<'a> Certificate<'a> {
         Some(Self { issuer, subject, extensions })
     }
 
-    /// The issuer's common name, else its organization.
+    /// Returns the issuer's common name, or else its organization.
     pub(crate) fn issuer(&self) -> Option<String> {
         attribute(self.issuer, COMMON_NAME).or_else(|| attribute(self.issuer, ORGANIZATION))
     }
 
-    /// The subject's common name.
+    /// Returns the common name of the subject.
     pub(crate) fn common_name(&self) -> Option<String> {
         attribute(self.subject, COMMON_NAME)
     }
@@ -61,7 +61,7 @@ impl<'a> Certificate<'a> {
         self.extension(SUBJECT_ALT_NAME).is_some()
     }
 
-    /// The names and addresses of the server that the certificate lists.
+    /// Returns the names and addresses of the server that the certificate lists.
     pub(crate) fn alt_names(&self) -> Vec<String> {
         let list = self.extension(SUBJECT_ALT_NAME).and_then(element);
         let names = list.map_or(&[][..], |(_, names, _)| names);
@@ -86,7 +86,7 @@ impl<'a> Certificate<'a> {
         })
     }
 
-    /// The value of an extension: its last part, after an optional `critical`.
+    /// Returns the value of an extension: its last part, after an optional `critical`.
     fn extension(&self, id: &[u8]) -> Option<&'a [u8]> {
         let parts = Elements(self.extensions).map(|(_, extension)| Elements(extension));
         let mut of_id = parts.filter(|parts| parts.clone().next().is_some_and(|(_, it)| it == id));
@@ -94,7 +94,7 @@ impl<'a> Certificate<'a> {
     }
 }
 
-/// The last attribute of this type in a name, which is the most specific one.
+/// Returns the last attribute of this type in a name, which is the most specific one.
 fn attribute(name: &[u8], id: &[u8]) -> Option<String> {
     let sets = Elements(name).flat_map(|(_, set)| Elements(set));
     let values = sets.filter_map(|(_, pair)| {
@@ -211,7 +211,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_are_a_panic(mut bytes: Vec<u8>, at: prop::sample::Index, byte: u8) {
+        fn never_panics_on_any_bytes(mut bytes: Vec<u8>, at: prop::sample::Index, byte: u8) {
             let mut der = certificate(&name(&[(COMMON_NAME, BMP_STRING, b"abc")]), &[]);
             *at.get_mut(&mut der) = byte;
             bytes.truncate(64);

@@ -37,23 +37,23 @@ const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BuildError {
-    #[error("the proxy's URL cannot be used")]
+    #[error("cannot use the URL of the proxy")]
     Proxy,
-    #[error("the HTTP client cannot be made: {0}")]
+    #[error("cannot create the HTTP client: {0}")]
     Other(String),
 }
 
-/// Why a request has no complete reply.
+/// The reason why a request has no complete reply.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error(transparent)]
     Refused(#[from] Refused),
-    #[error("it is redirected, but nowhere (no Location)")]
-    Nowhere,
-    #[error("it is redirected more than {MAX_REDIRECTS} times")]
-    Redirects,
-    #[error("nothing came for {0:?}")]
-    Silent(Duration),
+    #[error("the server sent a redirect without a Location")]
+    MissingLocation,
+    #[error("more than {MAX_REDIRECTS} redirects")]
+    TooManyRedirects,
+    #[error("the server sent nothing for {0:?}")]
+    IdleTimedOut(Duration),
     #[error("cannot look up {host}: {cause}")]
     Lookup { host: String, cause: String },
     #[error("cannot connect: {0}")]
@@ -69,13 +69,18 @@ pub(crate) enum Error {
 impl Error {
     pub(crate) fn is_temporary(&self) -> bool {
         match self {
-            Self::Refused(_) | Self::Nowhere | Self::Redirects | Self::Malformed(_) => false,
+            Self::Refused(_)
+            | Self::MissingLocation
+            | Self::TooManyRedirects
+            | Self::Malformed(_) => false,
             Self::Tls(error) => error.kind == TlsErrorKind::Transient,
-            Self::Silent(_) | Self::Lookup { .. } | Self::Connect(_) | Self::Network(_) => true,
+            Self::IdleTimedOut(_) | Self::Lookup { .. } | Self::Connect(_) | Self::Network(_) => {
+                true
+            }
         }
     }
 
-    /// Omits the URL that reqwest adds, because its query may hold secrets.
+    /// Converts an error without the URL that reqwest adds, because its query may hold secrets.
     fn of(error: &reqwest::Error, host: &str) -> Self {
         let mut innermost = None;
         let mut cause = error.source();
@@ -103,7 +108,7 @@ impl Error {
             innermost = Some(error.to_string());
             cause = error.source();
         }
-        let innermost = innermost.unwrap_or_else(|| "of an unknown cause".to_owned());
+        let innermost = innermost.unwrap_or_else(|| "unknown cause".to_owned());
         if error.is_connect() { Self::Connect(innermost) } else { Self::Network(innermost) }
     }
 }
@@ -142,7 +147,7 @@ impl Client {
         let Options { tls, proxy, headers, sources, timeout, connections } = options;
         let resolver = Resolver {
             egress_policy: Arc::clone(&egress_policy),
-            // Named by the operator, so that it may have any address.
+            // The operator chose the proxy, so it may have any address.
             proxy: proxy.as_ref().map(egress::host_of),
         };
         let proxy = proxy.map(Proxy::all).transpose().map_err(|_| BuildError::Proxy)?;
@@ -188,10 +193,11 @@ impl Client {
             }
             let location = response.headers().get(LOCATION).map(location);
             let location = location.filter(|location| !location.trim().is_empty());
-            url = self.egress_policy.check_redirect(&url, &location.ok_or(Error::Nowhere)?)?;
+            let location = location.ok_or(Error::MissingLocation)?;
+            url = self.egress_policy.check_redirect(&url, &location)?;
             self.drain(&mut response).await;
         }
-        Err(Error::Redirects)
+        Err(Error::TooManyRedirects)
     }
 
     /// Like [`Client::get`], but returns redirects: `headers` are meant for this URL only.
@@ -257,7 +263,7 @@ impl Client {
             None => reply.await,
             Some(silence) => {
                 let replied = timeout_while_running(silence, reply).await;
-                replied.ok_or(Error::Silent(silence))?
+                replied.ok_or(Error::IdleTimedOut(silence))?
             }
         };
         replied.map_err(|error| Error::of(&error, host))
@@ -314,7 +320,7 @@ fn check_transfer_codings(headers: &HeaderMap) -> Result<(), Error> {
     if is_last && codings.iter().all(is_known) {
         return Ok(());
     }
-    Err(Error::Malformed("it has a transfer coding that is not supported".to_owned()))
+    Err(Error::Malformed("unsupported transfer coding".to_owned()))
 }
 
 /// Percent-encodes the bytes of a `Location` outside ASCII, as curl does.
@@ -365,7 +371,7 @@ impl Resolve for Resolver {
             let found = tokio::net::lookup_host((host, 0)).await.map_err(error)?;
             let found: Vec<SocketAddr> = found.collect();
             if found.is_empty() {
-                return Err(error(io::Error::other("it has no address")).into());
+                return Err(error(io::Error::other("no address")).into());
             }
             if proxy.as_deref() != Some(host) {
                 let addresses: Vec<IpAddr> = found.iter().map(SocketAddr::ip).collect();
@@ -403,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn origins_compare_scheme_host_and_port() {
+    fn distinguishes_origins_by_scheme_host_and_port() {
         let origin = |text: &str| origin_of(&text.parse().unwrap());
         assert_eq!(origin("https://Example.org./a"), origin("https://example.org:443/b"));
         assert_ne!(origin("https://example.org/"), origin("http://example.org/"));

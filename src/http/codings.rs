@@ -6,8 +6,8 @@ use reqwest::header::{CONTENT_ENCODING, HeaderMap};
 
 use crate::fs::filename::escape_bytes;
 
-/// Codings that no client may take for the content itself (IANA's registry). Servers send other
-/// words, too, such as `utf-8` and `none`, with a body that is not encoded.
+/// Registered codings (IANA), with which a body is not the content itself. Servers also send other
+/// words, such as `utf-8` and `none`, with a body that is not encoded.
 const REGISTERED: [&str; 12] = [
     "aes128gcm",
     "br",
@@ -23,19 +23,19 @@ const REGISTERED: [&str; 12] = [
     "zstd",
 ];
 
-/// The largest number of codings of one body, as in curl.
+/// Maximum number of codings of one body, as in curl.
 const MAX_CODINGS: usize = 5;
 
 /// The codings of a body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Codings {
-    /// gzip, applied this many times.
+    /// The number of times that gzip was applied.
     Gzip(usize),
-    /// Others, which cannot be decoded.
+    /// At least one coding that cannot be decoded.
     Unsupported,
 }
 
-/// The codings of a body, in any case and in any number of header fields and list elements.
+/// Returns the codings of a body, in any case and in any number of header fields and elements.
 pub(crate) fn codings(headers: &HeaderMap) -> Codings {
     let mut gzip = 0;
     for coding in elements(headers) {
@@ -49,7 +49,7 @@ pub(crate) fn codings(headers: &HeaderMap) -> Codings {
     if gzip > MAX_CODINGS { Codings::Unsupported } else { Codings::Gzip(gzip) }
 }
 
-/// The codings as the server names them, printable.
+/// Returns the codings as the server names them, escaped for messages.
 pub(crate) fn shown(headers: &HeaderMap) -> String {
     let mut shown = String::new();
     for coding in elements(headers) {
@@ -60,7 +60,7 @@ pub(crate) fn shown(headers: &HeaderMap) -> String {
     shown
 }
 
-/// The elements of the lists, without empty ones (RFC 9110, 5.6.1.2).
+/// Returns the elements of the lists, without empty ones (RFC 9110, 5.6.1.2).
 fn elements(headers: &HeaderMap) -> impl Iterator<Item = &[u8]> {
     let lists = headers.get_all(CONTENT_ENCODING).into_iter();
     let elements = lists.flat_map(|list| list.as_bytes().split(|byte| *byte == b','));

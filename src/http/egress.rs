@@ -71,22 +71,22 @@ pub(crate) fn is_public(address: IpAddr) -> bool {
     }
 }
 
-/// Why a request is refused.
+/// The reason why a request is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    #[error("expected a URL as https://example.org/file: {0}")]
+    #[error("expected a URL such as https://example.org/file: {0}")]
     Url(String),
     #[error("the URL is longer than {MAX_URL} bytes")]
-    Long,
+    UrlTooLong,
     #[error("expected http:// or https://")]
     Scheme,
-    #[error("the URL has a user or a password in it, which would be seen in many places")]
+    #[error("the URL contains a user name or a password, which logs would reveal")]
     Credentials,
-    #[error("{0} is not among the hosts that may be asked (`hosts`)")]
+    #[error("{0} is not a permitted host (`hosts`)")]
     Host(String),
-    #[error("{host} has the address {address}, which is not public: only a host that is named may")]
+    #[error("{host} has the non-public address {address}: only explicitly named hosts may")]
     Address { host: String, address: IpAddr },
-    #[error("it is redirected from https to http")]
+    #[error("the redirect leads from https to http")]
     Downgrade,
 }
 
@@ -102,7 +102,7 @@ pub(crate) fn join(base: &Url, text: &str) -> Result<Url, Refused> {
 
 fn check(mut url: Url) -> Result<Url, Refused> {
     if url.as_str().len() > MAX_URL {
-        return Err(Refused::Long);
+        return Err(Refused::UrlTooLong);
     }
     if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
         return Err(Refused::Scheme);
@@ -114,7 +114,7 @@ fn check(mut url: Url) -> Result<Url, Refused> {
     Ok(url)
 }
 
-/// A URL for messages: on one line and without its query, which may hold secrets.
+/// Returns a URL for messages: on one line and without its query, which may hold secrets.
 pub(crate) fn shown(url: &Url) -> String {
     let mut shown = url.clone();
     shown.set_query(None);
@@ -126,7 +126,7 @@ fn canonical(host: &str) -> String {
     host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase()
 }
 
-/// The host of a URL in its canonical form.
+/// Returns the host of a URL in its canonical form.
 pub(crate) fn host_of(url: &Url) -> String {
     canonical(url.host_str().unwrap_or_default())
 }
@@ -135,7 +135,7 @@ fn address_of(host: &str) -> Option<IpAddr> {
     host.trim_start_matches('[').trim_end_matches(']').parse().ok()
 }
 
-/// Whether a host is this machine, independent of DNS.
+/// Whether a host is this machine, without a DNS query.
 pub(crate) fn is_loopback(host: &str) -> bool {
     host == "localhost" || address_of(host).is_some_and(|ip| ip.to_canonical().is_loopback())
 }
@@ -143,7 +143,7 @@ pub(crate) fn is_loopback(host: &str) -> bool {
 /// A pattern of permitted hosts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Host {
-    /// One host.
+    /// A single host, in its canonical form.
     Exact(String),
     /// A suffix that starts with a dot.
     Below(String),
@@ -152,7 +152,7 @@ pub enum Host {
 impl Host {
     /// Parses a name, an address, or `*.example.org` for all hosts below a domain.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let expected = || "expected a host, as cdn.example.org or *.example.org".to_owned();
+        let expected = || "expected a host such as cdn.example.org or *.example.org".to_owned();
         let (below, name) = text.strip_prefix("*.").map_or((false, text), |name| (true, name));
         let name =
             if name.parse::<Ipv6Addr>().is_ok() { format!("[{name}]") } else { name.to_owned() };
@@ -161,7 +161,7 @@ impl Host {
         }
         let url = Url::parse(&format!("http://{name}/")).map_err(|_| expected())?;
         if name.contains("]:") || name.contains(':') && !name.starts_with('[') {
-            return Err("expected a host without a port: every port of it may be asked".to_owned());
+            return Err("expected a host without a port: all its ports are permitted".to_owned());
         }
         let host = host_of(&url);
         let is_address = host.starts_with('[') || host.parse::<Ipv4Addr>().is_ok();
@@ -328,7 +328,8 @@ mod tests {
         assert_eq!(url("data:,x"), Err(Refused::Scheme));
         assert_eq!(url("https://me@example.org/"), Err(Refused::Credentials));
         assert_eq!(url("https://:secret@example.org/"), Err(Refused::Credentials));
-        assert_eq!(url(&format!("https://example.org/{}", "x".repeat(9000))), Err(Refused::Long));
+        let long = format!("https://example.org/{}", "x".repeat(9000));
+        assert_eq!(url(&long), Err(Refused::UrlTooLong));
         for bad in ["", "example.org", "http://", "/a"] {
             assert!(url(bad).is_err(), "{bad}");
         }
@@ -458,7 +459,7 @@ mod tests {
         }
 
         #[test]
-        fn no_redirect_leaves_the_permitted_hosts(location in "\\PC{0,40}|(https?:)?//[a-z0-9.@:\\[\\]]{0,20}/x") {
+        fn follows_no_redirect_out_of_the_permitted_hosts(location in "\\PC{0,40}|(https?:)?//[a-z0-9.@:\\[\\]]{0,20}/x") {
             let from = url("https://api.example.org/").unwrap();
             if let Ok(to) = mirror().check_redirect(&from, &location) {
                 prop_assert_eq!(to.scheme(), "https");

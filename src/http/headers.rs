@@ -20,7 +20,7 @@ const RESERVED: [&str; 10] = [
 pub(crate) fn parse(name: &str, value: &str) -> Result<(HeaderName, HeaderValue), String> {
     let shown = name.escape_default();
     let name = HeaderName::try_from(name)
-        .map_err(|_| format!("{shown}: expected the name of a header, as Accept"))?;
+        .map_err(|_| format!("{shown}: expected the name of a header, such as Accept"))?;
     if RESERVED.contains(&name.as_str()) || name.as_str().starts_with("if-") {
         return Err(format!("{name}: is set by handout itself"));
     }

@@ -1,9 +1,9 @@
 //! The HTTP(S) client for mirrors, downloads and SMS providers, and TLS for all clients.
 //!
-//! A request passes through [`egress`] (which hosts and addresses may be asked) → [`client`]
+//! A request passes through [`egress`] (permitted hosts and addresses) → [`client`]
 //! (connections, redirects) → [`tls`] (the verifier of server certificates, [`ca_certs`],
-//! [`tls_error`]). [`retry`] classifies failures; [`codings`] decodes bodies. What is requested and
-//! what a reply means belong to `mirror` and `notify`.
+//! [`tls_error`]). [`retry`] classifies failures; [`codings`] names the codings of bodies. Requests
+//! and the meaning of replies belong to `mirror` and `notify`.
 
 pub(crate) mod ca_certs;
 pub(crate) mod certificate;

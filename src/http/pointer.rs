@@ -7,9 +7,9 @@ use serde::Deserializer;
 use serde::de::{Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-/// Accepts a valid pointer. An invalid one would silently match no value.
+/// Checks the syntax of a pointer. An invalid one would silently match no value.
 pub fn parse(text: &str) -> Result<String, String> {
-    let expected = "expected a JSON pointer (RFC 6901), as \"/pictures\" or \"/data/0/url\"";
+    let expected = "expected a JSON pointer (RFC 6901), such as \"/pictures\" or \"/data/0/url\"";
     if !text.is_empty() && !text.starts_with('/') {
         return Err(expected.to_owned());
     }

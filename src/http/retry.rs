@@ -16,26 +16,47 @@ pub(crate) fn is_temporary(status: u16) -> bool {
     matches!(status, 408 | 425 | 429 | 500 | 502 | 503 | 504)
 }
 
-/// The longest delay after `failures` failures in a row, counted from 0: doubles from `first` to `max`.
+/// Returns the longest delay after `failures` failures in a row, counted from 0: it doubles from
+/// `first` to `max`.
 pub(crate) fn backoff(failures: u32, first: Duration, max: Duration) -> Duration {
     first.saturating_mul(2_u32.saturating_pow(failures)).min(max)
 }
 
-/// Delay before retry number `retry`, counted from 0; `None` if no retry is left.
-///
-/// `random`, between 0 and 1, spreads clients that failed together over half of the backoff.
-pub(crate) fn wait(
-    retry: u32,
-    retries: u32,
-    asked_for: Option<Duration>,
-    random: f64,
-) -> Option<Duration> {
-    if retry >= retries || asked_for.is_some_and(|asked_for| asked_for > MAX_RETRY_AFTER) {
+/// The retries of one request.
+#[derive(Debug)]
+pub(crate) struct Retries {
+    used: u32,
+    max: u32,
+}
+
+impl Retries {
+    pub(crate) fn new(max: u32) -> Self {
+        Self { used: 0, max }
+    }
+
+    /// Returns the delay before the next retry, or `None` if none is left or the server asks for a
+    /// longer one than [`MAX_RETRY_AFTER`].
+    pub(crate) fn next_delay(&mut self, retry_after: Option<Duration>) -> Option<Duration> {
+        let delay = delay(self.used, self.max, retry_after, fastrand::f64());
+        self.used += u32::from(delay.is_some());
+        delay
+    }
+
+    /// Allows all retries again, as after progress.
+    pub(crate) fn reset(&mut self) {
+        self.used = 0;
+    }
+}
+
+/// Returns the delay before retry number `used`, counted from 0. `random`, between 0 and 1, spreads
+/// clients that failed together over half of the backoff.
+fn delay(used: u32, max: u32, retry_after: Option<Duration>, random: f64) -> Option<Duration> {
+    if used >= max || retry_after.is_some_and(|delay| delay > MAX_RETRY_AFTER) {
         return None;
     }
-    let longest = backoff(retry, INITIAL_BACKOFF, MAX_BACKOFF);
+    let longest = backoff(used, INITIAL_BACKOFF, MAX_BACKOFF);
     let own = longest.mul_f64(0.5 + random.clamp(0.0, 1.0) / 2.0);
-    Some(asked_for.map_or(own, |asked_for| own.max(asked_for)))
+    Some(own.max(retry_after.unwrap_or_default()))
 }
 
 /// Parses `Retry-After`: seconds or a date (RFC 9110, 10.2.3).
@@ -61,23 +82,32 @@ mod tests {
 
     #[test]
     fn doubles_delays_up_to_a_limit() {
-        let longest = |retry| wait(retry, 100, None, 1.0).unwrap();
-        assert_eq!([0, 1, 2, 3].map(longest).map(|wait| wait.as_secs()), [1, 2, 4, 8]);
+        let longest = |used| delay(used, 100, None, 1.0).unwrap();
+        assert_eq!([0, 1, 2, 3].map(longest).map(|delay| delay.as_secs()), [1, 2, 4, 8]);
         assert_eq!(longest(99), MAX_BACKOFF);
-        assert_eq!(wait(0, 1, None, 0.0), Some(INITIAL_BACKOFF / 2));
+        assert_eq!(delay(0, 1, None, 0.0), Some(INITIAL_BACKOFF / 2));
     }
 
     #[test]
     fn limits_the_number_of_retries() {
-        assert!(wait(3, 4, None, 0.5).is_some());
-        assert_eq!(wait(4, 4, None, 0.5), None);
-        assert_eq!(wait(0, 0, None, 0.5), None);
+        assert!(delay(3, 4, None, 0.5).is_some());
+        assert_eq!(delay(4, 4, None, 0.5), None);
+        assert_eq!(delay(0, 0, None, 0.5), None);
+    }
+
+    #[test]
+    fn counts_retries_until_a_reset() {
+        let mut retries = Retries::new(2);
+        let mut left = || std::iter::from_fn(|| retries.next_delay(None)).count();
+        assert_eq!((left(), left()), (2, 0));
+        retries.reset();
+        assert_eq!(std::iter::from_fn(|| retries.next_delay(None)).count(), 2);
     }
 
     #[test]
     fn waits_for_retry_after_or_gives_up() {
-        assert_eq!(wait(0, 1, Some(Duration::from_secs(7)), 0.0), Some(Duration::from_secs(7)));
-        assert_eq!(wait(0, 1, Some(MAX_RETRY_AFTER + Duration::from_secs(1)), 0.0), None);
+        assert_eq!(delay(0, 1, Some(Duration::from_secs(7)), 0.0), Some(Duration::from_secs(7)));
+        assert_eq!(delay(0, 1, Some(MAX_RETRY_AFTER + Duration::from_secs(1)), 0.0), None);
     }
 
     #[test]
@@ -99,13 +129,13 @@ mod tests {
     proptest! {
         #[test]
         fn keeps_delays_within_their_bounds(
-            retry: u32, retries: u32, asked_for in prop::option::of(0_u64..), random in 0.0..=1.0,
+            used: u32, max: u32, retry_after in prop::option::of(0_u64..), random in 0.0..=1.0,
         ) {
-            let asked_for = asked_for.map(Duration::from_secs);
-            if let Some(wait) = wait(retry, retries, asked_for, random) {
-                prop_assert!(wait <= MAX_RETRY_AFTER);
-                prop_assert!(wait >= INITIAL_BACKOFF / 2);
-                prop_assert!(wait >= asked_for.unwrap_or_default());
+            let retry_after = retry_after.map(Duration::from_secs);
+            if let Some(delay) = delay(used, max, retry_after, random) {
+                prop_assert!(delay <= MAX_RETRY_AFTER);
+                prop_assert!(delay >= INITIAL_BACKOFF / 2);
+                prop_assert!(delay >= retry_after.unwrap_or_default());
             }
         }
 

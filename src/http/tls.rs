@@ -29,9 +29,9 @@ use crate::http::tls_error::RejectedCertificate;
 /// The file of certificates to trust in addition to the system's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct CaFile {
-    /// The file, if one is named.
+    /// Path of the file, if one is configured.
     pub path: Option<PathBuf>,
-    /// The option or the key that names it.
+    /// The option or the key that sets `path`, for messages.
     pub key: &'static str,
 }
 
@@ -47,7 +47,7 @@ impl CaFile {
     }
 }
 
-/// Why a file of trusted certificates cannot be used.
+/// The reason why a file of trusted certificates cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error("{key} {}: {problem}", .path.display())]
 pub(crate) struct CaFileError {
@@ -59,7 +59,7 @@ pub(crate) struct CaFileError {
 /// Reads the trusted certificates and returns the configuration of a TLS client. Blocks.
 ///
 /// # Errors
-/// If the file that is named cannot be used.
+/// If the configured file cannot be used.
 pub(crate) fn client_config(ca_file: &CaFile) -> Result<ClientConfig, CaFileError> {
     let named = match &ca_file.path {
         None => Vec::new(),
@@ -72,7 +72,7 @@ fn read(key: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, 
     ca_certs::read(path).map_err(|problem| CaFileError { key, path: path.to_owned(), problem })
 }
 
-/// `key` names the file of the certificates `named`.
+/// Returns the configuration of a client that also trusts `named`, from the file that `key` names.
 fn config(named: Vec<CertificateDer<'static>>, key: &'static str) -> ClientConfig {
     let provider = Arc::new(ring::default_provider());
     let verifier = Arc::new(Verifier::new(named, key));

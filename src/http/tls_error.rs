@@ -1,4 +1,4 @@
-//! TLS errors in plain words, with what the operator can do.
+//! TLS errors in plain words, with their remedies.
 //!
 //! rustls prints most of its errors in their `Debug` form, so each is named here.
 
@@ -14,17 +14,17 @@ use rustls::{
 use crate::fs::filename::escape;
 use crate::http::certificate::Certificate;
 
-/// The longest name that is printed, in characters: certificates may contain long ones.
+/// Maximum length of a printed name, in characters: certificates may contain longer ones.
 const MAX_NAME: usize = 100;
 
-/// The largest number of names of a certificate that are printed.
+/// Maximum number of printed names of a certificate.
 const MAX_NAMES: usize = 5;
 
-/// Why there is no TLS connection, or no longer.
+/// The reason why a TLS connection cannot be established, or failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub(crate) struct TlsError {
-    /// The remedy.
+    /// The consequence for the next attempt.
     pub kind: TlsErrorKind,
     message: String,
 }
@@ -43,7 +43,7 @@ pub(crate) enum TlsErrorKind {
 }
 
 impl TlsError {
-    /// The TLS error in an I/O error, if there is one.
+    /// Returns the TLS error in an I/O error, if it contains one.
     pub(crate) fn of_io(error: &io::Error, host: &str) -> Option<Self> {
         // Connectors wrap it again.
         let mut inner = error.get_ref()?;
@@ -94,7 +94,7 @@ fn issued(issuer: Option<&str>) -> String {
 }
 
 impl RejectedCertificate {
-    /// `key` names the file of trusted certificates.
+    /// Describes the rejection of `certificate`. `key` names the file of trusted certificates.
     #[expect(clippy::needless_pass_by_value, reason = "the error is replaced by this one")]
     pub fn new(
         certificate: &CertificateDer<'_>,
@@ -119,7 +119,7 @@ impl From<RejectedCertificate> for Error {
     }
 }
 
-/// A name from a certificate, short and printable.
+/// Returns a name from a certificate, shortened and escaped.
 fn name(text: &str) -> String {
     let mut name = escape(&text.chars().take(MAX_NAME).collect::<String>());
     if text.chars().nth(MAX_NAME).is_some() {
@@ -128,15 +128,15 @@ fn name(text: &str) -> String {
     name
 }
 
-/// The time of a certificate as people read it.
+/// Returns a time of a certificate in RFC 3339.
 fn date(time: UnixTime) -> String {
     let time =
         i64::try_from(time.as_secs()).ok().and_then(|time| Timestamp::from_second(time).ok());
     time.map_or_else(|| "a time that is out of range".to_owned(), |time| time.to_string())
 }
 
-/// Describes the fault of a certificate that is valid for `names`, and the remedy. `key` names the file
-/// of trusted certificates.
+/// Describes the fault of a certificate that is valid for `names`, and the remedy. `key` names the
+/// file of trusted certificates.
 #[expect(deprecated, reason = "verifiers may still return them")]
 fn explain(cause: &CertificateError, names: &[String], key: &str) -> (String, String) {
     use CertificateError as E;
@@ -182,11 +182,11 @@ fn explain(cause: &CertificateError, names: &[String], key: &str) -> (String, St
 }
 
 fn replace(problem: &str) -> (String, String) {
-    (problem.to_owned(), "the server needs another one".to_owned())
+    (problem.to_owned(), "replace it on the server".to_owned())
 }
 
 fn expired(problem: &str) -> (String, String) {
-    (problem.to_owned(), "it has to be renewed, if this machine's clock is right".to_owned())
+    (problem.to_owned(), "renew it, or correct this machine's clock".to_owned())
 }
 
 fn early(problem: &str) -> (String, String) {
@@ -195,7 +195,7 @@ fn early(problem: &str) -> (String, String) {
 
 fn other_name(names: &[String]) -> (String, String) {
     if names.is_empty() {
-        let remedy = "the name belongs into its subjectAltName";
+        let remedy = "add the name to its subjectAltName";
         return ("is not valid for this name".to_owned(), remedy.to_owned());
     }
     let mut shown: Vec<_> = names.iter().take(MAX_NAMES).map(|text| name(text)).collect();
@@ -206,12 +206,12 @@ fn other_name(names: &[String]) -> (String, String) {
     (problem, "use one of its names".to_owned())
 }
 
-/// The errors of webpki that rustls does not translate.
+/// Describes the errors of webpki that rustls does not translate.
 fn explain_webpki(cause: &webpki::Error, key: &str) -> (String, String) {
     use webpki::Error as E;
     match cause {
         E::CaUsedAsEndEntity => (
-            "is not trusted, as it is that of an authority (CA:TRUE)".to_owned(),
+            "is not trusted, because it is that of an authority (CA:TRUE)".to_owned(),
             format!("name a file with exactly this certificate in {key}"),
         ),
         E::EndEntityUsedAsCa => replace("has an issuer that is not an authority (CA:FALSE)"),
@@ -246,7 +246,7 @@ fn explain_webpki(cause: &webpki::Error, key: &str) -> (String, String) {
     }
 }
 
-/// Errors that are neither about a certificate nor sent by the server.
+/// Describes errors that neither concern a certificate nor were sent by the server.
 fn explain_protocol(error: &Error) -> (TlsErrorKind, &'static str) {
     use TlsErrorKind::{Incompatible, NotTls, Transient};
     match error {
@@ -276,10 +276,10 @@ fn explain_protocol(error: &Error) -> (TlsErrorKind, &'static str) {
     }
 }
 
-/// Alerts that the server sent (RFC 8446, 6.2).
+/// Describes an alert that the server sent (RFC 8446, 6.2).
 fn explain_alert(alert: AlertDescription, host: &str) -> (TlsErrorKind, String) {
     use AlertDescription as A;
-    let refuses = |what: &str| format!("{host} refuses the TLS connection: {what}");
+    let refuses = |cause: &str| format!("{host} refuses the TLS connection: {cause}");
     let message = match alert {
         A::CertificateRequired
         | A::NoCertificate
@@ -427,8 +427,8 @@ mod tests {
         ]
     }
 
-    /// No word is an identifier of Rust, and nothing has its punctuation.
-    fn is_plain(message: &str) {
+    /// Checks that the message contains neither identifiers nor the punctuation of Rust.
+    fn assert_is_plain(message: &str) {
         let identifier = |word: &str| {
             let word = word.trim_matches(|c: char| !c.is_alphanumeric());
             let mixed = word.chars().zip(word.chars().skip(1));
@@ -447,7 +447,7 @@ mod tests {
     }
 
     #[test]
-    fn says_in_plain_words_what_is_wrong_with_a_certificate() {
+    fn describes_faults_of_certificates_in_plain_words() {
         let certificates = certificate_errors().into_iter();
         for cause in certificates.chain(webpki_errors().into_iter().map(unknown)) {
             let known = !matches!(
@@ -459,7 +459,7 @@ mod tests {
                     )
             );
             let error = rejected(cause.clone());
-            is_plain(&error.to_string());
+            assert_is_plain(&error.to_string());
             assert_eq!(error.kind, TlsErrorKind::Certificate);
             assert!(error.to_string().starts_with("the certificate of example.org "), "{error}");
             assert_eq!(!error.to_string().contains("is refused"), known, "{cause:?}: {error}");
@@ -468,8 +468,8 @@ mod tests {
             CertificateError::ApplicationVerificationFailure,
             unknown(io::Error::other("Some(Thing)")),
         ] {
-            is_plain(&rejected(other.clone()).to_string());
-            is_plain(&TlsError::new(&other.into(), "example.org").to_string());
+            assert_is_plain(&rejected(other.clone()).to_string());
+            assert_is_plain(&TlsError::new(&other.into(), "example.org").to_string());
         }
     }
 
@@ -485,17 +485,17 @@ mod tests {
     }
 
     #[test]
-    fn says_in_plain_words_why_there_is_no_tls() {
+    fn describes_protocol_errors_and_alerts_in_plain_words() {
         let alerts = (0..=u8::MAX).map(|alert| Error::AlertReceived(alert.into()));
         for error in protocol_errors().into_iter().chain(alerts) {
             let message = TlsError::new(&error, "example.org").to_string();
-            is_plain(&message);
+            assert_is_plain(&message);
             assert!(message.contains("example.org"), "{message}");
         }
     }
 
     #[test]
-    fn finds_a_tls_error_however_often_it_is_wrapped() {
+    fn finds_tls_errors_in_nested_io_errors() {
         let mut error = io::Error::other(Error::DecryptError);
         for _ in 0..3 {
             assert_eq!(TlsError::of_io(&error, "a").unwrap().kind, TlsErrorKind::Transient);

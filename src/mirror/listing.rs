@@ -21,7 +21,7 @@ use crate::http::client::Client;
 use crate::http::codings::{self, Codings};
 use crate::http::egress::{self, EgressPolicy, Refused, shown};
 use crate::http::pointer;
-use crate::http::retry;
+use crate::http::retry::Retries;
 use crate::mirror::download;
 use crate::mirror::manifest::Validators;
 use crate::text::{counted, from_hex};
@@ -116,7 +116,7 @@ pub struct InvalidEntry {
 pub enum EntryError {
     #[error("the entry is larger than {}", ByteSize(MAX_ENTRY as u64))]
     TooLarge,
-    #[error("the entry cannot be read: {0}")]
+    #[error("the entry is not valid JSON: {0}")]
     Json(String),
     #[error("the entry has no text at \"{0}\"")]
     Missing(String),
@@ -197,15 +197,13 @@ impl ListingRequest<'_> {
         let validators = cached.as_ref().map(|cached| &cached.validators);
         let mut headers = validators.map(download::if_changed).unwrap_or_default();
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("gzip"));
-        let mut retry = 0;
+        let mut retries = Retries::new(self.retries);
         let received = loop {
             match self.attempt(&headers).await {
                 Ok(received) => break received,
                 Err(Error::Transfer(error)) if error.is_temporary() => {
-                    let wait =
-                        retry::wait(retry, self.retries, error.retry_after(), fastrand::f64());
-                    tokio::time::sleep(wait.ok_or(error)?).await;
-                    retry += 1;
+                    let delay = retries.next_delay(error.retry_after()).ok_or(error)?;
+                    tokio::time::sleep(delay).await;
                 }
                 Err(error) => return Err(error),
             }
@@ -247,7 +245,7 @@ impl ListingRequest<'_> {
 
 async fn receive(client: &Client, response: &mut Response) -> Result<Vec<u8>, Error> {
     let Codings::Gzip(times) = codings::codings(response.headers()) else {
-        return Err(download::Error::Encoded(codings::shown(response.headers())).into());
+        return Err(download::Error::UnexpectedCoding(codings::shown(response.headers())).into());
     };
     let mut body = Vec::new();
     while let Some(piece) = client.piece(response).await.map_err(download::Error::from)? {
@@ -291,7 +289,7 @@ pub fn read(
             entries.push(Err(pointers.invalid_entry(&Value::Null, index, error)));
             continue;
         }
-        // A document has a valid syntax, but a number may be too large.
+        // Valid syntax may still be too deep, or hold a number that is too large.
         let item: Value = match serde_json::from_str(raw) {
             Ok(item) => item,
             Err(error) => {
@@ -483,16 +481,21 @@ mod tests {
     }
 
     #[test]
-    fn a_number_that_is_too_large_invalidates_its_entry_only() {
-        let json = br#"{"ttl": 1e999, "newslist": [
-            {"title": "a.jpg", "picUrl": "/a.jpg", "size": 1e999},
-            {"title": "b.jpg", "picUrl": "/b.jpg"}
-        ]}"#;
-        let read = read_bytes(json, &pointers(), 9).unwrap();
-        let invalid = read[0].as_ref().unwrap_err();
-        assert_eq!(invalid.label, "entry 1");
-        assert!(matches!(invalid.error, EntryError::Json(_)), "{invalid:?}");
-        assert_eq!(read[1].as_ref().unwrap().name, "b.jpg");
+    fn unreadable_values_invalidate_their_entry_only() {
+        let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
+        for value in ["1e999", r#""\ud800""#, &deep] {
+            let json = format!(
+                r#"{{"ttl": {value}, "newslist": [
+                    {{"title": "a.jpg", "picUrl": "/a.jpg", "size": {value}}},
+                    {{"title": "b.jpg", "picUrl": "/b.jpg"}}
+                ]}}"#
+            );
+            let read = read_bytes(json.as_bytes(), &pointers(), 9).unwrap();
+            let invalid = read[0].as_ref().unwrap_err();
+            assert_eq!(invalid.label, "entry 1");
+            assert!(matches!(invalid.error, EntryError::Json(_)), "{invalid:?}");
+            assert_eq!(read[1].as_ref().unwrap().name, "b.jpg");
+        }
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub(crate) fn is_among(networks: &[IpNet], address: IpAddr) -> bool {
 /// Parses a network such as `10.0.0.0/8` or `2001:db8::/32`, or a single address. The error names
 /// the expected value.
 pub(crate) fn parse_network(text: &str) -> Result<IpNet, String> {
-    let expected = || "expected a network or an address, as \"10.0.0.0/8\"".to_owned();
+    let expected = || "expected a network or an address, such as \"10.0.0.0/8\"".to_owned();
     if let Ok(address) = text.parse::<IpAddr>() {
         return Ok(IpNet::from(address));
     }
@@ -39,7 +39,7 @@ pub(crate) fn parse_network(text: &str) -> Result<IpNet, String> {
     if network.trunc() == network {
         Ok(network)
     } else {
-        Err(format!("expected a network without bits of a host, as \"{}\"", network.trunc()))
+        Err(format!("expected a network without host bits, such as \"{}\"", network.trunc()))
     }
 }
 

@@ -27,7 +27,7 @@ pub(crate) struct Clients {
     connected: Mutex<HashMap<IpAddr, u32>>,
 }
 
-/// One connection of a client, counted until it is dropped.
+/// A counted connection of a client; dropping the guard ends its count.
 #[derive(Debug)]
 pub(crate) struct ClientGuard {
     clients: Arc<Clients>,
@@ -43,7 +43,8 @@ impl ClientGuard {
 }
 
 impl Clients {
-    /// Counts a connection from this address; `None` if its client has `max` connections already.
+    /// Counts a connection from this address. Returns `None` if its client already has `max`
+    /// connections.
     pub(crate) fn enter(self: &Arc<Self>, address: IpAddr, max: NonZeroU32) -> Option<ClientGuard> {
         let client = client_of(address);
         let mut connected = self.connected.lock();

@@ -93,10 +93,10 @@ fn check_address(address: SocketAddr) -> Result<(), String> {
     let SocketAddr::V6(v6) = address else { return Ok(()) };
     if v6.ip().to_ipv4_mapped().is_some() {
         let v4 = SocketAddr::new(address.ip().to_canonical(), address.port());
-        return Err(format!("an IPv4 address; expected it as {v4}"));
+        return Err(format!("an IPv4-mapped address; expected {v4}"));
     }
     if v6.ip().is_unicast_link_local() && v6.scope_id() == 0 {
-        return Err("expected the number of its interface too, as [fe80::1%2]:6789".to_owned());
+        return Err("expected the interface number, too, such as [fe80::1%2]:6789".to_owned());
     }
     Ok(())
 }
@@ -109,7 +109,7 @@ impl Listen {
         }
     }
 
-    /// The name of an inherited socket.
+    /// Returns the name of an inherited socket.
     pub(crate) fn inherited(&self) -> Option<&str> {
         match self {
             Self::At(_) => None,
@@ -161,7 +161,7 @@ impl fmt::Display for Endpoint {
         match self {
             Self::Tcp(address) => address.fmt(f),
             Self::Udp(address) => write!(f, "udp:{address}"),
-            // Escaped, as it is printed and logged.
+            // Escaped for terminals and logs.
             Self::Unix(path) => write!(f, "unix:{}", path.to_string_lossy().escape_debug()),
         }
     }
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_other_texts_and_says_what_is_expected() {
+    fn refuses_other_texts_and_names_the_expected_form() {
         for bad in ["", "6789", ":6789", "::1:80", "[::1:80", "host", "unix:", "http://x:80"] {
             assert!(parse(bad).unwrap_err().starts_with("expected"), "{bad}");
         }
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn wildcards_conflict_within_their_family_and_protocol() {
+    fn detects_conflicts_with_wildcards_of_the_same_family_and_protocol() {
         let conflict = |one: &str, two: &str| endpoint(one).conflicts_with(&endpoint(two));
         assert!(conflict("0.0.0.0:80", "127.0.0.1:80"));
         assert!(conflict("[::]:80", "[::1]:80"));

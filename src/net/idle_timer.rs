@@ -2,8 +2,8 @@
 //!
 //! An expired timer alone proves little. A socket on a slow link stays unwritable for minutes while
 //! its peer acknowledges bytes, and after a pause of the process (SIGSTOP, a virtual machine's
-//! snapshot) every timer has expired. A wait is therefore divided into checks, each of which compares
-//! the number of unacknowledged bytes with that of the check before.
+//! snapshot) every timer has expired. A wait is therefore divided into checks, each of which
+//! compares the number of unacknowledged bytes with that of the check before.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -14,10 +14,10 @@ use tokio::time::{Instant, sleep_until};
 /// Checks per time-out. A peer that stops is given up within the time-out and one check.
 const CHECKS: u32 = 4;
 
-/// The shortest time between two checks: the resolution of tokio's timers.
+/// Minimum time between two checks: the resolution of tokio's timers.
 const MIN_INTERVAL: Duration = Duration::from_millis(1);
 
-/// The time between two checks of a time-out of `limit`.
+/// Returns the time between two checks of a time-out of `limit`.
 fn interval(limit: Duration) -> Duration {
     (limit / CHECKS).max(MIN_INTERVAL)
 }
@@ -25,8 +25,8 @@ fn interval(limit: Duration) -> Duration {
 /// Waits for `io`, at most for `time`.
 ///
 /// # Errors
-/// If `io` is not ready in time: how much of `time` counts against the peer. That is nothing if the
-/// timer fired later than twice `time`, as the process was paused.
+/// If `io` is not ready in time, the part of `time` that counts against the peer: zero if the timer
+/// fired later than twice `time`, because the process was paused.
 pub(crate) async fn ready_within<T>(
     time: Duration,
     io: impl Future<Output = T>,
@@ -42,7 +42,7 @@ pub(crate) async fn ready_within<T>(
             due.elapsed()
         } => lateness,
     };
-    // Timers can fire before the reactor has reported what happened during a pause.
+    // Timers can fire before the reactor has reported events that happened during a pause.
     tokio::select! {
         biased;
         output = &mut io => return Ok(output),
@@ -74,7 +74,7 @@ pub(crate) async fn timeout_while_running<T>(
 #[derive(Debug)]
 pub(crate) struct IdleTimer {
     limit: Duration,
-    /// How long the peer has acknowledged nothing.
+    /// Time since the last acknowledged byte, as of the last check.
     idle: Duration,
     /// The unacknowledged bytes at the last check.
     unacknowledged: Option<u64>,
@@ -86,7 +86,7 @@ impl IdleTimer {
         Self { limit, idle: Duration::ZERO, unacknowledged: None }
     }
 
-    /// The time between two checks.
+    /// Returns the time between two checks.
     pub(crate) fn interval(&self) -> Duration {
         interval(self.limit)
     }
@@ -130,11 +130,11 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn prefers_readiness_to_an_expired_timer() {
-        let (tell, told) = tokio::sync::oneshot::channel();
-        let mut waiting = pin!(timeout_while_running(LIMIT, told));
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let mut waiting = pin!(timeout_while_running(LIMIT, receiver));
         assert!(poll_once(waiting.as_mut()).await.is_none());
         advance(LIMIT * 10).await;
-        tell.send(7).unwrap();
+        sender.send(7).unwrap();
         assert_eq!(waiting.await, Some(Ok(7)));
     }
 
@@ -146,7 +146,7 @@ mod tests {
         for unacknowledged in [100, 100, 100, 99, 99, 99, 99] {
             assert!(!timer.is_expired_after(check, unacknowledged));
         }
-        // A pause counts for nothing.
+        // A pause of the process does not count.
         assert!(!timer.is_expired_after(Duration::ZERO, 99));
         assert!(timer.is_expired_after(check, 99));
     }

@@ -25,7 +25,7 @@ use crate::telemetry::metrics::ServiceStats;
 pub(crate) struct ServiceInstance<S> {
     pub service: S,
     pub limits: Limits,
-    /// What its connections share.
+    /// The state that the connections share.
     pub context: Arc<ConnectionContext>,
     permits: Arc<ConnectionPermits>,
     clients: Arc<Clients>,
@@ -96,7 +96,7 @@ impl<S: Service> ServiceInstance<S> {
 
     /// Returns the reason why its listeners cannot accept, if there is one.
     pub(crate) fn listener_problem(&self) -> Option<String> {
-        self.counts().has_recent_fault().then(|| "its clients cannot be accepted".to_owned())
+        self.counts().has_recent_fault().then(|| "cannot accept clients".to_owned())
     }
 
     /// Whether all permits are held.
@@ -233,7 +233,7 @@ mod tests {
         Silent
     }
 
-    /// What the listener holds for one connection.
+    /// The guards that a listener holds for one connection.
     struct Connected {
         client: u8,
         _permit: Permit,
@@ -378,7 +378,7 @@ mod tests {
 
     #[test]
     fn concurrent_threads_never_exceed_a_limit() {
-        const MOST: [u32; 2] = [4, 2];
+        const LIMITS: [u32; 2] = [4, 2];
         let shutdown = Shutdown::default();
         let first = ServiceInstance::new("t".into(), service(), limits(4, 2), shutdown.clone());
         let instance = Mutex::new(Arc::new(first));
@@ -396,11 +396,11 @@ mod tests {
                         let Some(permit) = waited.or_else(|| instance.try_acquire_permit()) else {
                             continue;
                         };
-                        assert!(in_all.fetch_add(1, Ordering::SeqCst) < MOST[0]);
+                        assert!(in_all.fetch_add(1, Ordering::SeqCst) < LIMITS[0]);
                         let client = thread % 3;
                         if let Ok(guard) = instance.admit(address(client)) {
                             let count = &of_client[usize::from(client)];
-                            assert!(count.fetch_add(1, Ordering::SeqCst) < MOST[1]);
+                            assert!(count.fetch_add(1, Ordering::SeqCst) < LIMITS[1]);
                             std::thread::yield_now();
                             count.fetch_sub(1, Ordering::SeqCst);
                             drop(guard);
@@ -410,7 +410,7 @@ mod tests {
                     }
                 });
             }
-            // Meanwhile the limit falls and rises again, but not above its first value.
+            // Meanwhile the limit falls and rises again, but never exceeds its first value.
             for round in 0..500 {
                 let limits = limits(if round % 2 == 0 { 1 + round % 3 } else { 4 }, 2);
                 let before = now();

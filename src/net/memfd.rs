@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::fs::{MemfdFlags, memfd_create, sendfile};
 
-/// An immutable file in memory.
+/// A file in kernel memory that no longer changes.
 #[derive(Debug)]
 pub struct MemoryFile {
     file: File,
@@ -25,7 +25,7 @@ impl MemoryFile {
         Ok(Self { file, length })
     }
 
-    /// The length in bytes.
+    /// Returns the length in bytes.
     pub fn len(&self) -> u64 {
         self.length
     }

@@ -82,7 +82,7 @@ mod tests {
     use std::task::{Context, Poll, Waker};
 
     #[test]
-    fn a_waiting_client_gets_no_retired_permit() {
+    fn never_hands_excess_permits_to_waiting_tasks() {
         let permits = Arc::new(ConnectionPermits::new(3));
         let mut held: Vec<_> = std::iter::from_fn(|| permits.try_acquire()).collect();
         let mut waiting = Box::pin(permits.acquire());
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn lowering_the_limit_discards_held_permits_on_release() {
+    fn discards_held_permits_on_release_after_the_limit_was_lowered() {
         let permits = Arc::new(ConnectionPermits::new(3));
         let held: Vec<_> = std::iter::from_fn(|| permits.try_acquire()).collect();
         permits.shrink(2);
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn raising_the_limit_cancels_pending_retirements() {
+    fn keeps_excess_permits_when_the_limit_is_raised() {
         let permits = Arc::new(ConnectionPermits::new(3));
         let held: Vec<_> = std::iter::from_fn(|| permits.try_acquire()).collect();
         permits.shrink(2);

@@ -27,7 +27,7 @@ const FIXED_LEN: usize = 16;
 pub enum ParsedHeader {
     /// A proper prefix of a possible header.
     Incomplete,
-    /// A complete header.
+    /// A complete and valid header.
     Header {
         /// The client's address, with a v4-mapped IPv6 address unmapped; `None` for a health check
         /// of the balancer or a client without an Internet address.
@@ -281,7 +281,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn gives_the_same_result_however_the_bytes_are_split(
+        fn parses_independently_of_how_the_bytes_are_split(
             bytes in prop_oneof![mutated_headers(), prop::collection::vec(any::<u8>(), 0..600)],
         ) {
             let (found, length) = byte_by_byte(&bytes);

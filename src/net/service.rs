@@ -8,7 +8,7 @@ use crate::net::connection::{Connection, ServeError};
 use crate::net::stream::LazySocket;
 use crate::telemetry::counters::Datagram;
 
-/// A service that answers connections and, if it wants to, datagrams.
+/// A service that answers connections and, optionally, datagrams.
 ///
 /// Listeners accept, limit and log; a service only produces the reply.
 pub trait Service: Send + Sync + 'static {
@@ -23,7 +23,7 @@ pub trait Service: Send + Sync + 'static {
         false
     }
 
-    /// Whether a datagram could be the reply of another service: such a datagram is not answered, so
+    /// Whether a datagram may be the reply of another service. Such a datagram is not answered, so
     /// that two services never answer each other.
     fn resembles_reply(&self, _datagram: &[u8]) -> bool {
         true
@@ -34,12 +34,12 @@ pub trait Service: Send + Sync + 'static {
         Err(Datagram::Unanswerable)
     }
 
-    /// Work between connections, such as watching a file. Dropped when the service ends.
+    /// Runs work between connections, such as watching a file. Dropped when the service ends.
     fn background(&self) -> impl Future<Output = ()> + Send {
         pending()
     }
 
-    /// Returns the reason why the service cannot read what it serves.
+    /// Returns the reason why the service cannot read its files.
     fn problem(&self) -> Option<String> {
         None
     }
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_new_service_answers_connections_and_datagrams() {
+    async fn serves_any_implementation_over_tcp_and_udp() {
         let quote = "Simplicity is prerequisite for reliability.\r\n";
         let limits = Limits::default();
         let service = QuoteOfTheDay(quote);
@@ -116,7 +116,7 @@ mod tests {
         let udp = socket.local_addr().unwrap();
         tokio::spawn(Arc::new(DatagramSocket::new(socket).unwrap()).run(assignment));
 
-        let asked = tokio::task::spawn_blocking(move || {
+        let clients = tokio::task::spawn_blocking(move || {
             let mut reply = String::new();
             TcpStream::connect(tcp).unwrap().read_to_string(&mut reply).unwrap();
             assert_eq!(reply, quote);
@@ -130,7 +130,7 @@ mod tests {
             });
             assert_eq!(&buffer[..length.unwrap()], quote.as_bytes());
         });
-        asked.await.unwrap();
+        clients.await.unwrap();
         drop(assign);
     }
 }

@@ -8,8 +8,8 @@ use std::time::Instant;
 use crate::net::client_limit::client_of;
 use crate::net::limits::DatagramLimits;
 
-/// Beyond its rate, a client still gets a reply to one of this many datagrams on average: an attacker
-/// who forges its address can slow down its replies, but not suppress them.
+/// Beyond its rate, a client still gets a reply to one of this many datagrams on average: an
+/// attacker who forges its address can slow down its replies, but not suppress them.
 const LEAK: u64 = 4;
 
 /// Size of the table of clients. Clients that share a slot share a rate.
@@ -28,7 +28,8 @@ pub(crate) struct DatagramRate {
     epoch: Instant,
     /// Seeded at random, so that a client cannot choose its slot.
     hasher: RandomState,
-    asked: u64,
+    /// Number of datagrams; selects those that leak.
+    datagrams: u64,
 }
 
 impl DatagramRate {
@@ -39,13 +40,13 @@ impl DatagramRate {
             all: 0,
             epoch: now,
             hasher: RandomState::new(),
-            asked: 0,
+            datagrams: 0,
         }
     }
 
     /// Whether a datagram that arrived from `client` at `now` is answered.
     pub(crate) fn admit(&mut self, client: IpAddr, now: Instant) -> bool {
-        self.asked = self.asked.wrapping_add(1);
+        self.datagrams = self.datagrams.wrapping_add(1);
         let since = now.saturating_duration_since(self.epoch).as_nanos();
         let now = u64::try_from(since).unwrap_or(u64::MAX);
 
@@ -54,7 +55,7 @@ impl DatagramRate {
         let slot = hash as usize % SLOTS;
         let due = self.clients.get_mut(slot).expect("the hash is reduced to the table's size");
         let within_rate = take(due, self.limits.per_client, now);
-        let leaked = || self.hasher.hash_one(self.asked).is_multiple_of(LEAK);
+        let leaked = || self.hasher.hash_one(self.datagrams).is_multiple_of(LEAK);
         (within_rate || leaked()) && take(&mut self.all, self.limits.total, now)
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
-use crate::client::Server;
+use crate::client::HostPort;
 use crate::config_reader::{Reported, Table, values};
 use crate::http::ca_certs;
 use crate::http::egress;
@@ -48,7 +48,7 @@ impl Settings {
     /// The table has a fault.
     pub fn read(name: &str, mut table: Table<'_>) -> Result<Self, Reported> {
         let expected = "the server, as \"smtp.example.org:465\"";
-        let server = table.required("server", expected, Server::from_str);
+        let server = table.required("server", expected, HostPort::from_str);
         let security = table.text_or("security", "tls", Security::from_str);
         let allow_plaintext = table.boolean_or("allow-plaintext", false);
         let username = table.text("username", |name| header_text(name).map(|()| name.to_owned()));
@@ -105,7 +105,7 @@ impl Settings {
         }
     }
 
-    pub(crate) fn server(&self) -> &Server {
+    pub(crate) fn server(&self) -> &HostPort {
         &self.relay.server
     }
 

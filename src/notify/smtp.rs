@@ -14,7 +14,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use crate::client::Server;
+use crate::client::HostPort;
 use crate::http::tls;
 use crate::http::tls::CaFile;
 use crate::http::tls_error::{TlsError, TlsErrorKind};
@@ -68,7 +68,7 @@ pub(crate) struct Login {
 /// The mail server of a channel and how to connect to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct RelayConfig {
-    pub server: Server,
+    pub server: HostPort,
     pub security: Security,
     /// Permits connections without TLS to other machines.
     pub allow_plaintext: bool,
@@ -194,7 +194,7 @@ struct TlsSetup {
 
 impl TlsSetup {
     /// Reads the trusted certificates on a blocking thread.
-    async fn prepare(ca_file: &CaFile, server: &Server) -> Result<Self, Failure> {
+    async fn prepare(ca_file: &CaFile, server: &HostPort) -> Result<Self, Failure> {
         let server_name = ServerName::try_from(server.host().to_owned())
             .map_err(|error| Failure::channel_broken(error.to_string()))?;
         let ca_file = ca_file.clone();

@@ -1,33 +1,36 @@
-//! A document that is the same for everybody, held as it costs least to send.
+//! Complete documents in memory, shared by all connections and stored in the form that is cheapest
+//! to send.
 
 use std::io::{self, Write};
 
 use crate::net::connection::{Connection, ServeError, Stream};
 use crate::net::memfd::MemoryFile;
 
-/// From this length on, the kernel's copying costs more than a call that spares it.
-const WORTH_SPARING: usize = 32 << 10;
+/// Minimum length of a document, in bytes, that is stored in a [`MemoryFile`]. For shorter ones,
+/// copying costs less than the additional system call.
+const MIN_MEMORY_FILE_SIZE: usize = 32 << 10;
 
-/// A whole document in memory.
+/// A complete document in memory.
 #[derive(Debug)]
-pub(crate) enum ReadyMade {
-    /// A short one: it and its end leave as one packet.
+pub(crate) enum CachedDocument {
+    /// A short document, which leaves with its end as one packet.
     Bytes(Vec<u8>),
-    /// A longer one, which the kernel sends without copying it.
+    /// A longer document, which the kernel sends without a copy.
     Memory(MemoryFile),
 }
 
-impl ReadyMade {
-    /// Makes a document of at most `length` bytes by writing it.
+impl CachedDocument {
+    /// Creates a document of at most `length` bytes from the output of `write`, which may run
+    /// twice.
     ///
     /// # Errors
-    /// Those of `write`, or if there is not enough memory.
-    pub(crate) fn make(
+    /// The errors of `write`; also if there is not enough memory.
+    pub(crate) fn build(
         length: usize,
         write: impl Fn(&mut dyn Write) -> io::Result<()>,
     ) -> io::Result<Self> {
-        // Where there are no such files, or only small ones (RLIMIT_FSIZE), it is copied.
-        if length >= WORTH_SPARING
+        // Fails without memfd_create(2) or under a low RLIMIT_FSIZE: then the bytes are copied.
+        if length >= MIN_MEMORY_FILE_SIZE
             && let Ok(file) = MemoryFile::make(&write)
         {
             return Ok(Self::Memory(file));
@@ -38,7 +41,7 @@ impl ReadyMade {
         Ok(Self::Bytes(bytes))
     }
 
-    /// Its length in bytes.
+    /// Returns the length in bytes.
     pub(crate) fn len(&self) -> u64 {
         match self {
             Self::Bytes(bytes) => bytes.len() as u64,
@@ -46,10 +49,7 @@ impl ReadyMade {
         }
     }
 
-    /// Sends it, and nothing is to follow.
-    ///
-    /// # Errors
-    /// If the client has gone, or takes no byte for the idle time-out.
+    /// Sends the document, which must be the last data of the connection.
     pub(crate) async fn send<S: Stream>(
         &self,
         connection: &mut Connection<S>,

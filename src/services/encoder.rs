@@ -1,4 +1,4 @@
-//! A file in base64, encoded as it is sent, in the memory of one piece.
+//! Base64 encoding of a file while it is sent, in bounded memory: one chunk per connection.
 
 use std::cell::RefCell;
 use std::io::{self, Write};
@@ -11,56 +11,57 @@ use crate::fs::blocking_pool::BlockingPool;
 use crate::fs::file::OpenFile;
 use crate::net::connection::{Connection, ServeError, Stream};
 
-/// How much of a file is read, encoded and sent at one time; each connection holds one such
-/// piece, encoded.
-const PIECE: usize = 32 * 1024 * document::WHOLE_GROUP;
+/// Size of a chunk of a file, in bytes: the unit of reading, encoding and sending. Each connection
+/// holds one encoded chunk.
+const CHUNK: usize = 32 * 1024 * document::WHOLE_GROUP;
 
 thread_local! {
-    /// Where pieces are read before they are encoded: one for each thread, not for each connection.
-    static READ: RefCell<Vec<u8>> = RefCell::new(vec![0; PIECE]);
+    /// Read buffer, per thread instead of per connection.
+    static READ_BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; CHUNK]);
 }
 
-/// What is at hand while a file is sent.
+/// State of the encoding of a file.
 #[derive(Default)]
-struct Sending {
-    /// Where the next piece begins.
+struct Encoding {
+    /// Start of the next chunk.
     offset: u64,
-    /// Fed what is sent, if somebody wants to know.
+    /// Digest of the file up to `offset`, if requested.
     digest: Option<Sha256>,
-    /// The piece that is to be sent.
+    /// The last chunk in base64.
     encoded: Vec<u8>,
 }
 
-impl Sending {
-    /// Reads and encodes the next piece; or does nothing and says false, if `read` does.
-    fn next(
+impl Encoding {
+    /// Reads and encodes the next chunk. Returns false, without any change, if `read` does.
+    fn encode_next(
         &mut self,
         size: u64,
         read: impl FnOnce(&mut [u8], u64) -> io::Result<bool>,
     ) -> io::Result<bool> {
-        READ.with_borrow_mut(|buffer| {
+        READ_BUFFER.with_borrow_mut(|buffer| {
             let left = size.saturating_sub(self.offset);
-            let wanted = usize::try_from(left).unwrap_or(PIECE).min(PIECE);
-            let piece = buffer.get_mut(..wanted).unwrap_or_default();
-            if !read(piece, self.offset)? {
+            let wanted = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
+            let chunk = buffer.get_mut(..wanted).unwrap_or_default();
+            if !read(chunk, self.offset)? {
                 return Ok(false);
             }
             if let Some(digest) = &mut self.digest {
-                digest.update(&*piece);
+                digest.update(&*chunk);
             }
             self.encoded.clear();
-            document::append_encoded(piece, &mut self.encoded);
+            document::append_encoded(chunk, &mut self.encoded);
             self.offset += wanted as u64;
             Ok(true)
         })
     }
 }
 
-/// Sends the content of `file` in base64; what has to be waited for is read by `readers` under
-/// `name`. If `digest` is given, it is fed what is sent, and comes back.
+/// Sends the content of `file` in base64. Returns `digest` updated with the content.
+///
+/// Reads that may block run in `readers` under `name`.
 ///
 /// # Errors
-/// If the client went away, or the file cannot be read to its end as it was when it was opened.
+/// If the connection fails, or the file changed or cannot be read.
 pub(crate) async fn send_encoded<S: Stream>(
     file: &Arc<OpenFile>,
     (readers, name): (&BlockingPool, &str),
@@ -68,45 +69,45 @@ pub(crate) async fn send_encoded<S: Stream>(
     connection: &mut Connection<S>,
 ) -> Result<Option<Sha256>, ServeError> {
     let size = file.stamp.size;
-    let mut sending = Sending { digest, ..Sending::default() };
-    while sending.offset < size {
-        // What the kernel has in memory is had faster than another thread.
-        let at_hand = sending.next(size, |piece, offset| file.read_cached_at(piece, offset));
-        if !at_hand.map_err(ServeError::Service)? {
-            // A file can keep a reader waiting, and must not keep the other connections waiting.
+    let mut encoding = Encoding { digest, ..Encoding::default() };
+    while encoding.offset < size {
+        // Reading from the page cache is faster than switching to another thread.
+        let is_cached =
+            encoding.encode_next(size, |chunk, offset| file.read_cached_at(chunk, offset));
+        if !is_cached.map_err(ServeError::Service)? {
+            // This read may block and must not delay other connections.
             let file = Arc::clone(file);
             let reading = readers.run(name, move || {
-                let read =
-                    sending.next(size, |piece, offset| file.read_at(piece, offset).map(|()| true));
-                (sending, read)
+                let read = encoding
+                    .encode_next(size, |chunk, offset| file.read_at(chunk, offset).map(|()| true));
+                (encoding, read)
             });
             let reading = connection.with_read_timeout(reading).await?;
             let (returned, read) = reading.map_err(ServeError::Service)?;
-            sending = returned;
+            encoding = returned;
             read.map_err(ServeError::Service)?;
         }
-        connection.send(&sending.encoded).await?;
-        // The other connections' turn.
+        connection.send(&encoding.encoded).await?;
+        // Lets other connections proceed.
         tokio::task::yield_now().await;
     }
-    Ok(sending.digest)
+    Ok(encoding.digest)
 }
 
-/// Writes the content of `file` in base64 to `document`, and feeds it to `digest`, if given, which
-/// comes back.
+/// Writes the content of `file` in base64 to `document`. Returns `digest` updated with the content.
 ///
 /// # Errors
-/// If the file cannot be read to its end as it was when it was opened.
+/// If the file changed or cannot be read, or `document` fails.
 pub(crate) fn write_whole(
     file: &OpenFile,
     digest: Option<Sha256>,
     document: &mut impl Write,
 ) -> io::Result<Option<Sha256>> {
     let size = file.stamp.size;
-    let mut sending = Sending { digest, ..Sending::default() };
-    while sending.offset < size {
-        sending.next(size, |piece, offset| file.read_at(piece, offset).map(|()| true))?;
-        document.write_all(&sending.encoded)?;
+    let mut encoding = Encoding { digest, ..Encoding::default() };
+    while encoding.offset < size {
+        encoding.encode_next(size, |chunk, offset| file.read_at(chunk, offset).map(|()| true))?;
+        document.write_all(&encoding.encoded)?;
     }
-    Ok(sending.digest)
+    Ok(encoding.digest)
 }

@@ -1,7 +1,7 @@
-//! The file service: on connect, one document with the file, the same for everybody.
+//! The file service: sends each client the same document with one file.
 //!
-//! A file is read and encoded once for each of its versions. One that is larger than `cache-limit`
-//! is not held in memory but encoded as it is sent, from one open descriptor.
+//! Each version of the file is read and encoded once. A file larger than `cache-limit` is not held
+//! in memory: it is encoded while it is sent, from one descriptor that all connections share.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -23,39 +23,39 @@ use crate::net::connection::{Connection, ServeError, Stream};
 use crate::net::service::Service;
 use crate::net::stream::LazySocket;
 
-use crate::services::cached_document::ReadyMade;
+use crate::services::cached_document::CachedDocument;
 use crate::services::encoder;
 use crate::telemetry::health_flag::HealthFlag;
 
-/// How often the file is looked at. Two looks and the reading fit into a second.
-const LOOK_EVERY: Duration = Duration::from_millis(400);
+/// Interval of the checks for a new version. Two checks and a read fit into a second.
+const CHECK_INTERVAL: Duration = Duration::from_millis(400);
 
-/// How long a file that is being rewritten is waited for before it is read all the same.
-const LONGEST_REWRITE: Duration = Duration::from_secs(10);
+/// Maximum time to wait until a file that keeps changing is stable. After that it is read anyway.
+const MAX_REWRITE: Duration = Duration::from_secs(10);
 
-/// Versions that were replaced live on while connections that began with them last. They may take
-/// so many times the cache limit; beyond it, connections to the oldest are reset.
-const OLDER_VERSIONS: u64 = 4;
+/// Multiple of the cache limit that replaced versions may take while connections still send them.
+/// Beyond it, the connections that send the oldest versions are reset.
+const REPLACED_FACTOR: u64 = 4;
 
-/// How many replaced versions may hold a descriptor open.
-const OLDER_DESCRIPTORS: u64 = 64;
+/// Maximum number of replaced versions that hold a descriptor open.
+const MAX_REPLACED_DESCRIPTORS: u64 = 64;
 
-/// The settings of one file service.
+/// Settings of a file service.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Settings {
-    /// The file.
+    /// Path of the file.
     pub path: PathBuf,
-    /// Its name in the document.
+    /// Name of the file in the document.
     pub filename: String,
     /// Whether the document ends with a newline.
     pub newline: bool,
-    /// The largest file that is held in memory, in bytes.
+    /// Maximum size of a file that is held in memory, in bytes.
     pub cache_limit: u64,
-    /// Longest list of files, if the path turns out to be a folder.
+    /// Maximum number of files in the list, if the path turns out to be a folder.
     pub max_files: NonZeroU32,
 }
 
-/// A file service that is ready to answer.
+/// A running file service.
 #[derive(Debug)]
 pub(crate) struct FileService {
     name: Arc<str>,
@@ -68,29 +68,29 @@ pub(crate) struct FileService {
 #[derive(Debug)]
 struct Versions {
     current: Arc<Version>,
-    /// Replaced ones that a connection may still be sent, the oldest first.
-    older: VecDeque<Weak<Version>>,
+    /// Replaced versions that connections may still send, oldest first.
+    replaced: VecDeque<Weak<Version>>,
 }
 
-/// One state of the file, which a connection keeps until its end.
+/// A version of the file. A connection sends the same version until its end.
 #[derive(Debug)]
 struct Version {
     stamp: Stamp,
     content: Content,
-    /// There are too many newer ones: whoever still reads this one is reset.
-    outdated: CancellationToken,
+    /// Cancelled to reset the connections that send this version, if replaced versions exceed their
+    /// limits.
+    expired: CancellationToken,
 }
 
 #[derive(Debug)]
 enum Content {
-    /// The whole document.
-    Document(ReadyMade),
-    /// The open file, for one too large to hold.
+    Document(CachedDocument),
+    /// A file that is too large to be held in memory.
     Open(Arc<OpenFile>),
 }
 
 impl Version {
-    /// Opens the file and, if it is small enough, reads and encodes it.
+    /// Opens the file. Reads and encodes it if it is within the cache limit.
     fn load(settings: &Settings) -> io::Result<Self> {
         let file = OpenFile::open(&settings.path)?;
         let stamp = file.stamp;
@@ -99,47 +99,49 @@ impl Version {
         } else {
             Content::Document(read_document(settings, &file)?)
         };
-        Ok(Self { stamp, content, outdated: CancellationToken::new() })
+        Ok(Self { stamp, content, expired: CancellationToken::new() })
     }
 
-    /// What this version takes of the memory, or of the descriptors, that older versions may have.
+    /// Returns the share of `budget` that this version takes once it is replaced: its length or, as
+    /// descriptors are scarcer than memory, the equivalent of a descriptor.
     fn weight(&self, budget: u64) -> u64 {
         match &self.content {
             Content::Document(document) => document.len(),
-            Content::Open(_) => budget / OLDER_DESCRIPTORS,
+            Content::Open(_) => budget / MAX_REPLACED_DESCRIPTORS,
         }
     }
 }
 
-fn read_document(settings: &Settings, file: &OpenFile) -> io::Result<ReadyMade> {
+fn read_document(settings: &Settings, file: &OpenFile) -> io::Result<CachedDocument> {
     let opening = document::opening(&settings.filename);
     let closing = document::closing(settings.newline);
     let encoded = usize::try_from(file.stamp.size).ok().and_then(document::encoded_len);
     let length = encoded
         .and_then(|encoded| encoded.checked_add(opening.len() + closing.len()))
         .ok_or(io::ErrorKind::FileTooLarge)?;
-    ReadyMade::make(length, |mut document| {
+    CachedDocument::build(length, |mut document| {
         document.write_all(opening.as_bytes())?;
         encoder::write_whole(file, None, &mut document)?;
         document.write_all(closing.as_bytes())
     })
 }
 
-/// A file that is being rewritten: its stamp at the last look, and since when.
+/// A rewrite in progress: the stamp at the last check, and the time of the first check that found a
+/// change.
 type Rewrite = Option<(Stamp, Instant)>;
 
 impl FileService {
-    /// Opens the file. `name` is the service's in the log.
+    /// Opens the file. `name` identifies the service in the log.
     ///
     /// # Errors
-    /// If the file cannot be opened, read or held in memory.
+    /// If the file cannot be opened or read, or there is not enough memory for its document.
     pub(crate) fn open(name: Arc<str>, settings: Settings) -> io::Result<Self> {
         let current = Version::load(&settings).map_err(|error| {
             let path = settings.path.to_string_lossy();
             let problem = format!("cannot open {}: {error}", path.escape_debug());
             io::Error::new(error.kind(), problem)
         })?;
-        let versions = Versions { current: Arc::new(current), older: VecDeque::new() };
+        let versions = Versions { current: Arc::new(current), replaced: VecDeque::new() };
         Ok(Self {
             name,
             settings,
@@ -150,19 +152,18 @@ impl FileService {
     }
 
     fn versions(&self) -> MutexGuard<'_, Versions> {
-        // Nothing that holds this lock can leave the versions half changed.
         self.versions.lock()
     }
 
-    /// When the content that is served was last modified.
+    /// Returns the modification time of the current version.
     pub(crate) fn version(&self) -> Timestamp {
         self.versions().current.stamp.modified()
     }
 
-    /// Sends the file as it is now.
+    /// Sends the current version of the file.
     ///
     /// # Errors
-    /// If the client went away, or the file cannot be sent to its end as it was at the beginning.
+    /// If the connection fails, or the file changes or becomes unreadable while it is sent.
     pub(crate) async fn answer<S: Stream>(
         &self,
         connection: &mut Connection<S>,
@@ -171,8 +172,9 @@ impl FileService {
         tokio::select! {
             biased;
             sent = self.send(&version, connection) => sent,
-            () = version.outdated.cancelled() => {
-                Err(ServeError::Service(io::Error::other("the file was replaced too often meanwhile")))
+            () = version.expired.cancelled() => {
+                let problem = "the file was replaced too often during the transfer";
+                Err(ServeError::Service(io::Error::other(problem)))
             }
         }
     }
@@ -192,50 +194,50 @@ impl FileService {
         connection.send_part(document::closing(self.settings.newline).as_bytes()).await
     }
 
-    /// Follows the file: a new version is served as soon as it is there, and as long as there is
-    /// none, the last one.
-    pub(crate) async fn follow(self: &Arc<Self>) {
+    /// Checks the file at intervals and publishes new versions. While the file is missing or
+    /// unreadable, the last version remains current.
+    async fn monitor(self: &Arc<Self>) {
         let mut rewrite = None;
-        let mut looks = interval(LOOK_EVERY);
-        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut ticks = interval(CHECK_INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            looks.tick().await;
+            ticks.tick().await;
             let file = Arc::clone(self);
             // No file has an empty name.
-            let look = self.readers.run("", move || {
-                let newer = file.newer_version(&mut rewrite);
-                (newer, rewrite)
+            let check = self.readers.run("", move || {
+                let loaded = file.load_if_changed(&mut rewrite);
+                (loaded, rewrite)
             });
-            let looked = if_slow(look, || self.complain(UNANSWERED));
-            rewrite = match looked.await {
-                Ok((newer, rewrite)) => {
-                    self.take(newer, rewrite.is_some());
+            let check = if_slow(check, || self.log_unreadable(UNANSWERED));
+            rewrite = match check.await {
+                Ok((loaded, rewrite)) => {
+                    self.finish_check(loaded, rewrite.is_some());
                     rewrite
                 }
-                // The next look begins anew.
                 Err(error) => {
-                    self.complain(&error.to_string());
+                    self.log_unreadable(&error.to_string());
                     None
                 }
             };
         }
     }
 
-    /// Serves what a look has found.
-    fn take(&self, found: io::Result<Option<Version>>, is_being_rewritten: bool) {
+    /// Publishes the new version, if there is one, and logs when the file becomes unreadable or
+    /// readable again.
+    fn finish_check(&self, loaded: io::Result<Option<Version>>, is_being_rewritten: bool) {
         let service = &*self.name;
         let path = self.settings.path.to_string_lossy();
         let path = path.escape_debug();
-        match found {
-            Ok(newer) => {
-                // What is being rewritten has not been read yet.
+        match loaded {
+            Ok(loaded) => {
+                // During a rewrite the file is not read, so it may still be unreadable.
                 if !is_being_rewritten && self.health.clear() {
                     tracing::info!(service, %path, "{service}: {path} is back");
                 }
-                if let Some(version) = newer {
+                if let Some(version) = loaded {
                     let size = version.stamp.size;
                     if version.stamp.is_unsized() {
-                        // Files of the kernel may change with every look.
+                        // Files of the kernel may change at every check.
                         tracing::debug!(service, %path, size, "{service}: new version of {path}");
                     } else {
                         tracing::info!(service, %path, size, "{service}: new version of {path}");
@@ -243,43 +245,43 @@ impl FileService {
                     self.publish(version);
                 }
             }
-            Err(error) => self.complain(&error.to_string()),
+            Err(error) => self.log_unreadable(&error.to_string()),
         }
     }
 
-    /// Says once why the file cannot be read.
-    fn complain(&self, cause: &str) {
+    /// Logs once that the file cannot be read.
+    fn log_unreadable(&self, cause: &str) {
         let service = &*self.name;
         let path = self.settings.path.to_string_lossy();
         let path = path.escape_debug();
         if self.health.set(&format!("{path} cannot be read: {cause}")) {
             let message = format_args!(
-                "{service}: {path} cannot be read ({cause}); its last version goes on being served"
+                "{service}: {path} cannot be read: {cause}: still serving its last version"
             );
             tracing::warn!(service, %path, cause, "{message}");
         }
     }
 
-    /// Looks whether there is another version, and loads it once it is whole.
-    fn newer_version(&self, rewrite: &mut Rewrite) -> io::Result<Option<Version>> {
-        let seen = Stamp::of(&fs::metadata(&self.settings.path)?);
+    /// Returns the new version if the file has changed and is no longer being written.
+    fn load_if_changed(&self, rewrite: &mut Rewrite) -> io::Result<Option<Version>> {
+        let found = Stamp::of(&fs::metadata(&self.settings.path)?);
         let current = self.versions().current.stamp;
-        if seen == current {
+        if found == current {
             *rewrite = None;
             return Ok(None);
         }
         if current.is_unsized() {
-            // Only the content tells whether it changed.
+            // The metadata of such a file does not show changes of its content.
             let version = Version::load(&self.settings)?;
             return Ok((version.stamp != current).then_some(version));
         }
-        // It may be half written, in place or under the name of one that was removed: it is whole
-        // when it has come to rest.
+        // The file may be incomplete: written in place, or created anew after a removal. It counts
+        // as complete when two checks in a row find the same stamp.
         let now = Instant::now();
         let since = rewrite.map_or(now, |(_, since)| since);
-        let rests = rewrite.is_some_and(|(last, _)| last == seen);
-        if !rests && now.duration_since(since) < LONGEST_REWRITE {
-            *rewrite = Some((seen, since));
+        let is_stable = rewrite.is_some_and(|(last, _)| last == found);
+        if !is_stable && now.duration_since(since) < MAX_REWRITE {
+            *rewrite = Some((found, since));
             return Ok(None);
         }
         let version = Version::load(&self.settings)?;
@@ -287,30 +289,32 @@ impl FileService {
         Ok(Some(version))
     }
 
+    /// Makes `version` current, and expires the oldest replaced versions beyond the limits.
     fn publish(&self, version: Version) {
         let mut versions = self.versions();
         let replaced = std::mem::replace(&mut versions.current, Arc::new(version));
-        versions.older.push_back(Arc::downgrade(&replaced));
+        versions.replaced.push_back(Arc::downgrade(&replaced));
         drop(replaced);
-        versions.older.retain(|older| older.strong_count() > 0);
+        versions.replaced.retain(|version| version.strong_count() > 0);
 
-        let budget = OLDER_VERSIONS.saturating_mul(self.settings.cache_limit.max(1 << 20));
+        let budget = REPLACED_FACTOR.saturating_mul(self.settings.cache_limit.max(1 << 20));
         let mut weight = 0_u64;
-        for older in versions.older.iter().rev().filter_map(Weak::upgrade) {
-            weight = weight.saturating_add(older.weight(budget));
+        for version in versions.replaced.iter().rev().filter_map(Weak::upgrade) {
+            weight = weight.saturating_add(version.weight(budget));
             if weight > budget {
-                older.outdated.cancel();
+                version.expired.cancel();
             }
         }
     }
 }
+
 impl Service for Arc<FileService> {
     async fn serve(&self, connection: &mut Connection<LazySocket>) -> Result<(), ServeError> {
         self.answer(connection).await
     }
 
     async fn background(&self) {
-        self.follow().await;
+        self.monitor().await;
     }
 
     fn problem(&self) -> Option<String> {

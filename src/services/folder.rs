@@ -1,8 +1,9 @@
-//! The folder service: answers each line with a file name by one line of JSON, in order, and an empty
-//! line by the list of files.
+//! The folder service: answers each line with a file name by one line of JSON, in order.
 //!
-//! Documents are cached within `cache-limit` until their file changes. Others are encoded while they
-//! are sent.
+//! An empty line requests the list of files.
+//!
+//! Documents are cached within `cache-limit` until their file changes. Others are encoded while
+//! they are sent.
 
 mod cache;
 mod listing;

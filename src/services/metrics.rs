@@ -1,7 +1,7 @@
-//! The metrics and the state of health, to whoever asks by HTTP: `GET /metrics` and `GET /healthz`.
+//! The metrics service: `GET /metrics` and `GET /healthz` over HTTP/1.1.
 //!
-//! One request, one reply, then the end (RFC 9112, 9.6). The rest of HTTP is for those who need it,
-//! and Prometheus does not. The deadlines and the number of connections are those of any service.
+//! Answers one request per connection, then closes it (RFC 9112, section 9.6), which is enough for
+//! Prometheus. Timeouts and connection limits are those of every service.
 
 use std::io;
 use std::sync::Arc;
@@ -14,21 +14,20 @@ use crate::net::service::Service;
 use crate::net::stream::LazySocket;
 use crate::telemetry::metrics::{MEDIA_TYPE, Monitor};
 
-/// The longest request line with its header fields, in bytes.
+/// Maximum length of the request line and the header fields, in bytes.
 const MAX_REQUEST: usize = 16 << 10;
 
-/// The most header fields.
+/// Maximum number of header fields.
 const MAX_HEADERS: usize = 64;
 
-const TEXT: &str = "text/plain; charset=utf-8";
+const PLAIN_TEXT: &str = "text/plain; charset=utf-8";
 
-/// The service.
+/// A running metrics service.
 #[derive(Debug)]
 pub struct MetricsService {
     monitor: Arc<Monitor>,
 }
 
-/// What is answered.
 struct Reply {
     status: &'static str,
     media_type: &'static str,
@@ -37,11 +36,11 @@ struct Reply {
 
 impl Reply {
     fn text(status: &'static str, body: String) -> Self {
-        Self { status, media_type: TEXT, body }
+        Self { status, media_type: PLAIN_TEXT, body }
     }
 
-    /// A status that says it all.
-    fn plain(status: &'static str) -> Self {
+    /// Creates a reply whose body is its status.
+    fn status_only(status: &'static str) -> Self {
         Self::text(status, format!("{status}\n"))
     }
 
@@ -49,7 +48,7 @@ impl Reply {
         let Self { status, media_type, body } = self;
         let length = body.len();
         let body = if with_body { body } else { "" };
-        // RFC 9110, 10.2.1, wants it with 405; it is true of every reply.
+        // `Allow` is required with 405 (RFC 9110, section 15.5.6) and correct for every reply.
         format!(
             "HTTP/1.1 {status}\r\nContent-Type: {media_type}\r\nContent-Length: {length}\r\n\
              Allow: GET, HEAD\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n{body}"
@@ -58,7 +57,7 @@ impl Reply {
 }
 
 impl MetricsService {
-    /// Tells what `monitor` knows.
+    /// Creates a service that reports the state of `monitor`.
     pub fn new(monitor: Arc<Monitor>) -> Self {
         Self { monitor }
     }
@@ -66,7 +65,7 @@ impl MetricsService {
     /// Answers one request.
     ///
     /// # Errors
-    /// If the client went away, or did not say all in time.
+    /// If the connection fails or times out.
     pub async fn answer<S: Stream>(
         &self,
         connection: &mut Connection<S>,
@@ -74,7 +73,7 @@ impl MetricsService {
         let mut request = BytesMut::new();
         let reply = loop {
             if connection.receive(&mut request).await? == 0 {
-                // Who asks nothing, or half a question, is told nothing.
+                // An incomplete request gets no reply.
                 return Ok(());
             }
             if let Some(reply) = self.reply(&request) {
@@ -84,7 +83,7 @@ impl MetricsService {
         connection.send_part(reply.as_bytes()).await
     }
 
-    /// The reply to a request, if that is whole, or has a fault.
+    /// Returns the reply to a complete or faulty request; `None` if more of it is needed.
     fn reply(&self, request: &[u8]) -> Option<String> {
         let mut headers = [EMPTY_HEADER; MAX_HEADERS];
         let mut parsed = Request::new(&mut headers);
@@ -92,21 +91,21 @@ impl MetricsService {
             Ok(Status::Complete(length)) if length <= MAX_REQUEST => {
                 let (method, target) = (parsed.method?, parsed.path?);
                 let path = target.split_once('?').map_or(target, |(path, _)| path);
-                // The absolute form, which a server has to accept (RFC 9112, 3.2.2).
+                // Servers must accept the absolute form (RFC 9112, section 3.2.2).
                 let path = path.strip_prefix("http://").map_or(path, |rest| {
                     rest.find('/').and_then(|slash| rest.get(slash..)).unwrap_or("/")
                 });
                 return Some(match method {
                     "GET" => self.resource(path).to_http(true),
                     "HEAD" => self.resource(path).to_http(false),
-                    _ => Reply::plain("405 Method Not Allowed").to_http(true),
+                    _ => Reply::status_only("405 Method Not Allowed").to_http(true),
                 });
             }
             Ok(Status::Partial) if request.len() <= MAX_REQUEST => return None,
             Ok(_) | Err(Error::TooManyHeaders) => "431 Request Header Fields Too Large",
             Err(_) => "400 Bad Request",
         };
-        Some(Reply::plain(fault).to_http(true))
+        Some(Reply::status_only(fault).to_http(true))
     }
 
     fn resource(&self, path: &str) -> Reply {
@@ -117,9 +116,9 @@ impl MetricsService {
                     Reply::text("500 Internal Server Error", io::Error::other(error).to_string())
                 }
             },
-            "/healthz" => match self.monitor.troubles().as_slice() {
+            "/healthz" => match self.monitor.problems().as_slice() {
                 [] => Reply::text("200 OK", "ok\n".to_owned()),
-                troubles => Reply::text("503 Service Unavailable", troubles.join("\n") + "\n"),
+                problems => Reply::text("503 Service Unavailable", problems.join("\n") + "\n"),
             },
             _ => Reply::text("404 Not Found", "expected /metrics or /healthz\n".to_owned()),
         }
@@ -150,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_resource_is_told_and_anything_else_is_a_plain_error() {
+    fn serves_its_resources_and_answers_other_requests_with_errors() {
         assert_eq!(status("GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"), "HTTP/1.1 200 OK");
         assert_eq!(status("GET /healthz?full=1 HTTP/1.0\n\n"), "HTTP/1.1 200 OK");
         assert_eq!(status("GET http://x:1/healthz HTTP/1.1\r\n\r\n"), "HTTP/1.1 200 OK");
@@ -162,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_is_told_the_length_and_no_body() {
+    fn answers_head_with_the_length_and_no_body() {
         let (head, body) = ("HEAD /healthz HTTP/1.1\r\n\r\n", "GET /healthz HTTP/1.1\r\n\r\n");
         let (head, body) = (reply(head.as_bytes()).unwrap(), reply(body.as_bytes()).unwrap());
         assert_eq!(body, format!("{head}ok\n"));
@@ -170,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_of_a_request_is_waited_for_and_too_much_of_one_is_not() {
+    fn waits_for_incomplete_requests_up_to_the_limits() {
         let request = b"GET /metrics HTTP/1.1\r\nHost: localhost:9467\r\n\r\n";
         for end in 0..request.len() {
             assert_eq!(reply(&request[..end]), None, "{end}");
@@ -184,13 +183,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_sent_gets_a_whole_reply_or_is_waited_for(
+        fn answers_any_input_completely_or_waits_for_more(
             request in prop::collection::vec(any::<u8>(), 0..2_000),
         ) {
             if let Some(reply) = reply(&request) {
-                let length = reply.split_once("Content-Length: ").unwrap().1.lines().next().unwrap();
-                let body = reply.split_once("\r\n\r\n").unwrap().1;
-                prop_assert!(reply.starts_with("HTTP/1.1 ") && body.len() == length.parse::<usize>().unwrap());
+                let (head, body) = reply.split_once("\r\n\r\n").unwrap();
+                let length = head.split_once("Content-Length: ").unwrap().1.lines().next();
+                prop_assert!(head.starts_with("HTTP/1.1 "));
+                prop_assert_eq!(body.len(), length.unwrap().parse::<usize>().unwrap());
             }
         }
     }

@@ -1,7 +1,7 @@
-//! The services, one file each, and their registry.
+//! The services, one file per kind, and their registry.
 //!
-//! A service is given a connection or a datagram and answers on it. It knows nothing of where the
-//! socket came from, of limits, of signals. A new service is a file and a row in each table here.
+//! A service answers on a given connection or to a given datagram. It does not know listeners,
+//! limits or signals. A new kind of service needs a file and a row in each table of this module.
 
 mod cached_document;
 mod encoder;
@@ -25,7 +25,7 @@ use crate::net::stream::LazySocket;
 use crate::telemetry::counters::Datagram;
 use crate::telemetry::metrics::Monitor;
 
-/// The checked settings of a service.
+/// The validated settings of a service.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Settings {
     /// `[time.NAME]`
@@ -34,17 +34,17 @@ pub(crate) enum Settings {
     File(file::Settings),
     /// `[file.NAME]` whose path is a folder.
     Folder(folder::Settings),
-    /// `[metrics]`, where there is nothing to set but what every service has.
+    /// `[metrics]`, which has no keys but those of every service.
     Metrics,
 }
 
 impl Settings {
-    /// Whether such a service answers datagrams.
-    pub(crate) fn datagrams(&self) -> bool {
+    /// Whether a service with these settings answers datagrams.
+    pub(crate) fn answers_datagrams(&self) -> bool {
         matches!(self, Self::Time(_))
     }
 
-    /// The path that is served, and its kind.
+    /// Returns the served path and its kind; `None` if the service does not read files.
     pub(crate) fn served_path(&self) -> Option<(&Path, PathKind)> {
         match self {
             Self::File(file) => Some((&file.path, PathKind::File)),
@@ -53,7 +53,7 @@ impl Settings {
         }
     }
 
-    /// Completes the settings by the answers to their probes; `None` if one is missing.
+    /// Completes the settings with the findings of their probes; `None` if one is missing.
     pub(crate) fn complete(self, findings: &Findings) -> Option<Self> {
         Some(match self {
             Self::Time(time) => {
@@ -73,15 +73,15 @@ impl Settings {
     }
 }
 
-/// A kind of service as the configuration knows it.
+/// A kind of service, as the configuration defines it.
 pub(crate) struct Kind {
-    /// The name of its table.
+    /// Name of its table.
     pub name: &'static str,
-    /// Where it listens if the configuration does not say.
+    /// Address to listen on if the configuration has none.
     pub default_listen: &'static str,
-    /// Whether it answers datagrams.
-    pub datagrams: bool,
-    /// Reads what is its own of `[KIND.NAME]`, and reports what is wrong to the table.
+    /// Whether such services answer datagrams.
+    pub answers_datagrams: bool,
+    /// Reads the keys of `[KIND.NAME]` that only this kind has. Faults are reported to the table.
     pub read: fn(&mut Table<'_>) -> Result<Settings, Reported>,
 }
 
@@ -89,26 +89,30 @@ pub(crate) struct Kind {
 pub(crate) static TIME: Kind = Kind {
     name: "time",
     default_listen: "127.0.0.1:6789",
-    datagrams: true,
+    answers_datagrams: true,
     read: |table| time::Settings::read(table).map(Settings::Time),
 };
 
 /// `[file.NAME]`
-pub(crate) static FILE: Kind =
-    Kind { name: "file", default_listen: "127.0.0.1:5566", datagrams: false, read: read_file };
+pub(crate) static FILE: Kind = Kind {
+    name: "file",
+    default_listen: "127.0.0.1:5566",
+    answers_datagrams: false,
+    read: read_file,
+};
 
-/// `[metrics]`, of which there is one at most.
+/// `[metrics]`, a table that occurs at most once.
 pub(crate) static METRICS: Kind = Kind {
     name: "metrics",
     default_listen: "127.0.0.1:9467",
-    datagrams: false,
+    answers_datagrams: false,
     read: |_| Ok(Settings::Metrics),
 };
 
-/// Every kind of service of which there can be many.
+/// The kinds of services that can occur more than once.
 pub(crate) static KINDS: [&Kind; 2] = [&TIME, &FILE];
 
-/// Reads the settings of a file, which may turn out to be a folder.
+/// Reads `[file.NAME]`. The probe of its path decides whether it becomes a folder service.
 fn read_file(table: &mut Table<'_>) -> Result<Settings, Reported> {
     let base_dir = table.base_dir();
     let path = table.required("path", "the file or the folder to hand out", |text| {
@@ -127,25 +131,25 @@ fn read_file(table: &mut Table<'_>) -> Result<Settings, Reported> {
     Ok(Settings::File(file::Settings { path, filename, newline, cache_limit, max_files }))
 }
 
-/// A service that is ready to answer.
+/// A running service of any kind.
 #[derive(Debug, Clone)]
 pub(crate) enum Service {
-    /// Tells the time.
+    /// Sends the current time.
     Time(Arc<time::TimeService>),
-    /// Hands out one file.
+    /// Sends one file to every client.
     File(Arc<file::FileService>),
-    /// Hands out the files of a folder.
+    /// Sends the requested files of a folder.
     Folder(Arc<folder::FolderService>),
-    /// Tells how the others are.
+    /// Reports metrics and health of all services.
     Metrics(Arc<metrics::MetricsService>),
 }
 
 impl Service {
-    /// Opens and prepares all that the service needs. `name` is its name in the log, `monitor` what
-    /// it tells of if it is there for monitoring.
+    /// Creates the service. `name` identifies it in the log; a metrics service reports the state of
+    /// `monitor`.
     ///
     /// # Errors
-    /// If what it serves cannot be opened.
+    /// If the served file cannot be opened.
     pub(crate) fn start(
         name: Arc<str>,
         settings: Settings,
@@ -154,7 +158,7 @@ impl Service {
         Ok(match settings {
             Settings::Time(settings) => {
                 let time = time::TimeService::new(name, settings);
-                time.warn_of_unknown_health();
+                time.warn_if_clock_state_is_unreadable();
                 Self::Time(Arc::new(time))
             }
             Settings::File(settings) => {
@@ -167,7 +171,8 @@ impl Service {
         })
     }
 
-    /// Applies what a reload has found outside of the configuration.
+    /// Applies findings of a reload that are not part of the configuration, such as a new time
+    /// zone.
     pub(crate) fn refresh(&self, settings: &Settings) {
         if let (Self::Time(time), Settings::Time(settings)) = (self, settings) {
             time.use_zone(settings.zone.clone());
@@ -175,7 +180,7 @@ impl Service {
     }
 }
 
-/// Calls a method of the service of whichever kind.
+/// Evaluates an expression with the service of the variant.
 macro_rules! delegate {
     ($self:ident, $service:ident => $call:expr) => {
         match $self {
@@ -191,7 +196,7 @@ impl net::Service for Service {
     async fn serve(&self, connection: &mut Connection<LazySocket>) -> Result<(), ServeError> {
         match self {
             Self::Time(time) => time.answer(connection).await,
-            // Boxed, so that connections of the time service do not have the size of the others.
+            // Boxed to keep the futures of the time service small.
             Self::File(file) => Box::pin(file.answer(connection)).await,
             Self::Folder(folder) => Box::pin(folder.answer(connection)).await,
             Self::Metrics(metrics) => Box::pin(metrics.answer(connection)).await,

@@ -12,7 +12,8 @@ use parking_lot::Mutex;
 use crate::telemetry::peer::Peer;
 use crate::text::counted;
 
-/// Time for which a service is unhealthy after a fault of a listener. It exceeds the longest backoff.
+/// Time for which a service is unhealthy after a fault of a listener. It exceeds the longest
+/// backoff.
 const FAULT_DURATION: Duration = Duration::from_secs(5);
 
 /// Minimum time between two log messages about faults.
@@ -21,7 +22,7 @@ const FAULT_LOG_INTERVAL: Duration = Duration::from_mins(1);
 /// The outcome of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConnectionOutcome {
-    /// Everything was delivered.
+    /// The client received the whole reply.
     Complete,
     /// The client or the network ended it.
     Reset,
@@ -67,7 +68,7 @@ pub trait Label: Copy + PartialEq + 'static {
     /// All values and their names.
     const NAMED: &'static [(Self, &'static str)];
 
-    /// Returns the name.
+    /// Returns the name in the log and in the metrics.
     fn name(self) -> &'static str {
         Self::NAMED.iter().find(|(label, _)| *label == self).map_or("", |(_, name)| name)
     }
@@ -128,7 +129,7 @@ impl<L: Label> Counter<L> {
         }
     }
 
-    /// Returns all counters.
+    /// Returns the value of each counter.
     pub fn each(&self) -> impl Iterator<Item = (L, u64)> {
         L::NAMED
             .iter()
@@ -157,15 +158,15 @@ impl<L: Label> Counter<L> {
     }
 }
 
-/// Upper bounds of the histogram of durations, in seconds: from a reply of one packet to the default
-/// `max-duration`.
+/// Upper bounds of the histogram of durations, in seconds: from a reply of one packet to the
+/// default `max-duration`.
 pub(crate) const DURATION_BOUNDS: [f64; 12] =
     [0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0];
 
 /// Histogram of the durations of connections.
 #[derive(Debug, Default)]
 pub struct Durations {
-    /// One for each bound, and one for longer durations.
+    /// A bucket for each bound, and one for longer durations.
     buckets: [AtomicU64; DURATION_BOUNDS.len() + 1],
     microseconds: AtomicU64,
 }
@@ -194,11 +195,11 @@ impl Durations {
 #[derive(Debug, Default)]
 pub struct Counts {
     begun: AtomicU64,
-    /// Ended connections.
+    /// Ended connections by outcome.
     pub outcomes: Counter<ConnectionOutcome>,
     /// Connections that were not served.
     pub rejections: Counter<RejectReason>,
-    /// Received datagrams.
+    /// Received datagrams by outcome.
     pub datagrams: Counter<Datagram>,
     /// Durations of ended connections.
     pub durations: Durations,

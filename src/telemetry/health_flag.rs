@@ -1,4 +1,4 @@
-//! The reason why a service cannot read what it serves.
+//! The reason why a service cannot read its files.
 
 use parking_lot::Mutex;
 

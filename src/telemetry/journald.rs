@@ -1,8 +1,8 @@
-//! The journal's own protocol: one datagram for each event, with its fields
+//! The native protocol of the journal: one datagram with fields for each event
 //! (<https://systemd.io/JOURNAL_NATIVE_PROTOCOL/>).
 //!
-//! An event is only put together here; whoever sends it may be kept waiting by a journal that does
-//! not answer.
+//! The caller of a log macro only encodes the event. The thread of the queue sends it, because a
+//! journal that does not read blocks the sender.
 
 use std::fmt::{Debug, Write as _};
 use std::io::{self, Write};
@@ -15,20 +15,20 @@ use tracing_subscriber::layer::Context;
 
 use crate::telemetry::log_queue::Sender;
 
-/// Where the journal receives datagrams.
+/// The socket of the journal.
 const SOCKET: &str = "/run/systemd/journal/socket";
 
-/// Sends each thing that is written to the journal.
+/// A writer that sends each write to the journal as a datagram.
 #[derive(Debug)]
 pub(crate) struct Socket(UnixDatagram);
 
 impl Socket {
-    /// A way to the journal, also to one that is started anew meanwhile.
+    /// Creates an unconnected socket, which also reaches a restarted journal.
     ///
     /// # Errors
-    /// If there is no journal.
+    /// If no journal listens.
     pub(crate) fn open() -> io::Result<Self> {
-        // This looks whether somebody is there, and waits for nobody.
+        // Connecting a datagram socket checks that the journal listens, and does not block.
         UnixDatagram::unbound()?.connect(SOCKET)?;
         UnixDatagram::unbound().map(Self)
     }
@@ -44,20 +44,20 @@ impl Write for Socket {
     }
 }
 
-/// Makes an entry of each event.
+/// A layer that encodes each event as an entry of the journal.
 pub(crate) struct Journal {
-    /// Takes the entries to [`Socket`].
+    /// The queue whose thread writes to [`Socket`].
     pub queue: Sender,
 }
 
 impl<S: Subscriber> Layer<S> for Journal {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-        // If it finds no room in the queue, that is counted there.
+        // The queue counts entries that it has no room for.
         let _ = self.queue.clone().write_all(&Entry::of(event).0);
     }
 }
 
-/// An entry of the journal.
+/// An encoded entry of the journal.
 #[derive(Default)]
 struct Entry(Vec<u8>);
 
@@ -76,7 +76,8 @@ impl Entry {
         entry
     }
 
-    /// Adds a field; its value may be anything, as its length is said. The name is one of ours.
+    /// Adds a field. The length precedes the value, which may therefore be any bytes; the name is
+    /// one of this program.
     fn put(&mut self, name: &str, value: &str) {
         let name = name.bytes().map(|byte| match byte {
             b'.' => b'_',
@@ -103,7 +104,7 @@ impl Visit for Entry {
     }
 }
 
-/// As syslog(3) has them.
+/// Returns the priority of a level, as in syslog(3).
 fn priority(level: Level) -> &'static str {
     match level {
         Level::ERROR => "3",

@@ -1,5 +1,5 @@
-//! The queue between the callers that log and the thread that writes, which may have to wait for the
-//! reader of standard error or for the journal.
+//! The queue between the callers of log macros and the thread that writes, which the reader of
+//! standard error or the journal can block.
 //!
 //! `tracing-appender` is not used: if the queue is full when the process ends, its guard reports
 //! that on standard output, which may be full, too.
@@ -60,7 +60,7 @@ impl Queue {
         &self.sender
     }
 
-    /// Number of lines that found no room, or could not be written.
+    /// Returns the number of lines that found no room or could not be written.
     pub(crate) fn lost(&self) -> u64 {
         self.sender.lost.load(Ordering::Relaxed)
     }
@@ -149,12 +149,12 @@ mod tests {
             sender.write_all(b"line\n").unwrap();
         }
         assert!(queue.lost() > 0);
-        // Ends at all: the reader takes nothing.
+        // Returns although the reader takes nothing.
         drop(queue);
     }
 
     #[test]
-    fn dropping_the_queue_writes_what_waits() {
+    fn dropping_the_queue_writes_waiting_lines() {
         let (mut reader, writer) = io::pipe().unwrap();
         let queue = Queue::start(io::BufWriter::new(writer)).unwrap();
         let mut sender = queue.sender().clone();

@@ -1,8 +1,8 @@
-//! Where log lines go and what they look like.
+//! Formats and destinations of log lines.
 //!
-//! Text and JSON go to standard error. A message alone says what happened, as `journalctl` shows
-//! nothing else; the fields beside it are for programs. Whatever comes from outside is logged as a
-//! number, as an address or escaped, so that no terminal obeys it.
+//! Text and JSON are written to standard error. Messages are complete without their fields, which
+//! `journalctl` does not show by default. Data from outside is logged as a number, as an address or
+//! escaped, so that it cannot control a terminal.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::env;
@@ -18,14 +18,13 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, reload};
 
 use crate::config_reader::{Reported, Table};
-
 use crate::telemetry::journald::{Journal, Socket};
 use crate::telemetry::log_queue::Queue;
 
 /// The settings of `[log]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct LogSettings {
-    /// A level or a filter of tracing-subscriber.
+    /// A level, or a filter of `tracing-subscriber`.
     pub level: String,
     pub format: LogFormat,
 }
@@ -35,7 +34,7 @@ pub(crate) enum LogFormat {
     /// [`Self::Journald`] if standard error is the journal, else [`Self::Text`].
     Auto,
     Text,
-    /// One JSON object per line.
+    /// A JSON object per line.
     Json,
     /// The native protocol of the journal.
     Journald,
@@ -71,75 +70,72 @@ impl LogSettings {
     }
 }
 
-/// Whether `filter` is a level or a filter such as `handout=debug`.
-///
-/// # Errors
-/// Says what was expected.
+/// Checks a level or a filter such as `handout=debug`. The error names the expected value.
 pub(crate) fn check_filter(filter: &str) -> Result<(), String> {
     let expected =
         "expected error, warn, info, debug, trace, or a filter such as \"handout=debug\"";
-    // A lone word that is no level would be taken for the name of a module, and silence the rest.
-    let level = ["error", "warn", "info", "debug", "trace"].contains(&filter);
-    if (level || filter.contains('=')) && filter.parse::<Targets>().is_ok() {
+    // A single word other than a level would be the name of a module, and silence all others.
+    let is_level = ["error", "warn", "info", "debug", "trace"].contains(&filter);
+    if (is_level || filter.contains('=')) && filter.parse::<Targets>().is_ok() {
         Ok(())
     } else {
         Err(expected.to_owned())
     }
 }
 
-/// So much of the lines that wait is written at one time.
-const WRITTEN_AT_ONCE: usize = 64 << 10;
+/// Size of the buffer between the queue and standard error, in bytes.
+const BUFFER_SIZE: usize = 64 << 10;
 
-/// All that becomes of a log line: which are wanted, what they look like, where they go.
-type Lines = Box<dyn Layer<Registry> + Send + Sync>;
+/// The filter, format and destination of log lines.
+type LogLayer = Box<dyn Layer<Registry> + Send + Sync>;
 
-/// The log, which can be changed while it runs. What is logged until it is dropped is written.
+/// The installed logger, whose settings can change. Dropping it writes the queued lines.
 pub(crate) struct Logger {
-    current: reload::Handle<Lines, Registry>,
+    current: reload::Handle<LogLayer, Registry>,
     stderr: Queue,
-    /// Opened when it is first asked for.
+    /// Started when the journal is first needed.
     journal: OnceLock<Queue>,
 }
 
 impl Logger {
-    /// Begins to log.
+    /// Installs the logger of the process.
     ///
     /// # Errors
-    /// If the journal was asked for and cannot be reached, or something logs already.
+    /// If the journal is configured but unreachable, or a logger is already installed.
     pub(crate) fn start(log: &LogSettings) -> io::Result<Self> {
-        // Flushed whenever no line waits.
-        let stderr = Queue::start(BufWriter::with_capacity(WRITTEN_AT_ONCE, io::stderr()))?;
+        // The queue flushes it when no line waits.
+        let stderr = Queue::start(BufWriter::with_capacity(BUFFER_SIZE, io::stderr()))?;
         let journal = OnceLock::new();
-        let (lines, current) = reload::Layer::new(lines(log, &stderr, &journal)?);
-        tracing_subscriber::registry().with(lines).try_init().map_err(io::Error::other)?;
+        let (layer, current) = reload::Layer::new(log_layer(log, &stderr, &journal)?);
+        tracing_subscriber::registry().with(layer).try_init().map_err(io::Error::other)?;
         panic::set_hook(Box::new(log_panic));
         Ok(Self { current, stderr, journal })
     }
 
-    /// Prepares to log otherwise, and changes nothing yet.
+    /// Prepares other settings without applying them.
     ///
     /// # Errors
-    /// If the journal was asked for and cannot be reached.
-    pub(crate) fn prepare(&self, log: &LogSettings) -> io::Result<Prepared> {
-        lines(log, &self.stderr, &self.journal).map(Prepared)
+    /// If the journal is configured but unreachable.
+    pub(crate) fn prepare(&self, log: &LogSettings) -> io::Result<PreparedLayer> {
+        log_layer(log, &self.stderr, &self.journal).map(PreparedLayer)
     }
 
-    /// Logs as it was prepared, from now on.
-    pub(crate) fn change(&self, prepared: Prepared) {
-        // It fails only if there is no log any more.
+    /// Applies the settings that [`Self::prepare`] returned.
+    pub(crate) fn apply(&self, prepared: PreparedLayer) {
+        // Fails only if the logger no longer exists.
         let _ = self.current.reload(prepared.0);
     }
 
-    /// How many lines were lost so far, as nobody took them.
+    /// Returns the number of lines that were discarded because their reader was too slow or gone.
     pub(crate) fn lost(&self) -> u64 {
         self.stderr.lost() + self.journal.get().map_or(0, Queue::lost)
     }
 }
 
-/// Another way to log.
-pub(crate) struct Prepared(Lines);
+/// Settings that are ready to be applied.
+pub(crate) struct PreparedLayer(LogLayer);
 
-fn lines(log: &LogSettings, stderr: &Queue, journal: &OnceLock<Queue>) -> io::Result<Lines> {
+fn log_layer(log: &LogSettings, stderr: &Queue, journal: &OnceLock<Queue>) -> io::Result<LogLayer> {
     let filter: Targets = log.level.parse().map_err(io::Error::other)?;
     let stderr =
         tracing_subscriber::fmt::layer().with_writer(stderr.sender().clone()).with_target(false);
@@ -150,9 +146,9 @@ fn lines(log: &LogSettings, stderr: &Queue, journal: &OnceLock<Queue>) -> io::Re
     };
     Ok(match format {
         LogFormat::Journald => {
-            // Asked each time, as it may have gone.
+            // Opened each time, because the journal may no longer run.
             let socket = Socket::open()?;
-            // Reloads do not run at the same time, so nothing else sets it in between.
+            // Reloads run one after the other, so nothing else sets the queue in between.
             if journal.get().is_none() {
                 let _ = journal.set(Queue::start(socket)?);
             }
@@ -176,12 +172,12 @@ fn lines(log: &LogSettings, stderr: &Queue, journal: &OnceLock<Queue>) -> io::Re
 /// pipe that is full.
 fn log_panic(panic: &PanicHookInfo<'_>) {
     let message = panic.payload_as_str().unwrap_or("no message");
-    let place = panic.location().map(ToString::to_string).unwrap_or_default();
+    let location = panic.location().map(ToString::to_string).unwrap_or_default();
     let backtrace = Backtrace::capture();
     if backtrace.status() == BacktraceStatus::Captured {
-        tracing::error!(%backtrace, "panicked at {place}: {message}");
+        tracing::error!(%backtrace, "panicked at {location}: {message}");
     } else {
-        tracing::error!("panicked at {place}: {message}");
+        tracing::error!("panicked at {location}: {message}");
     }
 }
 
@@ -217,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn levels_and_filters_are_told_from_junk() {
+    fn accepts_levels_and_filters_only() {
         for good in ["error", "info", "handout=debug", "warn,handout=trace"] {
             assert_eq!(check_filter(good), Ok(()), "{good}");
         }

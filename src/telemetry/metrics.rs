@@ -1,7 +1,6 @@
-//! What monitoring is told: the metrics, in the `OpenMetrics` text format that Prometheus reads, and
-//! whether all is well.
+//! Metrics in the `OpenMetrics` text format, which Prometheus reads, and the health of the daemon.
 //!
-//! Nothing is kept for it: what services count anyway is read when somebody asks.
+//! Each request encodes the current counters of the services; nothing is stored for monitoring.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -25,12 +24,12 @@ use crate::telemetry::mirror_stats::MirrorStats;
 /// The media type of [`Monitor::metrics`].
 pub(crate) const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// How a reload ended.
+/// The outcome of a reload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reload {
     /// The configuration is in force.
     Done,
-    /// It has a fault; nothing was changed.
+    /// The configuration has a fault; nothing was changed.
     Failed,
 }
 
@@ -51,7 +50,7 @@ pub(crate) trait ServiceStats: Send + Sync + fmt::Debug {
     fn problem(&self) -> Option<String>;
 }
 
-/// What is known of the daemon as a whole.
+/// The state of the daemon for monitoring.
 #[derive(Debug, Default)]
 pub struct Monitor {
     /// Weak, because the metrics service holds this monitor.
@@ -65,34 +64,34 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// These are the services from now on.
-    pub(crate) fn watch(&self, services: Vec<Weak<dyn ServiceStats>>) {
+    /// Replaces the services to report.
+    pub(crate) fn set_services(&self, services: Vec<Weak<dyn ServiceStats>>) {
         *self.services.lock() = services;
     }
 
-    /// These are the mirrors from now on.
-    pub(crate) fn watch_mirrors(&self, mirrors: Vec<Arc<MirrorStats>>) {
+    /// Replaces the mirrors to report.
+    pub(crate) fn set_mirrors(&self, mirrors: Vec<Arc<MirrorStats>>) {
         *self.mirrors.lock() = mirrors;
     }
 
-    /// These are the channels from now on over which the operator is told.
-    pub fn watch_alerts(&self, alerts: Vec<Arc<event::ChannelCounters>>) {
+    /// Replaces the alert channels to report.
+    pub fn set_alerts(&self, alerts: Vec<Arc<event::ChannelCounters>>) {
         *self.alerts.lock() = alerts;
     }
 
-    /// A reload has ended.
+    /// Counts a reload that has ended.
     pub fn count_reload(&self, reload: Reload) {
         self.reloads.add(reload);
         self.last_reload_failed.store(reload == Reload::Failed, Ordering::Relaxed);
     }
 
-    /// So many lines of the log were lost until now; returns how many that were before.
-    pub fn note_lost_lines(&self, lost: u64) -> u64 {
+    /// Sets the total number of lost log lines. Returns the previous number.
+    pub fn replace_lost_lines(&self, lost: u64) -> u64 {
         self.lost_lines.swap(lost, Ordering::Relaxed)
     }
 
-    /// The daemon is about to end.
-    pub fn note_draining(&self) {
+    /// Records that the daemon is stopping.
+    pub fn set_draining(&self) {
         self.draining.store(true, Ordering::Relaxed);
     }
 
@@ -100,21 +99,18 @@ impl Monitor {
         self.services.lock().iter().filter_map(Weak::upgrade).collect()
     }
 
-    /// What is not well, a line for each; none if all is.
-    pub fn troubles(&self) -> Vec<String> {
+    /// Returns the current problems, one line each.
+    pub fn problems(&self) -> Vec<String> {
         let draining = self.draining.load(Ordering::Relaxed);
         let draining = draining.then(|| "the daemon is stopping".to_owned());
         let services = self.services();
-        let of_services = services.iter().filter_map(|served| {
-            served.problem().map(|fault| format!("{}: {fault}", served.name()))
+        let of_services = services.iter().filter_map(|service| {
+            service.problem().map(|problem| format!("{}: {problem}", service.name()))
         });
         draining.into_iter().chain(of_services).collect()
     }
 
-    /// All metrics of this moment.
-    ///
-    /// # Errors
-    /// None is expected: writing to a string does not fail.
+    /// Returns all metrics as text.
     pub fn metrics(&self) -> Result<String, fmt::Error> {
         let mut registry = Registry::with_prefix("handout");
         registry.register_collector(Box::new(Snapshot {
@@ -132,7 +128,7 @@ impl Monitor {
     }
 }
 
-/// What one answer tells of.
+/// The values of one reply.
 #[derive(Debug)]
 struct Snapshot {
     services: Vec<Arc<dyn ServiceStats>>,
@@ -141,7 +137,7 @@ struct Snapshot {
     reloads: Vec<(Reload, u64)>,
     last_reload_successful: bool,
     lost_lines: u64,
-    /// None if the kernel may not be asked.
+    /// `None` if the kernel refuses access to its clock state.
     clock: Option<Health>,
 }
 
@@ -150,12 +146,12 @@ impl Collector for Snapshot {
         self.connections(&mut to)?;
         self.by_label(
             &mut to,
-            ("datagrams", "Datagrams that arrived, by what became of them"),
+            ("datagrams", "Received datagrams, by outcome"),
             "outcome",
-            |served| served.answers_datagrams().then_some(&served.counts().datagrams),
+            |service| service.answers_datagrams().then_some(&service.counts().datagrams),
         )?;
         self.files(&mut to)?;
-        // Who has no mirror is not told of them.
+        // Omitted, with their descriptions, in a daemon without mirrors.
         if !self.mirrors.is_empty() {
             self.mirrors(&mut to)?;
         }
@@ -170,54 +166,54 @@ impl Snapshot {
     fn connections(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
         self.by_label(
             to,
-            ("connections", "Connections that have ended, by how they ended"),
+            ("connections", "Closed connections, by outcome"),
             "outcome",
-            |served| Some(&served.counts().outcomes),
+            |service| Some(&service.counts().outcomes),
         )?;
         self.by_label(
             to,
-            ("refused", "Connections that were reset, or given up in the queue, before a word"),
+            ("refused", "Connections rejected before they were served, by reason"),
             "reason",
-            |served| Some(&served.counts().rejections),
+            |service| Some(&service.counts().rejections),
         )?;
-        self.gauges(to, ("connections_active", "Connections at this moment"), None, |served| {
-            Some(served.counts().active())
+        self.gauges(to, ("connections_active", "Open connections"), None, |service| {
+            Some(service.counts().active())
         })?;
         self.gauges(
             to,
-            ("connections_max", "Connections that there may be at one time (max-connections)"),
+            ("connections_max", "Maximum number of simultaneous connections (max-connections)"),
             None,
-            |served| Some(served.max_connections().into()),
+            |service| Some(service.max_connections().into()),
         )?;
-        let help = "Bytes that the kernel has taken for clients";
+        let help = "Bytes passed to the kernel for clients";
         let mut sent =
             to.encode_descriptor("sent", help, Some(&Unit::Bytes), MetricType::Counter)?;
-        for served in &self.services {
-            let number = ConstCounter::new(served.counts().sent());
-            number.encode(sent.encode_family(&[("service", served.name())])?)?;
+        for service in &self.services {
+            let number = ConstCounter::new(service.counts().sent());
+            number.encode(sent.encode_family(&[("service", service.name())])?)?;
         }
-        let help = "How long connections lasted, from being accepted to being closed";
+        let help = "Duration of connections from accept to close";
         let kind = MetricType::Histogram;
         let mut durations =
             to.encode_descriptor("connection_duration", help, Some(&Unit::Seconds), kind)?;
-        for served in &self.services {
-            let (sum, buckets) = served.counts().durations.read();
+        for service in &self.services {
+            let (sum, buckets) = service.counts().durations.read();
             let count = buckets.iter().map(|(_, count)| count).sum();
             durations
-                .encode_family(&[("service", served.name())])?
+                .encode_family(&[("service", service.name())])?
                 .encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
         }
         Ok(())
     }
 
     fn files(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let help = "When the content of the version that is served was last modified, since 1970";
-        self.gauges(to, ("file_version_timestamp", help), Some(&Unit::Seconds), |served| {
-            served.file_version().and_then(|modified| modified.as_second().try_into().ok())
+        let help = "Modification time of the served version of the file, since 1970";
+        self.gauges(to, ("file_version_timestamp", help), Some(&Unit::Seconds), |service| {
+            service.file_version().and_then(|modified| modified.as_second().try_into().ok())
         })?;
-        let help = "1 if its addresses can be served and its files can be read";
-        self.gauges(to, ("service_healthy", help), None, |served| {
-            Some(u64::from(served.problem().is_none()))
+        let help = "1 if the service can accept clients and read its files";
+        self.gauges(to, ("service_healthy", help), None, |service| {
+            Some(u64::from(service.problem().is_none()))
         })
     }
 
@@ -268,7 +264,7 @@ impl Snapshot {
     }
 
     fn alerts(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let help = "Alerts, by what became of them or of an attempt to send them";
+        let help = "Alerts and attempts to send them, by outcome";
         let mut alerts = to.encode_descriptor("alerts", help, None, MetricType::Counter)?;
         for counts in &self.alerts {
             for (outcome, count) in counts.outcomes.each() {
@@ -276,7 +272,7 @@ impl Snapshot {
                 ConstCounter::new(count).encode(alerts.encode_family(&labels)?)?;
             }
         }
-        let help = "Alerts that wait to be sent";
+        let help = "Alerts waiting to be sent";
         let mut queued = to.encode_descriptor("alerts_queued", help, None, MetricType::Gauge)?;
         for counts in &self.alerts {
             let labels = [("channel", &*counts.channel)];
@@ -286,13 +282,13 @@ impl Snapshot {
     }
 
     fn daemon(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let help = "Reloads, by how they ended";
+        let help = "Reloads, by outcome";
         let mut reloads = to.encode_descriptor("reloads", help, None, MetricType::Counter)?;
         for (reload, count) in &self.reloads {
             let number = ConstCounter::new(*count);
             number.encode(reloads.encode_family(&[("outcome", reload.name())])?)?;
         }
-        let help = "Lines of the log that nobody took";
+        let help = "Log lines discarded because their reader was too slow or gone";
         let lost = to.encode_descriptor("log_lines_lost", help, None, MetricType::Counter)?;
         ConstCounter::new(self.lost_lines).encode(lost)?;
         let mut gauge = |name, help, unit: Option<&Unit>, value: f64| -> fmt::Result {
@@ -300,26 +296,25 @@ impl Snapshot {
             ConstGauge::new(value).encode(gauge)
         };
         let truth = |truth| if truth { 1.0 } else { 0.0 };
-        let help = "1 if the last reload took effect, or none was ordered yet";
+        let help = "1 if the last reload succeeded, or none was requested yet";
         let successful = truth(self.last_reload_successful);
         gauge("config_last_reload_successful", help, None, successful)?;
         if let Some(clock) = self.clock {
-            let help = "1 if the kernel says that its clock is synchronized";
+            let help = "1 if the kernel reports its clock as synchronized";
             gauge("clock_synchronized", help, None, truth(clock.synchronized))?;
-            let help = "By how much the clock may be wrong, as the kernel says";
+            let help = "Maximum error of the clock as reported by the kernel";
             #[expect(clippy::cast_precision_loss, reason = "the kernel stops at 16 seconds")]
             let seconds = clock.max_error_us as f64 / 1e6;
             gauge("clock_max_error", help, Some(&Unit::Seconds), seconds)?;
         }
-        // A gauge that is always 1, as Prometheus itself has it: not everything that reads metrics
-        // knows the type for it.
-        let help = "The version of handout";
+        // A gauge that is always 1, as in Prometheus itself: not all readers know the type `info`.
+        let help = "Version of handout";
         let mut build = to.encode_descriptor("build_info", help, None, MetricType::Gauge)?;
         let labels = [("version", env!("CARGO_PKG_VERSION"))];
         ConstGauge::new(1_u64).encode(build.encode_family(&labels)?)
     }
 
-    /// A counter for each label of each service that has such a counter.
+    /// Encodes a counter with one value for each label, for the services that have it.
     fn by_label<L: Label>(
         &self,
         to: &mut DescriptorEncoder<'_>,
@@ -328,16 +323,16 @@ impl Snapshot {
         counter: impl Fn(&dyn ServiceStats) -> Option<&Counter<L>>,
     ) -> fmt::Result {
         let mut family = to.encode_descriptor(name, help, None, MetricType::Counter)?;
-        for served in &self.services {
-            for (value, count) in counter(&**served).into_iter().flat_map(Counter::each) {
-                let labels = [("service", served.name()), (label, value.name())];
+        for service in &self.services {
+            for (value, count) in counter(&**service).into_iter().flat_map(Counter::each) {
+                let labels = [("service", service.name()), (label, value.name())];
                 ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
             }
         }
         Ok(())
     }
 
-    /// A gauge for each service that has such a value.
+    /// Encodes a gauge for the services that have a value.
     fn gauges(
         &self,
         to: &mut DescriptorEncoder<'_>,
@@ -347,9 +342,9 @@ impl Snapshot {
     ) -> fmt::Result {
         let mut family: MetricEncoder<'_> =
             to.encode_descriptor(name, help, unit, MetricType::Gauge)?;
-        for served in &self.services {
-            if let Some(value) = value(&**served) {
-                let labels = [("service", served.name())];
+        for service in &self.services {
+            if let Some(value) = value(&**service) {
+                let labels = [("service", service.name())];
                 ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
             }
         }

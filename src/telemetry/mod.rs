@@ -1,4 +1,4 @@
-//! Logs, counters and metrics: how the operator learns what the daemon does.
+//! Logs, counters and metrics of the daemon.
 //!
 //! Services and connections increment [`counters`]; [`metrics`] encodes them for monitoring.
 //! [`logging`] formats log lines and hands them to [`log_queue`], whose thread writes to standard

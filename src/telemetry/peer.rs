@@ -3,12 +3,12 @@
 use std::fmt;
 use std::net::SocketAddr;
 
-/// Who is at the other end.
+/// The remote end of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Peer {
     /// An Internet address, with a v4-mapped IPv6 address unmapped.
     Internet(SocketAddr),
-    /// The user who opened a Unix socket, if the kernel says.
+    /// The user ID of the client of a Unix socket, if the kernel reports it.
     Unix(Option<u32>),
 }
 

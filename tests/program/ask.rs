@@ -124,11 +124,11 @@ fn a_text_that_tells_no_time_is_printed_but_has_no_offset() {
     let server = Server::sends("about noon\n");
     assert_eq!(ask(server.address, &[]).succeeded().text(), "about noon\n");
     let outcome = ask(server.address, &["--offset"]);
-    outcome.failed_with(&[&server.address.to_string(), "about noon", "no time that is understood"]);
+    outcome.failed_with(&[&server.address.to_string(), "about noon", "unknown time format"]);
     // RFC 868 has four bytes, neither three nor five.
     for bytes in [&b"abc"[..], b"abcde"] {
         let server = Server::sends(bytes);
-        ask(server.address, &["--rfc868"]).failed_with(&["no time that is understood"]);
+        ask(server.address, &["--rfc868"]).failed_with(&["unknown time format"]);
     }
 }
 
@@ -138,7 +138,7 @@ fn what_a_terminal_would_obey_is_printed_as_one_escaped_line() {
     let outcome = ask(server.address, &[]);
     assert_eq!(outcome.succeeded().text(), "12:00\\u{1b}[31m\\u{7}now\\r\\xff\\u{9b}\\u{202e}x\n");
     let outcome = ask(server.address, &["--offset"]);
-    outcome.failed_with(&["no time that is understood"]);
+    outcome.failed_with(&["unknown time format"]);
     let stderr = outcome.stderr.strip_suffix('\n').unwrap();
     assert!(!stderr.contains(|c: char| c.is_control() || c == '\u{202e}'), "{outcome:?}");
     // Escaped once, not twice.

@@ -88,7 +88,7 @@ fn reports_every_fault_with_line_key_and_expected_value() {
         "12: time.clock.newline: expected true or false, found a string",
         "15: file.picture.listen[0]: \"udp:127.0.0.1:5566\": a file service answers no datagrams",
         "16: file.picture.path: \"gone.jpg\": cannot be opened: No such file",
-        "17: file.picture.cache-limit: \"64\": expected a size with its unit",
+        "17: file.picture.cache-limit: \"64\": expected a size with a unit",
         "19: tyme: unknown key; expected one of log, daemon, limits, mirror, time, file",
     ];
     assert_eq!(faults.len(), expected.len(), "{faults:#?}");
@@ -115,7 +115,7 @@ fn names_both_services_on_one_address() {
         fault("[time.a]\nlisten = [\"127.0.0.1:6789\"]\n[time.b]\nlisten = [\"0.0.0.0:6789\"]");
     assert_starts(
         &fault,
-        "4: time.b.listen[0]: 0.0.0.0:6789 is taken by time.a, which listens on 127.0.0.1:6789",
+        "4: time.b.listen[0]: 0.0.0.0:6789 conflicts with 127.0.0.1:6789 of time.a",
     );
 }
 
@@ -129,7 +129,7 @@ fn refuses_an_address_twice_but_accepts_udp_with_tcp() {
 
 #[test]
 fn refuses_two_services_on_the_default_address() {
-    assert_starts(&fault("[time.a]\n[time.b]"), "2: time.b.listen: 127.0.0.1:6789 is taken by");
+    assert_starts(&fault("[time.a]\n[time.b]"), "2: time.b.listen: 127.0.0.1:6789 conflicts with");
 }
 
 #[test]

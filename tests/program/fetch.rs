@@ -313,7 +313,7 @@ fn all_takes_no_name_that_leaves_the_folder_and_saves_the_rest() {
     let place = Place::new();
     fs::create_dir(place.path("in")).unwrap();
     let outcome = place.fetch(server.address, ["--all", "-o", "in"]);
-    outcome.failed_with(&["\"../x\"", "not taken"]);
+    outcome.failed_with(&["\"../x\"", "unsafe file name"]);
     let complaints = outcome.stderr.lines().filter(|line| line.starts_with("handout: "));
     assert_eq!(complaints.count(), bad.len(), "{outcome:?}");
     assert_eq!(place.names(), ["in", "in/sub", "in/sub/good"]);
@@ -592,8 +592,8 @@ fn explains_a_server_that_waits_for_requests_after_two_seconds() {
     let mut said = place.begin_fetch(address, &[]);
     let mut quiet = place.begin_fetch(address, &["-q"]);
     let notice = format!(
-        "handout: {address} sent nothing for 2 s. A folder service waits for requests: try --list \
-         or --all.\n"
+        "handout: {address} sent nothing for 2 s: a folder service waits for requests: try --list \
+         or --all\n"
     );
     let (said, quiet) = (said.stderr(), quiet.stderr());
     let error = said.strip_prefix(&notice).unwrap_or_else(|| panic!("{said}"));

@@ -186,7 +186,7 @@ fn download_saves_each_file_once_on_exfat_fat_and_ntfs() {
                 handout(Path::new("/"), &[&["download", &url, "-o", into], more].concat())
             };
             download(&[]).succeeded();
-            download(&[]).failed_with(&["is there already"]);
+            download(&[]).failed_with(&["exists already"]);
             download(&["--force"]).succeeded();
             download(&["--update"]).succeeded();
             for _ in 0..2 {
@@ -355,7 +355,7 @@ fn download_never_replaces_devices_fifos_and_sockets() {
         for policy in [&[][..], &["--force"], &["--update"]] {
             let url = web.url(name);
             let outcome = handout(&place.path(""), &[&["download", &url], policy].concat());
-            outcome.failed_with(&[name, "no file has its name"]);
+            outcome.failed_with(&[name, "only regular files are replaced"]);
         }
     }
     let mut after = place.names();

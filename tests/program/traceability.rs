@@ -27,7 +27,8 @@ fn exists(name: &str) -> bool {
         [modules @ .., "tests", name] => (format!("src/{}", modules.join("/")), name),
         _ => return false,
     };
-    let source = read(format!("{path}.rs").into()) + &read(format!("{path}/mod.rs").into());
+    let sources = [".rs", "/mod.rs", "/tests.rs"].map(|end| read(format!("{path}{end}").into()));
+    let source = sources.concat();
     // A test, not a helper function.
     source.match_indices(&format!("fn {name}(")).any(|(at, _)| {
         let before = source.get(..at).unwrap_or_default();

@@ -44,8 +44,8 @@ pub(super) fn requested_path(name: &str, options: &FetchOptions) -> Result<Optio
     Ok(Some(path))
 }
 
-/// Returns the output path of a pushed file, whose name is chosen by the server; `None` for standard
-/// output.
+/// Returns the output path of a pushed file, whose name is chosen by the server; `None` for
+/// standard output.
 pub(super) fn pushed_path(name: &str, options: &FetchOptions) -> Result<Option<PathBuf>, Error> {
     let path = match &options.output {
         Output::Stdout => return Ok(None),

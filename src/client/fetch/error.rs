@@ -37,18 +37,16 @@ pub(crate) enum Error {
     #[error("it took longer than {0:?} (--timeout)")]
     TimedOut(Duration),
     /// The document is malformed or exceeds a limit.
-    #[error("the document is wrong")]
+    #[error("the document is invalid")]
     InvalidDocument(#[from] ReadError),
     /// The server replied with an error message.
     #[error("the server says: {0}")]
     Refused(String),
     /// The server sent a different file from the requested one.
-    #[error("the server sent \"{0}\" instead; it may hand out one file only, without a name")]
+    #[error("the server sent \"{0}\" instead: it may serve a single file: fetch without a name")]
     WrongName(String),
     /// The file name is unsafe.
-    #[error(
-        "the server calls it \"{name}\", which is not taken: {cause}; choose a name with -o FILE"
-    )]
+    #[error("unsafe file name \"{name}\": {cause}: choose a name with -o FILE")]
     UnsafeName {
         /// Escaped name.
         name: String,
@@ -64,13 +62,13 @@ pub(crate) enum Error {
         sent: u64,
     },
     /// The data does not match the SHA-256 digest in the document.
-    #[error("the digest does not hold: what arrived is not what was sent")]
+    #[error("the SHA-256 digest in the document does not match the received data")]
     DigestMismatch,
     /// The output file exists, and overwriting is not allowed.
     #[error("{} is there already; --force replaces it, -o FILE saves elsewhere", .0.display())]
     Exists(PathBuf),
     /// Two requested files map to the same path.
-    #[error("{} is the place of another file that was asked for", .0.display())]
+    #[error("{} is the path of another requested file, too", .0.display())]
     DuplicatePath(PathBuf),
     /// The output path is a device, FIFO or socket that the user did not name.
     #[error(
@@ -90,6 +88,6 @@ pub(crate) enum Error {
         source: io::Error,
     },
     /// The reply to a listing request is not a listing.
-    #[error("the server sent no list; it may hand out one file only: ask without a name")]
+    #[error("the server sent no list: it may serve a single file: fetch without a name")]
     NotAListing,
 }

@@ -1,8 +1,8 @@
 //! Client of file services: receives documents and saves their files.
 //!
-//! A document is read, decoded and hashed while it arrives. The data goes into a temporary file that
-//! is published after size and digest have been verified. The server is untrusted: its names are
-//! checked, and size and duration of its replies are bounded.
+//! A document is read, decoded and hashed while it arrives. The data goes into a temporary file
+//! that is published after size and digest have been verified. The server is untrusted: its names
+//! are checked, and size and duration of its replies are bounded.
 //!
 //! | file | subject |
 //! |---|---|
@@ -31,7 +31,7 @@ pub(crate) use self::error::Error;
 pub(crate) use self::listing::ListedFile;
 use self::session::{BUFFER, Session};
 use self::sink::Sink;
-use crate::client::Server;
+use crate::client::HostPort;
 use crate::document::{File, Head, ReadError, Reader};
 use crate::fs::atomic::OverwritePolicy;
 use crate::fs::filename::escape;
@@ -43,7 +43,7 @@ pub(crate) const PORT: u16 = 5566;
 #[derive(Debug, Clone)]
 pub struct FetchOptions {
     /// Server to connect to.
-    pub server: Server,
+    pub server: HostPort,
     /// Files to fetch.
     pub selection: Selection,
     /// Destination of the files.
@@ -198,8 +198,8 @@ fn build_queue<'a>(
     (queue, is_complete)
 }
 
-/// Fetches files by name over one connection, which is replaced after a failure. Returns whether all
-/// were saved.
+/// Fetches files by name over one connection, which is replaced after a failure. Returns whether
+/// all were saved.
 async fn fetch_queue(
     mut queue: VecDeque<NamedFile<'_>>,
     options: &FetchOptions,
@@ -239,7 +239,7 @@ async fn fetch_queue(
         queue.pop_front();
         if is_fatal {
             for file in &queue {
-                let error = io::Error::other("given up after the failure before");
+                let error = io::Error::other("not attempted after the previous failure");
                 observer.failed(Some(file.name), &Error::Network(error));
             }
             return false;

@@ -107,7 +107,8 @@ impl Session {
         self.start += length;
     }
 
-    /// Refills the buffer, which must be consumed completely. Returns false at the end of the stream.
+    /// Refills the buffer, which must be consumed completely. Returns false at the end of the
+    /// stream.
     pub(super) async fn receive(&mut self) -> Result<bool, Error> {
         let buffer = &mut self.buffer;
         let read = async |stream: &mut TcpStream| stream.read(buffer).await;

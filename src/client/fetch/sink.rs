@@ -152,7 +152,8 @@ fn parent_of(path: &Path) -> PathBuf {
     }
 }
 
-/// Runs `work` on a blocking thread, because a device or FIFO can hang, which must not delay signals.
+/// Runs `work` on a blocking thread, because a device or FIFO can hang, which must not delay
+/// signals.
 async fn run_blocking<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {

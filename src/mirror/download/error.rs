@@ -9,48 +9,48 @@ use crate::fs::atomic::SaveError;
 use crate::http::{client, retry};
 use crate::text::counted;
 
-/// The reason why a file is missing, or is as it was before.
+/// The reason why a download failed; an existing file is unchanged.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error(transparent)]
     Http(#[from] client::Error),
-    #[error("the server answers {status}{}", reason(*.status))]
+    #[error("the server replied {status}{}", reason(*.status))]
     Status {
         /// Any status but 200, 203, 206 and 304.
         status: u16,
-        /// The parsed `Retry-After`.
+        /// Delay from the `Retry-After` header.
         retry_after: Option<Duration>,
     },
-    #[error("the server sent another part than the one that was asked for")]
+    #[error("the server sent a different byte range from the requested one")]
     UnexpectedRange,
-    #[error("the server sent it encoded ({0}), which was not asked for")]
-    Encoded(String),
-    #[error("it is of the type {0}, which is not among those that are taken (content-types)")]
-    Type(String),
-    #[error("it is larger than {} ({key})", ByteSize(*.limit))]
+    #[error("the server sent an unrequested content coding: {0}")]
+    UnexpectedCoding(String),
+    #[error("the media type is not among the accepted content-types: {0}")]
+    MediaTypeRejected(String),
+    #[error("the file is larger than {} ({key})", ByteSize(*.limit))]
     TooLarge {
         /// In bytes.
         limit: u64,
         /// The key or option that sets the limit.
         key: &'static str,
     },
-    #[error("all files together would be larger than max-total")]
+    #[error("the files together would be larger than max-total")]
     TotalTooLarge,
     #[error("the server announced {} and sent {received}", counted(*promised, "byte"))]
-    Length { promised: u64, received: u64 },
-    #[error("the digest does not hold: it is not what the listing says")]
-    Digest,
-    #[error("it took longer than {0:?} (max-duration)")]
+    LengthMismatch { promised: u64, received: u64 },
+    #[error("the SHA-256 digest of the file does not match that in the listing")]
+    DigestMismatch,
+    #[error("the download took longer than {0:?} (max-duration)")]
     TimedOut(Duration),
-    #[error("it is there already; --force replaces it, --update does if it has changed")]
+    #[error("the file exists already: --force replaces it, --update replaces it if it has changed")]
     Exists,
-    #[error("a folder, a link or another thing that is no file has its name")]
+    #[error("a folder, link or special file has this name: only regular files are replaced")]
     NotAFile,
-    #[error("another process is at it")]
+    #[error("another process is downloading this file")]
     Busy,
-    #[error("cannot be written: {0}")]
+    #[error("cannot write the file: {0}")]
     Write(#[from] io::Error),
-    #[error("it was interrupted")]
+    #[error("the download was interrupted")]
     Interrupted,
 }
 
@@ -77,7 +77,7 @@ impl Error {
         match self {
             Self::Http(error) => error.is_temporary(),
             Self::Status { status, .. } => retry::is_temporary(*status),
-            Self::Length { .. } => true,
+            Self::LengthMismatch { .. } => true,
             _ => false,
         }
     }

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::fs::atomic::OverwritePolicy;
 use crate::http::client::Client;
-use crate::http::retry;
+use crate::http::retry::Retries;
 use crate::mirror::listing::Entry;
 use crate::mirror::manifest::{self, CachedFile, Precondition, Validators, source_id};
 use crate::mirror::target_dir::{DirEntryKind, LocalFile, TargetDir};
@@ -90,7 +90,7 @@ impl Budget {
     }
 }
 
-/// Shared by the downloads of one sync.
+/// The state that the downloads of one sync share.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub client: Client,
@@ -101,11 +101,11 @@ pub(crate) struct Shared {
     pub received: AtomicU64,
     /// Limits the files that are synced at the same time.
     pub finishing: Arc<Semaphore>,
-    /// Interrupts all downloads.
+    /// Interrupts all downloads when it is cancelled.
     pub cancel: CancellationToken,
 }
 
-/// Receives the length so far, and the announced one.
+/// A callback that gets the received and the announced length of a file, in bytes.
 pub(crate) type Progress<'a> = &'a (dyn Fn(u64, Option<u64>) + Send + Sync);
 
 /// Downloads one file. `permit` is released when everything is received.
@@ -161,7 +161,7 @@ impl Transfer<'_> {
                 None => condition = manifest::precondition(known, &local, &self.source),
             }
         }
-        // The stored file makes room for its successor.
+        // The new file replaces the stored one.
         let stored = known.map_or(0, |known| known.size);
         self.shared.budget.refund(stored);
         let done = self.attempts(&condition).await;
@@ -190,7 +190,7 @@ impl Transfer<'_> {
     }
 
     async fn attempts(&mut self, condition: &Precondition) -> Result<Done, Error> {
-        let mut retry = 0;
+        let mut retries = Retries::new(self.shared.limits.retries);
         if self.may_have_partial() {
             self.furthest = self.shared.dir.partial_size(&self.entry.name);
         }
@@ -204,15 +204,13 @@ impl Transfer<'_> {
                 return Err(error);
             }
             if self.furthest - before >= PROGRESS {
-                retry = 0;
+                retries.reset();
             }
-            let retries = self.shared.limits.retries;
-            let wait = retry::wait(retry, retries, error.retry_after(), fastrand::f64());
-            let Some(wait) = wait.filter(|wait| Instant::now() + *wait < self.deadline) else {
+            let delay = retries.next_delay(error.retry_after());
+            let Some(delay) = delay.filter(|delay| Instant::now() + *delay < self.deadline) else {
                 return Err(error);
             };
-            retry += 1;
-            let waited = self.shared.cancel.run_until_cancelled(tokio::time::sleep(wait)).await;
+            let waited = self.shared.cancel.run_until_cancelled(tokio::time::sleep(delay)).await;
             waited.ok_or(Error::Interrupted)?;
         }
     }
@@ -292,7 +290,7 @@ impl Transfer<'_> {
         }
     }
 
-    /// Returns the outcome of a reply 304, or `None` if the file must be requested without condition.
+    /// Returns the outcome of a reply 304; `None` if the file must be requested without condition.
     fn not_modified(
         &self,
         condition: &Precondition,
@@ -368,7 +366,7 @@ impl Transfer<'_> {
                 if let Ok(piece) = timeout(MAX_BUFFERED, next.as_mut()).await {
                     piece?
                 } else {
-                    // The server is slow; a crash must not lose what was received.
+                    // The server is slow; a crash must not lose the received bytes.
                     body.write().await?;
                     next.await?
                 }
@@ -389,7 +387,7 @@ impl Transfer<'_> {
         }
         match promised {
             Some(promised) if promised != length => {
-                Err(Error::Length { promised, received: length })
+                Err(Error::LengthMismatch { promised, received: length })
             }
             _ => Ok(()),
         }
@@ -423,7 +421,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_budget_is_never_exceeded() {
+    fn never_exceeds_the_budget() {
         let budget = Budget::new(10);
         assert!(budget.try_take(6) && !budget.try_take(5) && budget.try_take(4));
         budget.refund(3);

@@ -1,7 +1,7 @@
 //! The received part of a file: in memory, in a partial file, and published when it is complete.
 //!
 //! A small file stays in memory until it is complete. A larger one grows in a hidden file, which is
-//! kept if the download ends early, with what is needed to resume it.
+//! kept with its metadata if the download ends early, so that it can be resumed.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -131,7 +131,7 @@ impl PartialWriter {
     }
 }
 
-/// The state of the partial file of a body. Writing goes on while more is received.
+/// The state of the partial file of a body. Writes run while further bytes are received.
 enum WriteState {
     None,
     Idle(PartialWriter),
@@ -233,7 +233,7 @@ impl BodyWriter {
         }
     }
 
-    /// Publishes the complete body, unless it is what `target` describes already.
+    /// Publishes the complete body, unless the existing file has the same content.
     pub(super) async fn publish(self, target: Target) -> Result<(Outcome, LocalFile), Error> {
         let Self { dir, name, buffer, writer, .. } = self;
         let writer = writer.done().await?;
@@ -290,7 +290,7 @@ impl Target {
     /// Verifies a body that is completely in memory.
     fn compare(&self, dir: &TargetDir, name: &str, body: &[u8]) -> Result<Outcome, Error> {
         if self.sha256.is_some_and(|sha256| <[u8; 32]>::from(Sha256::digest(body)) != sha256) {
-            return Err(Error::Digest);
+            return Err(Error::DigestMismatch);
         }
         Ok(self.outcome(body.len() as u64, || has_content(dir, name, &mut &*body)))
     }
@@ -306,7 +306,7 @@ impl Target {
         writer.write(rest)?;
         let digest = writer.digest.take().map(|digest| <[u8; 32]>::from(digest.finalize()));
         if digest.zip(self.sha256).is_some_and(|(digest, sha256)| digest != sha256) {
-            return Err(Error::Digest);
+            return Err(Error::DigestMismatch);
         }
         let file = &mut writer.partial.pending.file;
         let size = file.metadata()?.len();

@@ -100,7 +100,7 @@ pub(super) fn check_headers(
     content_types: &[String],
 ) -> Result<Option<u64>, Error> {
     if codings(response.headers()) != Codings::Gzip(0) {
-        return Err(Error::Encoded(codings::shown(response.headers())));
+        return Err(Error::UnexpectedCoding(codings::shown(response.headers())));
     }
     let kinds = response.headers().get_all(CONTENT_TYPE).iter();
     let kinds: Vec<_> = kinds.map(|kind| kind.to_str().unwrap_or_default()).collect();
@@ -108,7 +108,7 @@ pub(super) fn check_headers(
     let is_rest = response.status() == reqwest::StatusCode::PARTIAL_CONTENT;
     if !(is_rest && kinds.is_empty() || are_accepted(&kinds, content_types)) {
         let kind = if kinds.is_empty() { "none".to_owned() } else { kinds.join(", ") };
-        return Err(Error::Type(escape(&kind)));
+        return Err(Error::MediaTypeRejected(escape(&kind)));
     }
     Ok(if is_rest {
         header(response, &CONTENT_RANGE).and_then(content_range).and_then(|range| range.total)
@@ -208,7 +208,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn an_accepted_range_is_exactly_the_missing_bytes(
+        fn accepts_ranges_of_exactly_the_missing_bytes(
             first in 0_u64..20, last in 0_u64..20, total in prop::option::of(0_u64..20),
             ours in 0_u64..20, body in 0_u64..20,
         ) {

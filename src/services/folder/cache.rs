@@ -23,15 +23,13 @@ const MEMORY_FACTOR: u64 = 2;
 /// Capacity for the end of a document, after the data. An upper bound.
 const CLOSING_CAPACITY: usize = 128;
 
-/// A complete document.
 #[derive(Debug)]
 pub(super) struct Document {
     pub(super) bytes: Vec<u8>,
     _reservation: Reservation,
 }
 
-/// Reservation memory for a document. Reserving before allocating keeps concurrent requests within the
-/// limit.
+/// A share of the memory limit. Reserving before allocating keeps concurrent requests within it.
 #[derive(Debug)]
 struct Reservation {
     bytes: u64,

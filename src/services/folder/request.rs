@@ -19,7 +19,7 @@ impl FolderService {
     /// Answers each request line until the client half-closes.
     ///
     /// # Errors
-    /// If the connection failed or timed out, or a file changed or became unreadable while it was
+    /// If the connection fails or times out, or a file changes or becomes unreadable while it is
     /// sent.
     pub async fn answer<S: Stream>(
         self: &Arc<Self>,
@@ -111,7 +111,7 @@ impl FolderService {
     }
 }
 
-/// Sends the reason why a request is refused; the connection stays open.
+/// Replies with an error message, and keeps the connection open.
 async fn refuse<S: Stream>(
     connection: &mut Connection<S>,
     problem: &str,

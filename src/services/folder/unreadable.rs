@@ -24,7 +24,7 @@ pub(super) struct Unreadable {
     overflowed: AtomicBool,
 }
 
-/// Log line due for an unreadable file.
+/// Decision about a log line for an unreadable file.
 #[derive(Debug, PartialEq, Eq)]
 enum LogAction {
     New,
@@ -36,16 +36,18 @@ enum LogAction {
 impl Unreadable {
     fn begin(&self, name: &str) -> LogAction {
         let mut named = self.named.lock();
-        if let Some((said, unreadable)) = named.get_mut(name) {
+        if let Some((logged_at, unreadable)) = named.get_mut(name) {
             // A file that keeps changing its state is logged at intervals.
-            if *unreadable || said.elapsed() < WARN_INTERVAL {
+            if *unreadable || logged_at.elapsed() < WARN_INTERVAL {
                 return LogAction::Known;
             }
-            (*said, *unreadable) = (Instant::now(), true);
+            (*logged_at, *unreadable) = (Instant::now(), true);
             return LogAction::New;
         }
         if named.len() >= MAX_NAMED {
-            named.retain(|_, (said, unreadable)| *unreadable || said.elapsed() < WARN_INTERVAL);
+            named.retain(|_, (logged_at, unreadable)| {
+                *unreadable || logged_at.elapsed() < WARN_INTERVAL
+            });
         }
         if named.len() >= MAX_NAMED {
             let first = !self.overflowed.swap(true, Ordering::Relaxed);
