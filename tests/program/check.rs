@@ -84,7 +84,7 @@ fn reports_every_fault_with_line_key_and_expected_value() {
         "9: time.clock.listen[0]: \"127.0.0.1:70000\": expected a port from 0 to 65535",
         "10: time.clock.format: \"pyhton\": expected python, rfc3339, daytime, nist, time, unix, \
          json, or a strftime pattern with %",
-        "11: time.clock.timezone: \"Mars/Olympus\": expected \"local\", \"UTC\" or a zone by its",
+        "11: time.clock.timezone: \"Mars/Olympus\": expected \"local\", \"UTC\" or the name of a zone",
         "12: time.clock.newline: expected true or false, found a string",
         "15: file.picture.listen[0]: \"udp:127.0.0.1:5566\": a file service answers no datagrams",
         "16: file.picture.path: \"gone.jpg\": cannot be opened: No such file",

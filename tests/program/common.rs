@@ -246,8 +246,17 @@ pub fn configure(path: &Path, config: &str) {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
+        let ended = self.child.try_wait();
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // A failed test shows whether the daemon was still running, and its last messages.
+        if std::thread::panicking() {
+            eprintln!("the daemon's status: {ended:?}; the end of its log:");
+            let lines = self.log.lines.lock().map(|lines| lines.0.clone()).unwrap_or_default();
+            for line in lines.iter().rev().take(30).rev() {
+                eprintln!("{line}");
+            }
+        }
     }
 }
 
