@@ -19,7 +19,7 @@ use crate::machine::Server;
 use crate::{PATIENCE, Result, Run};
 
 /// Log filter without connection lines; the addresses of services are still logged.
-pub const QUIET: &str = "warn,handout::daemon::manager=info";
+pub const QUIET: &str = "warn,handout::daemon=info";
 
 /// Log filter with a line per connection.
 pub const LOGGED: &str = "info";
