@@ -6,6 +6,7 @@ use std::collections::HashSet;
 use std::error::Error as _;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -262,7 +263,7 @@ impl Client {
         let replied = match self.timeout {
             None => reply.await,
             Some(silence) => {
-                let replied = timeout_while_running(silence, reply).await;
+                let replied = timeout_while_running(silence, pin!(reply)).await;
                 replied.ok_or(Error::IdleTimedOut(silence))?
             }
         };

@@ -5,7 +5,7 @@
 //! snapshot) every timer has expired. A wait is therefore divided into checks, each of which
 //! compares the number of unacknowledged bytes with that of the check before.
 
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::time::Duration;
 
 use tokio::task::yield_now;
@@ -51,13 +51,14 @@ pub(crate) async fn ready_within<T>(
     Err(if lateness > time { Duration::ZERO } else { time })
 }
 
-/// Waits for `io`, at most for `limit`, without counting pauses of the process. `None` if it is not
-/// ready in time.
+/// Waits for `io`, at most for `limit`, without counting pauses of the process. Returns `None` if it
+/// is not ready in time.
+///
+/// `io` is pinned by the caller: each async function that takes a future by value stores it twice.
 pub(crate) async fn timeout_while_running<T>(
     limit: Duration,
-    io: impl Future<Output = T>,
+    mut io: Pin<&mut impl Future<Output = T>>,
 ) -> Option<T> {
-    let mut io = pin!(io);
     let mut waited = Duration::ZERO;
     loop {
         match ready_within(interval(limit), &mut io).await {
@@ -114,14 +115,15 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn times_out_exactly_if_the_process_runs() {
         let start = Instant::now();
-        assert_eq!(timeout_while_running(LIMIT, pending::<()>()).await, None);
+        assert_eq!(timeout_while_running(LIMIT, pin!(pending::<()>())).await, None);
         assert_eq!(start.elapsed(), LIMIT);
     }
 
     #[tokio::test(start_paused = true)]
     async fn does_not_count_pauses_of_the_process() {
         let start = Instant::now();
-        let mut waiting = pin!(timeout_while_running(LIMIT, pending::<()>()));
+        let never = pin!(pending::<()>());
+        let mut waiting = pin!(timeout_while_running(LIMIT, never));
         assert!(poll_once(waiting.as_mut()).await.is_none());
         advance(LIMIT * 10).await;
         assert_eq!(waiting.await, None);
@@ -131,6 +133,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn prefers_readiness_to_an_expired_timer() {
         let (sender, receiver) = tokio::sync::oneshot::channel();
+        let receiver = pin!(receiver);
         let mut waiting = pin!(timeout_while_running(LIMIT, receiver));
         assert!(poll_once(waiting.as_mut()).await.is_none());
         advance(LIMIT * 10).await;

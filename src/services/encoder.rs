@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::io::{self, Write};
+use std::pin::pin;
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
@@ -82,7 +83,7 @@ pub(crate) async fn send_encoded<S: Stream>(
                     .encode_next(size, |chunk, offset| file.read_at(chunk, offset).map(|()| true));
                 (encoding, read)
             });
-            let reading = connection.with_read_timeout(reading).await?;
+            let reading = connection.with_read_timeout(pin!(reading)).await?;
             let (returned, read) = reading.map_err(ServeError::Service)?;
             encoding = returned;
             read.map_err(ServeError::Service)?;

@@ -1,4 +1,4 @@
-//! One connection: every byte is delivered, or the connection is reset.
+//! Connections: every byte is delivered, or the connection is reset.
 //!
 //! [`Connection::answer`] runs a service, which receives and sends ([`transfer`]); then
 //! [`Connection::finish`] waits until the client has everything ([`linger`]). A connection that is
@@ -17,6 +17,7 @@ mod transfer;
 
 use std::io;
 use std::net::SocketAddr;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -104,7 +105,8 @@ impl<S: Stream> Connection<S> {
         let time = HEADER_TIMEOUT.min(self.context.deadlines.idle);
         let drain = self.context.shutdown.drain.clone();
         let read_client = async |connection: &mut Self| {
-            let header = timeout_while_running(time, read(&mut connection.stream));
+            let header = pin!(read(&mut connection.stream));
+            let header = timeout_while_running(time, header);
             let drain_timeout = async {
                 drain.cancelled().await;
                 tokio::time::sleep(HEADER_TIMEOUT_ON_DRAIN).await;
@@ -133,7 +135,7 @@ impl<S: Stream> Connection<S> {
     /// that hangs does not hold a permit for ever.
     pub async fn with_read_timeout<T>(
         &self,
-        read: impl Future<Output = T>,
+        read: Pin<&mut impl Future<Output = T>>,
     ) -> Result<T, ServeError> {
         timeout_while_running(self.context.deadlines.idle, read).await.ok_or_else(|| {
             ServeError::Service(io::Error::other("the file system does not answer (idle-timeout)"))

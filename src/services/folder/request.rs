@@ -1,6 +1,7 @@
 //! Requests of a connection and their answers.
 
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 
 use bytes::BytesMut;
@@ -59,7 +60,7 @@ impl FolderService {
         connection: &mut Connection<S>,
     ) -> Result<(), ServeError> {
         if line.is_empty() {
-            return match connection.with_read_timeout(self.list()).await? {
+            return match connection.with_read_timeout(pin!(self.list())).await? {
                 Ok(list) => connection.send(list.as_bytes()).await,
                 Err(problem) => refuse(connection, &problem, None).await,
             };
@@ -68,7 +69,7 @@ impl FolderService {
             let name = String::from_utf8_lossy(line);
             return refuse(connection, "the name is not UTF-8", Some(&name)).await;
         };
-        let found = connection.with_read_timeout(self.find(name)).await?;
+        let found = connection.with_read_timeout(pin!(self.find(name))).await?;
         if found.is_ok() {
             self.log_readable(name);
         }
