@@ -54,7 +54,7 @@ Exit codes: 0 stopped by a signal, 1 failure, 2 usage error, 78 configuration er
 Examples:
   handout check
   handout check --config config/handout.toml
-  handout check --connect                   also log in to every mail and SMS channel
+  handout check --connect                   also connect to the server of every channel
 
 Exit codes: 0 no fault, 1 a channel or file system failed, 2 usage error, 78 configuration error.")]
     Check(Check),
@@ -148,7 +148,7 @@ pub struct Check {
     /// The configuration file.
     #[command(flatten)]
     pub config: ConfigFile,
-    /// Also test the encryption, login and mail recipients of every channel; send nothing
+    /// Also connect to the server of every channel, with login and recipients of mail; send nothing
     #[arg(long)]
     pub connect: bool,
 }
@@ -329,8 +329,8 @@ pub struct Download {
     /// Replace existing files
     #[arg(long)]
     pub force: bool,
-    /// Replace existing files that have changed on the server; their validators are kept in a hidden
-    /// file in the same folder
+    /// Replace existing files that have changed on the server; their validators are kept in a
+    /// hidden file in the same folder
     #[arg(long)]
     pub update: bool,
     /// Maximum size of a file

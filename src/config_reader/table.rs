@@ -244,8 +244,8 @@ impl<'a> Table<'a> {
         Ok(NonZeroU32::new(number).expect("the range excludes zero"))
     }
 
-    /// Reads a table of texts whose keys the operator chooses; empty if it does not exist. The texts
-    /// may be secrets, so diagnostics do not repeat them.
+    /// Reads a table of texts whose keys the operator chooses; empty if it does not exist. The
+    /// texts may be secrets, so diagnostics do not repeat them.
     pub(crate) fn entries<T, E: Display>(
         &mut self,
         key: &'static str,

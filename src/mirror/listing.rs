@@ -284,21 +284,13 @@ pub fn read(
     let mut url_length = 0;
     let mut entries = Vec::with_capacity(list.len());
     for (index, raw) in list.into_iter().map(RawValue::get).enumerate() {
-        if raw.len() > MAX_ENTRY {
-            let error = EntryError::TooLarge;
-            entries.push(Err(pointers.invalid_entry(&Value::Null, index, error)));
-            continue;
-        }
-        // Valid syntax may still be too deep, or hold a number that is too large.
-        let item: Value = match serde_json::from_str(raw) {
-            Ok(item) => item,
-            Err(error) => {
-                let error = EntryError::Json(error.to_string());
-                entries.push(Err(pointers.invalid_entry(&Value::Null, index, error)));
-                continue;
+        let (item, entry) = match parse_entry(raw) {
+            Ok(item) => {
+                let entry = pointers.read_entry(&item, base, egress_policy);
+                (item, entry)
             }
+            Err(error) => (Value::Null, Err(error)),
         };
-        let entry = pointers.read_entry(&item, base, egress_policy);
         url_length += entry.as_ref().map_or(0, |entry| entry.url.as_str().len());
         if url_length > MAX_URLS {
             return Err(ParseError::UrlsTooLong);
@@ -307,6 +299,14 @@ pub fn read(
     }
     reject_duplicates(&mut entries, str::to_owned);
     Ok(entries)
+}
+
+/// Parses an entry, whose syntax is valid but which may be too large or too deep.
+fn parse_entry(raw: &str) -> Result<Value, EntryError> {
+    if raw.len() > MAX_ENTRY {
+        return Err(EntryError::TooLarge);
+    }
+    serde_json::from_str(raw).map_err(|error| EntryError::Json(error.to_string()))
 }
 
 impl Pointers {

@@ -240,7 +240,7 @@ impl TargetDir {
     pub(crate) fn write_partial_meta(&self, name: &str, meta: &[u8]) -> io::Result<()> {
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        // It contains the URL, which may be a secret.
+        // Private, because the URL in it may be a secret.
         let mode = Mode::RUSR | Mode::WUSR;
         let file = retry(|| openat(&self.folder, hidden(name, META_SUFFIX), flags, mode))?;
         File::from(file).write_all(meta).inspect_err(|_| self.remove_partial_meta(name))

@@ -35,10 +35,10 @@ impl AcceptBackoff {
                 Some(Errno::MFILE) => "raise LimitNOFILE= (ulimit -n) or lower max-connections",
                 Some(Errno::NFILE) => "raise the sysctl fs.file-max",
                 Some(Errno::NOBUFS | Errno::NOMEM) => {
-                    "give it more memory or lower max-connections"
+                    "provide more memory or lower max-connections"
                 }
                 Some(Errno::NOSPC) => "raise the sysctl fs.epoll.max_user_watches",
-                _ => "it is tried again",
+                _ => "the listener retries",
             };
             let message = format_args!("{service}: {operation}: {error}: {remedy}");
             tracing::error!(service, cause = %error, remedy, "{message}");
